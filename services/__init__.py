@@ -1,0 +1,1 @@
+"""The services of infinite-llm; each runs as ``python -m services.<name>``."""

@@ -1,0 +1,1 @@
+"""The data plane: attention queries, partial states and block contents between processes."""

@@ -1,0 +1,153 @@
+"""The one seam between the system and a network: ordered messages between two processes.
+
+A ``Transport`` is one process's end of the data plane. One thread owns it: only ``wake`` may be called by others. It
+listens, connects, and ``poll`` moves everything forward over all peers at once, so that a peer that is stopped or slow
+never holds up another. Nothing else blocks.
+
+A ``Connection`` carries whole messages of up to ``limits.max_message_bytes``, in order, both ways. Receive memory is
+posted ahead: each side promises room for ``limits.window_bytes`` of messages that the other has sent and this side has
+not released yet. Keeping within that promise is the sender's business (a request has one answer, so counting is easy);
+a sender that breaks it loses the connection. A connection ends once, with one ``Lost`` event: hang-up, a broken frame or
+``close``; after that ``send`` raises ``PeerLostError``. Receive memory is the connection's own and is never handed to
+another: what arrives late, for a transfer that somebody has given up, lands where nobody reads it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.core.errors import ConfigError
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one direction of a connection can hold.
+
+    Attributes:
+        max_message_bytes: the longest message.
+        window_bytes: messages sent and not yet released by the receiver, together; at least one longest message.
+    """
+
+    max_message_bytes: int
+    window_bytes: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_message_bytes <= self.window_bytes:
+            raise ConfigError(
+                f"transport limits: max_message_bytes ({self.max_message_bytes}) must be positive and at most "
+                f"window_bytes ({self.window_bytes})"
+            )
+
+
+class Connection(ABC):
+    """One peer. Created by ``Transport.connect`` or announced by ``Accepted``."""
+
+    limits: Limits
+    peer: str  # for messages and logs
+
+    @abstractmethod
+    def send(self, parts: Sequence[Buffer]) -> None:
+        """Posts one message, the parts joined. Returns at once; the parts may be reused.
+
+        Raises:
+            PeerLostError: the connection has ended, or the message does not fit the peer's window (which ends it).
+            ValueError: the message is longer than ``max_message_bytes``.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the connection. Messages of it that are not released become invalid. Idempotent; no event follows."""
+
+
+class Message:
+    """A received message. ``data`` stays valid until ``release``, which gives its room back to the sender."""
+
+    __slots__ = ("_release", "data")
+
+    def __init__(self, data: memoryview, release: ReleaseHook) -> None:
+        self.data = data
+        self._release: ReleaseHook | None = release
+
+    def release(self) -> None:
+        """Invalidates ``data``. Messages of a connection are released in any order; idempotent."""
+        hook, self._release = self._release, None
+        if hook is not None:
+            hook(self)
+
+
+class ReleaseHook(ABC):
+    """How a backend takes a message's room back."""
+
+    @abstractmethod
+    def __call__(self, message: Message) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A peer has connected to this transport's address."""
+
+    connection: Connection
+    hello: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A ``connect`` has been accepted by the other side's ``poll``; until then sent messages wait."""
+
+    connection: Connection
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A whole message has arrived. Whoever takes the event releases the message."""
+
+    connection: Connection
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The connection has ended for the reason given; it is the connection's last event."""
+
+    connection: Connection
+    reason: str
+
+
+Event = Accepted | Connected | Received | Lost
+
+
+class Transport(ABC):
+    """One process's end of the data plane. See the module's docstring for who may call what."""
+
+    scheme: str  # "shm", "tcp", ...: the part of an address before the first colon
+
+    @abstractmethod
+    def listen(self) -> str:
+        """Starts to accept peers and answers the address they connect to, scheme included."""
+
+    @abstractmethod
+    def connect(self, address: str, hello: bytes, limits: Limits) -> Connection:
+        """Begins a connection; ``Connected`` or ``Lost`` follows from ``poll``. ``limits`` hold for both directions.
+
+        Args:
+            hello: up to 64 KiB that the other side gets with ``Accepted``.
+
+        Raises:
+            PeerLostError: nobody listens there.
+        """
+
+    @abstractmethod
+    def poll(self, timeout: float) -> list[Event]:
+        """Moves all transfers forward; waits up to ``timeout`` seconds for the first event. 0 only looks."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Lets a ``poll`` that is waiting, or the next one, return at once. May be called from any thread."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends all connections and stops listening. Idempotent."""
