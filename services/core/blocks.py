@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from services.core.errors import ConfigError
 
 BLOCK_KEY_BYTES = 16
@@ -90,7 +92,7 @@ def next_block_key(previous: bytes, token_ids: Sequence[int]) -> bytes:
         token_ids: the block's own tokens, each below 2**32.
     """
     digest = hashlib.blake2b(previous, digest_size=BLOCK_KEY_BYTES)
-    digest.update(b"".join(token.to_bytes(4, "little") for token in token_ids))
+    digest.update(np.asarray(token_ids, "<u4").tobytes())
     return digest.digest()
 
 

@@ -1,0 +1,130 @@
+"""Where blocks lie: the pure types shared by those who report placement and the gManager who collects it.
+
+A *snapshot* is the whole truth of one process at one moment; a *report* is the part of it that changed since the last
+report of the same stream. Reports are small when little happens, and a stream of them always starts with a full one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from services.core.blocks import PoolGeometry
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """A pool's use, in blocks: ``total = free + cached + workspace + reserved + in_use``.
+
+    Attributes:
+        pool_bytes: bytes of the pool.
+        block_bytes: bytes of one block; 0 as long as no session has formatted the pool (all counts are 0 then).
+        cached: sealed, without users; evicted when room is needed.
+        workspace: open blocks of the mapped instance that belong to no request.
+        reserved: promised to a request and not sealed.
+        in_use: sealed, with users.
+    """
+
+    pool_bytes: int
+    block_bytes: int = 0
+    total: int = 0
+    free: int = 0
+    cached: int = 0
+    workspace: int = 0
+    reserved: int = 0
+    in_use: int = 0
+
+    @property
+    def available(self) -> int:
+        """Blocks a reservation can get."""
+        return self.free + self.cached
+
+    @property
+    def unused(self) -> bool:
+        """Nobody holds a block: the pool could be formatted anew."""
+        return self.workspace == self.reserved == self.in_use == 0
+
+
+class BlockCount(NamedTuple):
+    """How many blocks of one request lie on one daemon; ``local``: its pool is the one the instance maps."""
+
+    num_blocks: int
+    local: bool
+
+
+class PlacementEntry(NamedTuple):
+    """``[req_id, inst_id, num_blocks, local]`` of the placement map; 0 blocks removes the entry."""
+
+    request_id: str
+    kvdaemon_id: str
+    num_blocks: int
+    local: bool
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSnapshot:
+    """All an instance says of itself. ``placement``: request id -> daemon id -> blocks."""
+
+    running: int
+    waiting: int
+    placement: Mapping[str, Mapping[str, BlockCount]]
+
+
+@dataclass(frozen=True, slots=True)
+class KvDaemonSnapshot:
+    """All a KV daemon says of itself; ``geometry`` is None as long as the pool is unformatted."""
+
+    stats: PoolStats
+    geometry: PoolGeometry | None = None
+
+
+Snapshot = InstanceSnapshot | KvDaemonSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceReport:
+    """What changed at an instance; in a full report ``placement`` is everything and ``ended`` is empty."""
+
+    running: int
+    waiting: int
+    placement: tuple[PlacementEntry, ...] = ()
+    ended: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KvDaemonReport:
+    """A KV daemon's pool. It is small and therefore always complete."""
+
+    stats: PoolStats
+    geometry: PoolGeometry | None = None
+
+
+Report = InstanceReport | KvDaemonReport
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """One message of a heartbeat stream.
+
+    Attributes:
+        member: "instance/..." or "kvdaemon/...".
+        sequence: 0, 1, 2, ... within the stream.
+        full: the report contains everything; what was known of the member before is forgotten.
+        report: None says "alive, nothing changed" (never with ``full``).
+    """
+
+    member: str
+    sequence: int
+    full: bool
+    report: Report | None
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A daemon with room for blocks of the geometry asked for. ``address``: its control server, host:port."""
+
+    kvdaemon_id: str
+    address: str
+    free_blocks: int
+    total_blocks: int

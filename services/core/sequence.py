@@ -1,0 +1,91 @@
+"""One request as the engine sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn and when they end.
+
+    Attributes:
+        temperature: 0 is greedy.
+        seed: token i (counted from the end of the prompt) is drawn with random numbers keyed by (seed, i) alone.
+        max_tokens: tokens to generate at most.
+        stop_token_ids: drawing one of these ends the request; it is the last token of the answer.
+        logprobs: report the log-probabilities of this many most probable tokens; 0 reports none.
+    """
+
+    temperature: float
+    seed: int
+    max_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+    logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a gateway submits.
+
+    Attributes:
+        token_ids: the prompt, followed by what was generated already if the request is continued here.
+        prompt_tokens: length of the prompt proper.
+        arrival_time: Unix seconds; its age, which decides who is preempted.
+        stream_id: the gateway stream that gets its tokens.
+        cache_salt: separates tenants in the block keys.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    sampling: SamplingParams
+    arrival_time: float
+    stream_id: int
+    progress: bool = False
+    cache_salt: bytes = b""
+
+
+class SequenceState(Enum):
+    WAITING = "waiting"  # holds no memory
+    RESERVING = "reserving"  # its blocks are being reserved
+    RUNNING = "running"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request under way: its tokens and how many of them have their KV computed. Written by the engine thread only.
+
+    Attributes:
+        tokens: prompt and generated tokens; only grows.
+        computed: tokens whose K and V stand in blocks, committed after a step's last layer.
+        cached_tokens: tokens that were attached to and not computed, at the latest admission.
+    """
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    cached_tokens: int = 0
+    state: SequenceState = SequenceState.WAITING
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.token_ids)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def age(self) -> tuple[float, str]:
+        """Orders requests: the smaller, the older; the same in every instance."""
+        return (self.request.arrival_time, self.request.request_id)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.request.prompt_tokens
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to compute: 1 in decode, more in prefill."""
+        return len(self.tokens) - self.computed

@@ -1,0 +1,216 @@
+"""An instance's connections to the daemons it queries and writes to.
+
+Owned by the engine thread, but for ``report_lost``. A peer that is lost, for whatever reason, is told of once by
+``take_lost`` and is gone; a new connection to the same daemon is a new peer that knows nothing of the old one's blocks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from services.core.blocks import BlockHandle
+from services.core.errors import InvalidRequestError, PeerLostError
+from services.dataplane import wire
+from services.dataplane.transport import (
+    Accepted,
+    Buffer,
+    Connected,
+    Connection,
+    Limits,
+    Lost,
+    Message,
+    Received,
+    Transport,
+)
+from services.dataplane.wire import Header, Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A daemon has taken a block: answer to ``write_block``."""
+
+    kvdaemon_id: str
+    tag: int
+    handle: BlockHandle
+
+
+@dataclass(frozen=True, slots=True)
+class LostPeer:
+    kvdaemon_id: str
+    reason: str
+
+
+class Peer:
+    """One daemon's connection: numbers requests and keeps within the daemon's window."""
+
+    def __init__(self, kvdaemon_id: str, session_id: int, connection: Connection, query_room: int) -> None:
+        self.kvdaemon_id = kvdaemon_id
+        self.session_id = session_id
+        self.connection = connection
+        self._query_room = query_room
+        self._sequence = 0
+        self._unanswered: deque[tuple[int, int]] = deque()  # (sequence, bytes), ascending
+        self._bytes_out = 0
+        self.expected: set[int] = set()  # sequences whose PARTIAL somebody waits for
+        self.partials: dict[int, tuple[Header, memoryview, Message]] = {}
+
+    def send(self, header: Header, parts: Sequence[Buffer]) -> int:
+        """Sends one message and answers its sequence number."""
+        self._sequence += 1
+        size = wire.HEADER_BYTES + sum(len(part) for part in parts)
+        self.connection.send([replace(header, sequence=self._sequence).pack(), *parts])
+        self._unanswered.append((self._sequence, size))
+        self._bytes_out += size
+        return self._sequence
+
+    def has_room_to_write(self, payload_bytes: int) -> bool:
+        """Whether a block may be written now; room for a step's plan and query is always kept."""
+        size = wire.HEADER_BYTES + payload_bytes
+        return self._bytes_out + size + self._query_room <= self.connection.limits.window_bytes
+
+    def answered(self, sequence: int) -> None:
+        """An answer to ``sequence`` has come: the daemon has released every message up to it."""
+        while self._unanswered and self._unanswered[0][0] <= sequence:
+            self._bytes_out -= self._unanswered.popleft()[1]
+
+
+class PeerSet:
+    """All daemons that an instance exchanges data with.
+
+    Args:
+        limits: of every connection, both directions.
+        query_room: bytes that one step's PLAN and one layer's QUERY can take together.
+    """
+
+    def __init__(self, transport: Transport, limits: Limits, query_room: int) -> None:
+        self._transport = transport
+        self._limits = limits
+        self._query_room = query_room
+        self._peers: dict[str, Peer] = {}
+        self._by_connection: dict[Connection, Peer] = {}
+        self._sealed: list[Sealed] = []
+        self._lost: list[LostPeer] = []
+        self._reports: deque[tuple[int, LostPeer]] = deque()  # with the session they are about
+
+    def connect(self, kvdaemon_id: str, address: str, session_id: int) -> None:
+        """Begins to connect; messages may be sent at once. A failure shows as a lost peer."""
+        assert kvdaemon_id not in self._peers, "disconnect the old session's peer first"
+        try:
+            connection = self._transport.connect(address, wire.pack_hello(session_id), self._limits)
+        except PeerLostError as error:
+            self._lost.append(LostPeer(kvdaemon_id, str(error)))
+            return
+        peer = Peer(kvdaemon_id, session_id, connection, self._query_room)
+        self._peers[kvdaemon_id] = peer
+        self._by_connection[connection] = peer
+
+    def disconnect(self, kvdaemon_id: str, reason: str) -> None:
+        """Ends the connection to a daemon, if there is one, and counts it as lost."""
+        if self._drop(kvdaemon_id):
+            self._lost.append(LostPeer(kvdaemon_id, reason))
+
+    def get(self, kvdaemon_id: str) -> Peer:
+        """The peer.
+
+        Raises:
+            PeerLostError: there is no connection to it.
+        """
+        peer = self._peers.get(kvdaemon_id)
+        if peer is None:
+            raise PeerLostError(f"no data connection to kvdaemon {kvdaemon_id}")
+        return peer
+
+    def is_connected(self, kvdaemon_id: str) -> bool:
+        return kvdaemon_id in self._peers
+
+    def write_block(self, kvdaemon_id: str, tag: int, handle: BlockHandle, key: bytes, content: Buffer) -> None:
+        """Ships a full block into a block reserved there; ``take_sealed`` tells where it lies in the end."""
+        header = Header(Kind.WRITE_BLOCK, step=tag, block=handle)
+        self.get(kvdaemon_id).send(header, [key, content])
+
+    def report_lost(self, kvdaemon_id: str, session_id: int, reason: str) -> None:
+        """Another thread knows that the session is over: ends its connection at the next ``poll``."""
+        self._reports.append((session_id, LostPeer(kvdaemon_id, reason)))
+        self._transport.wake()
+
+    def wake(self) -> None:
+        """Lets a waiting ``poll`` return; any thread."""
+        self._transport.wake()
+
+    def poll(self, timeout: float) -> None:
+        """Moves all transfers forward; waits up to ``timeout`` seconds for something to happen."""
+        while self._reports:
+            session_id, report = self._reports.popleft()
+            peer = self._peers.get(report.kvdaemon_id)
+            if peer is not None and peer.session_id == session_id:
+                self.disconnect(report.kvdaemon_id, report.reason)
+        for event in self._transport.poll(0 if self._lost else timeout):
+            match event:
+                case Received(connection, message):
+                    self._receive(connection, message)
+                case Lost(connection, reason):
+                    peer = self._by_connection.get(connection)
+                    if peer is not None:
+                        self.disconnect(peer.kvdaemon_id, reason)
+                case Accepted(connection, _):
+                    connection.close()  # an instance serves nobody here
+                case Connected():
+                    pass
+
+    def take_sealed(self) -> list[Sealed]:
+        """Block writes acknowledged since the last call."""
+        taken, self._sealed = self._sealed, []
+        return taken
+
+    def take_lost(self) -> list[LostPeer]:
+        """Peers lost since the last call."""
+        taken, self._lost = self._lost, []
+        return taken
+
+    def close(self) -> None:
+        for kvdaemon_id in list(self._peers):
+            self._drop(kvdaemon_id)
+        self._transport.close()
+
+    def _receive(self, connection: Connection, message: Message) -> None:
+        peer = self._by_connection.get(connection)
+        if peer is None:  # closed by us while this event was on its way
+            message.release()
+            return
+        try:
+            header, payload = wire.unpack(message.data)
+        except InvalidRequestError as error:
+            self._fail(peer, message, str(error))
+            return
+        match header.kind:
+            case Kind.PARTIAL:
+                peer.answered(header.sequence)
+                if header.sequence in peer.expected:
+                    peer.partials[header.sequence] = (header, payload, message)
+                else:  # of a step that was given up
+                    message.release()
+            case Kind.BLOCK_SEALED:
+                peer.answered(header.sequence)
+                self._sealed.append(Sealed(peer.kvdaemon_id, header.step, header.block))
+                message.release()
+            case Kind.REFUSED:
+                self._fail(peer, message, f"refused: {bytes(payload).decode(errors='replace')}")
+            case _:
+                self._fail(peer, message, f"unexpected {header.kind.name} message")
+
+    def _fail(self, peer: Peer, message: Message, reason: str) -> None:
+        message.release()
+        self.disconnect(peer.kvdaemon_id, reason)
+
+    def _drop(self, kvdaemon_id: str) -> bool:
+        peer = self._peers.pop(kvdaemon_id, None)
+        if peer is None:
+            return False
+        del self._by_connection[peer.connection]
+        for _, _, message in peer.partials.values():
+            message.release()
+        peer.partials.clear()
+        peer.connection.close()
+        return True

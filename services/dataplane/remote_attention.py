@@ -1,0 +1,162 @@
+"""Attention over blocks that lie elsewhere: the query travels, exact partial states come back.
+
+For every step: ``begin_step`` tells each daemon the plan; for every layer ``submit`` sends the query rows, the caller
+computes its local part meanwhile, and ``collect`` merges what came back. One message per daemon and layer each way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import AttentionKernels, LayerParams
+from services.core.errors import PeerLostError, TransferTimeoutError
+from services.dataplane import wire
+from services.dataplane.peers import Peer, PeerSet
+from services.dataplane.wire import Header, Kind, PlanSegment
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class PeerShare:
+    """What one daemon computes of a step.
+
+    Attributes:
+        rows: [n] int64, the batch's rows that its segments hold, ascending; segments lie in the same order.
+        segments: the step's segments there, with blocks that are new to it.
+    """
+
+    kvdaemon_id: str
+    rows: Tensor
+    segments: Sequence[PlanSegment]
+
+
+class RemoteAttention:
+    """The instance's side of DistAttention. Used by the engine thread.
+
+    Args:
+        out_dtype: element type of the partial outputs on the wire; the log-sum-exp is always float32.
+        timeout_s: a daemon that has not answered a layer by then counts as lost.
+    """
+
+    def __init__(self, peers: PeerSet, kernels: AttentionKernels, out_dtype: str, timeout_s: float) -> None:
+        self._peers = peers
+        self._kernels = kernels
+        self._out_dtype = out_dtype
+        self._timeout_s = timeout_s
+        self._step = 0
+        self._shares: list[tuple[Peer, PeerShare]] = []
+        self._waiting: list[tuple[Peer, int, Tensor]] = []  # (peer, sequence, rows) of the layer under way
+        self._forgotten: dict[str, list[int]] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether this step has remote parts."""
+        return bool(self._shares)
+
+    def forget(self, kvdaemon_id: str, segment_handle: int) -> None:
+        """The segment will not be used again; the daemon is told with its next plan."""
+        if self._peers.is_connected(kvdaemon_id):
+            self._forgotten.setdefault(kvdaemon_id, []).append(segment_handle)
+
+    def begin_step(self, step: int, shares: Sequence[PeerShare]) -> None:
+        """Sends every daemon its part of the step's plan.
+
+        Raises:
+            PeerLostError: a daemon is gone; the step must be planned without it. The others have got their plan.
+        """
+        self._abandon()
+        self._step = step
+        self._shares = []
+        gone = [share.kvdaemon_id for share in shares if not self._peers.is_connected(share.kvdaemon_id)]
+        for share in shares:
+            if share.kvdaemon_id in gone:
+                continue
+            peer = self._peers.get(share.kvdaemon_id)
+            forgotten = self._forgotten.pop(share.kvdaemon_id, [])
+            if forgotten:
+                peer.send(Header(Kind.FORGET, rows=len(forgotten)), [wire.pack_handles(forgotten)])
+            peer.send(Header(Kind.PLAN, step=step, rows=len(share.segments)), wire.pack_plan(share.segments))
+            self._shares.append((peer, share))
+        if gone:
+            raise PeerLostError(f"no data connection to kvdaemon {', '.join(gone)}")
+
+    def submit(self, params: LayerParams, q: Tensor) -> None:
+        """Sends the layer's queries.
+
+        Args:
+            q: [rows of the batch, q_heads, head_dim], contiguous, on the CPU.
+        """
+        for peer, share in self._shares:
+            part = q if len(share.rows) == len(q) else q.index_select(0, share.rows)
+            header = Header(
+                Kind.QUERY,
+                step=self._step,
+                layer=params.layer,
+                rows=len(part),
+                q_heads=q.shape[1],
+                head_dim=q.shape[2],
+                dtype=_DTYPES[q.dtype],
+                out_dtype=self._out_dtype,
+                scale=params.scale,
+                softcap=params.softcap,
+                window=params.window,
+            )
+            sequence = peer.send(header, [part.view(torch.uint8).numpy().data.cast("B")])
+            peer.expected.add(sequence)
+            self._waiting.append((peer, sequence, share.rows))
+
+    def collect(self, out: Tensor, lse: Tensor) -> None:
+        """Waits for the layer's partial states and merges them.
+
+        Args:
+            out: [rows, q_heads, head_dim] float32, the local partial state, updated in place.
+            lse: [rows, q_heads] float32, likewise.
+
+        Raises:
+            PeerLostError, TransferTimeoutError: the step must be discarded.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        while self._waiting:
+            peer, sequence, rows = self._waiting[0]
+            arrived = peer.partials.pop(sequence, None)
+            if arrived is None:
+                self._wait(peer, deadline)
+                continue
+            header, payload, message = arrived
+            peer.expected.discard(sequence)
+            self._waiting.pop(0)
+            shape = (len(rows), out.shape[1], out.shape[2])
+            count = shape[0] * shape[1] * shape[2]
+            dtype = _TORCH_DTYPES[header.dtype]
+            part_out = torch.frombuffer(payload, dtype=dtype, count=count).view(shape)
+            part_lse = torch.frombuffer(payload, dtype=torch.float32, offset=count * dtype.itemsize)
+            all_rows = len(rows) == len(out)
+            self._kernels.merge_partials(out, lse, part_out, part_lse.view(shape[:2]), None if all_rows else rows)
+            message.release()
+
+    def _wait(self, peer: Peer, deadline: float) -> None:
+        self._peers.get(peer.kvdaemon_id)  # raises once the peer is lost
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            reason = f"kvdaemon {peer.kvdaemon_id} did not answer a query within {self._timeout_s:g} s"
+            self._peers.disconnect(peer.kvdaemon_id, reason)
+            raise TransferTimeoutError(reason)
+        self._peers.poll(remaining)
+        if not self._peers.is_connected(peer.kvdaemon_id):
+            raise PeerLostError(f"kvdaemon {peer.kvdaemon_id} was lost during a step")
+
+    def _abandon(self) -> None:
+        """Drops what an earlier, discarded step still waits for; late answers are released on arrival."""
+        for peer, sequence, _ in self._waiting:
+            peer.expected.discard(sequence)
+            arrived = peer.partials.pop(sequence, None)
+            if arrived is not None:
+                arrived[2].release()
+        self._waiting.clear()

@@ -1,0 +1,144 @@
+"""Puts an instance's parts together once its model is loaded and its local pool is mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import kernels
+from services.core.blocks import BlockHandle, BlockKeySpace, PoolGeometry
+from services.core.errors import ConfigError
+from services.core.placement import BlockCount, InstanceSnapshot
+from services.dataplane.peers import PeerSet
+from services.dataplane.pool_socket import MappedPool
+from services.dataplane.remote_attention import RemoteAttention
+from services.dataplane.shm import ShmTransport
+from services.dataplane.transport import Limits
+from services.instance.config import InstanceConfig
+from services.instance.control import Order
+from services.instance.dist_attention import DistAttention
+from services.instance.engine import Engine, EngineSnapshot, Output
+from services.instance.memory import BlockMemory
+from services.instance.model import Model
+from services.instance.rmanager import RManager, RManagerSettings
+from services.instance.scheduler import Scheduler
+from services.rmanager.daemon_client import DaemonSession
+from services.rmanager.gmanager_client import GManagerClient
+
+_WINDOW_WRITES = 8  # block writes that fit a daemon's window beside two steps' queries
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Open blocks of an instance and the number of sequences that they suffice for."""
+
+    blocks: int
+    max_num_seqs: int
+
+
+def size_workspace(config: InstanceConfig, total_blocks: int) -> Workspace:
+    """One tail block per sequence, and two prefill chunks: one being computed, one on its way elsewhere.
+
+    A pool too small for ``max_num_seqs`` lowers it: at most half of a pool is workspace.
+
+    Raises:
+        ConfigError: the pool is too small even for one sequence.
+    """
+    chunks = 2 * (-(-config.max_batch_tokens // config.block_tokens) + 1)
+    max_num_seqs = min(config.max_num_seqs, total_blocks // 2 - chunks)
+    if max_num_seqs < 1:
+        raise ConfigError(
+            f"the pool of kvdaemon {config.local_kvdaemon_id} holds {total_blocks} rBlocks; this instance needs at "
+            f"least {2 * (chunks + 1)}: raise the daemon's pool_mib, or lower max_batch_tokens ({config.max_batch_tokens})"
+        )
+    return Workspace(max_num_seqs + chunks, max_num_seqs)
+
+
+@dataclass(slots=True)
+class SnapshotBoard:
+    """The engine's latest snapshot, for heartbeats. A single reference is swapped: no lock is needed."""
+
+    local_kvdaemon_id: str
+    latest: EngineSnapshot = field(default_factory=EngineSnapshot)
+
+    def put(self, snapshot: EngineSnapshot) -> None:
+        self.latest = snapshot
+
+    def for_heartbeat(self) -> InstanceSnapshot:
+        latest = self.latest
+        placement = {
+            request_id: {
+                kvdaemon_id: BlockCount(count, kvdaemon_id == self.local_kvdaemon_id)
+                for kvdaemon_id, count in blocks.items()
+                if count
+            }
+            for request_id, blocks in latest.placement
+        }
+        return InstanceSnapshot(latest.running, latest.waiting, placement)
+
+
+class _OrderDesk:
+    """Ties engine and rManager, which each need the other, together."""
+
+    def __init__(self) -> None:
+        self.rmanager: RManager | None = None
+
+    def order(self, order: Order) -> None:
+        assert self.rmanager is not None
+        self.rmanager.order(order)
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    engine: Engine
+    rmanager: RManager
+    board: SnapshotBoard
+
+
+def assemble(
+    config: InstanceConfig,
+    model: Model,
+    local: DaemonSession,
+    pool: MappedPool,
+    workspace: list[BlockHandle],
+    max_num_seqs: int,
+    gmanager: GManagerClient,
+    publish: Callable[[list[Output]], None],
+    on_local_lost: Callable[[str], None],
+) -> Assembly:
+    """Builds engine and rManager; called on the event loop. The engine does not run yet."""
+    shape = model.shape
+    geometry = shape.geometry(config.block_tokens, config.dtype)
+    tensor = pool.as_tensor(geometry)
+    attention_kernels = kernels.load("cpu", config.num_threads)
+    query_room, limits = _limits(config, model, geometry)
+    peers = PeerSet(ShmTransport(), limits, query_room)
+    remote = RemoteAttention(
+        peers, attention_kernels, "float32" if config.ship_float32 else config.dtype, config.transfer_timeout_s
+    )
+    attention = DistAttention(attention_kernels, tensor, remote)
+    attention.attach_to(model.module)
+    desk = _OrderDesk()
+    keys = BlockKeySpace(shape.fingerprint, config.dtype, (0, shape.kv_heads))
+    memory = BlockMemory(geometry, keys, tensor, workspace, local.kvdaemon_id, peers, remote, desk)
+    scheduler = Scheduler(max_num_seqs, config.max_batch_tokens)
+    board = SnapshotBoard(local.kvdaemon_id)
+    engine = Engine(model, attention, remote, peers, memory, scheduler, desk, publish, board.put)
+    settings = RManagerSettings(config.member_id, geometry, config.transport, len(workspace), config.call_timeout_s)
+    desk.rmanager = RManager(settings, local, gmanager, peers, engine.post, on_local_lost)
+    return Assembly(engine, desk.rmanager, board)
+
+
+def _limits(config: InstanceConfig, model: Model, geometry: PoolGeometry) -> tuple[int, Limits]:
+    """Room for one step's plan and one layer's query, and the limits of a connection to a daemon.
+
+    A discarded step's last query may still be under way when the next step begins, hence room for two.
+    """
+    shape = model.shape
+    row_bytes = shape.q_heads * (shape.head_dim * 4 + 4)  # float32 out and lse: at least as long as q
+    query = config.max_batch_tokens * row_bytes
+    plan = (1 << 16) + 64 * config.max_num_seqs + 24 * geometry.blocks_for(shape.max_model_len)
+    block = geometry.block_bytes + 16
+    longest = max(query, plan, block) + 64
+    query_room = 2 * (query + plan + 256)
+    return query_room, Limits(longest, max(longest, query_room) + _WINDOW_WRITES * (block + 64))

@@ -1,0 +1,102 @@
+"""A step's batch as tensors: packed rows, their slots, the local plan and each daemon's share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels import AttentionPlan
+from services.dataplane.remote_attention import PeerShare
+from services.dataplane.wire import PlanSegment
+from services.instance.dist_attention import StepTensors
+from services.instance.scheduler import Scheduled
+from services.rmanager.block_table import BlockTable
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step.
+
+    Attributes:
+        token_ids, positions: [rows] int64; rows of a sequence follow one another.
+        step: the plan for the local pool.
+        shares: what each daemon computes.
+        logit_rows: [n] int64, last row of each sequence that is sampled, in batch order.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    step: StepTensors
+    shares: tuple[PeerShare, ...]
+    logit_rows: Tensor
+
+
+def build_batch(scheduled: SequenceOf[Scheduled], tables: SequenceOf[BlockTable]) -> Batch:
+    """Makes the tensors of a step; ``tables`` belong to ``scheduled``, one each, with blocks for all rows.
+
+    Remote segments' new blocks count as sent from here on: a batch that was built is a batch whose plan is sent, or the
+    peer is lost.
+    """
+    tokens: list[int] = []
+    positions: list[NDArray[np.int64]] = []
+    slots: list[NDArray[np.int64]] = []
+    blocks: list[NDArray[np.int64]] = []
+    starts = [0]
+    logit_rows: list[int] = []
+    for item, table in zip(scheduled, tables, strict=True):
+        first, end = item.sequence.computed, item.sequence.computed + item.count
+        tokens += item.sequence.tokens[first:end]
+        positions.append(np.arange(first, end))
+        slots.append(_slots(table, first, end))
+        blocks.append(table.local_blocks)
+        starts.append(starts[-1] + item.count)
+        if item.samples:
+            logit_rows.append(starts[-1] - 1)
+    local = np.concatenate(blocks)
+    plan = AttentionPlan(
+        query_start=torch.tensor(starts, dtype=torch.int32),
+        query_pos=torch.tensor([item.sequence.computed for item in scheduled], dtype=torch.int32),
+        block_start=torch.tensor(np.cumsum([0, *(len(part) for part in blocks)]), dtype=torch.int32),
+        block_ids=torch.from_numpy(local[:, 0].astype(np.int32)),
+        block_pos=torch.from_numpy(local[:, 1].astype(np.int32)),
+        max_query_len=max(item.count for item in scheduled),
+    )
+    return Batch(
+        token_ids=torch.tensor(tokens, dtype=torch.int64),
+        positions=torch.from_numpy(np.concatenate(positions)),
+        step=StepTensors(torch.from_numpy(np.concatenate(slots)), plan),
+        shares=_shares(scheduled, tables, starts),
+        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+    )
+
+
+def _slots(table: BlockTable, first: int, end: int) -> NDArray[np.int64]:
+    """[end - first] places in the local pool of the tokens at positions first .. end."""
+    size = table.block_tokens
+    base = first // size
+    bases = np.array([table.slot(index * size) for index in range(base, -(-end // size))])
+    at = np.arange(first, end)
+    return bases[at // size - base] + at % size
+
+
+def _shares(
+    scheduled: SequenceOf[Scheduled], tables: SequenceOf[BlockTable], starts: list[int]
+) -> tuple[PeerShare, ...]:
+    rows: dict[str, list[NDArray[np.int64]]] = {}
+    segments: dict[str, list[PlanSegment]] = {}
+    for at, (item, table) in enumerate(zip(scheduled, tables, strict=True)):
+        for kvdaemon_id, segment in table.segments.items():
+            rows.setdefault(kvdaemon_id, []).append(np.arange(starts[at], starts[at + 1]))
+            new = segment.blocks.rows[segment.sent :].astype(np.uint32)
+            plan = PlanSegment(segment.handle, item.count, item.sequence.computed, segment.sent, new)
+            segments.setdefault(kvdaemon_id, []).append(plan)
+            segment.sent = segment.blocks.count
+    return tuple(
+        PeerShare(kvdaemon_id, torch.from_numpy(np.concatenate(rows[kvdaemon_id])), tuple(plans))
+        for kvdaemon_id, plans in segments.items()
+    )

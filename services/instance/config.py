@@ -1,0 +1,73 @@
+"""Configuration of an instance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from services.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceConfig:
+    """See docs/configuration in the README; every key of the YAML file is a field here.
+
+    Attributes:
+        cluster: name of the cluster, the prefix of its keys in etcd.
+        member_id: this instance's name, unique in the cluster.
+        listen: host:port of the control server; port 0 takes a free one.
+        etcd: endpoints, host:port.
+        model: directory of the checkpoint (config.json, safetensors).
+        local_kvdaemon_id: the daemon on this host whose pool is mapped.
+        socket_dir: directory for Unix sockets, shared with the local daemon.
+        dtype: element type of weights and KV cache.
+        transport: data plane to other daemons.
+        max_model_len: longest context in tokens; the checkpoint's own limit where not given.
+        max_num_seqs: sequences in one batch at most.
+        max_batch_tokens: tokens computed in one step at most; the size of a prefill chunk.
+        block_tokens: tokens of an rBlock.
+        num_threads: of the model and of the kernels.
+        ship_float32: ship partial outputs as float32 instead of ``dtype``.
+        transfer_timeout_s: a daemon that has not answered a layer's query by then counts as lost.
+        call_timeout_s: deadline of a control call to a daemon.
+        startup_timeout_s: how long to wait for the local daemon at start.
+        heartbeat_interval_s: between reports to the gManager.
+    """
+
+    cluster: str
+    member_id: str
+    etcd: tuple[str, ...]
+    model: Path
+    local_kvdaemon_id: str
+    socket_dir: Path
+    listen: str = "127.0.0.1:0"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    transport: Literal["shm"] = "shm"
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_batch_tokens: int = 1024
+    block_tokens: int = 64
+    num_threads: int = 1
+    ship_float32: bool = False
+    transfer_timeout_s: float = 60.0
+    call_timeout_s: float = 10.0
+    startup_timeout_s: float = 60.0
+    heartbeat_interval_s: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_batch_tokens", "block_tokens", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"instance config: {name} must be at least 1, got {getattr(self, name)}")
+        if self.block_tokens % 16:
+            raise ConfigError(f"instance config: block_tokens must be a multiple of 16, got {self.block_tokens}")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"instance config: max_model_len must be at least 2, got {self.max_model_len}")
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"instance config: max_batch_tokens ({self.max_batch_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}), or running sequences could not all take a step"
+            )
+        for name in ("transfer_timeout_s", "call_timeout_s", "startup_timeout_s", "heartbeat_interval_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"instance config: {name} must be positive, got {getattr(self, name)}")

@@ -1,0 +1,170 @@
+"""What the engine thread and the asyncio thread say to each other.
+
+Orders go from the engine to the rManager (asyncio), which executes those for one daemon in the order given. Events go
+the other way into the engine's inbox, which wakes it. Both are plain values; nothing else is shared between the threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.core.blocks import BlockHandle, BlockRef
+from services.core.errors import InfiniteLLMError
+from services.core.sequence import Request
+
+# ---------------------------------------------------------------- orders: engine -> rManager
+
+
+@dataclass(frozen=True, slots=True)
+class ReservePrompt:
+    """Find what is cached of a prompt and reserve room for the rest, all of it or nothing.
+
+    Attributes:
+        attempt: tells this reservation's answer from an earlier one's.
+        keys: of the prompt's full blocks that may be attached to.
+        full_blocks: full blocks of the prompt.
+        max_blocks: blocks that the request can need in the end; more than the cluster has is refused for good.
+    """
+
+    request_id: str
+    attempt: int
+    keys: tuple[bytes, ...]
+    full_blocks: int
+    max_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class SealLocal:
+    """Seal full blocks of the local pool."""
+
+    blocks: tuple[tuple[BlockHandle, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Give up one hold on each block of one daemon (tail first: evicted before those they build on)."""
+
+    kvdaemon_id: str
+    handles: tuple[BlockHandle, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Replenish:
+    """Bring blocks for the workspace; for those the local pool lacks, room elsewhere to spill to."""
+
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndSession:
+    """The data connection to a daemon is gone: end its session, so that the daemon drops what it held for us."""
+
+    kvdaemon_id: str
+    reason: str
+
+
+Order = ReservePrompt | SealLocal | Release | Replenish | EndSession
+
+
+class Control(Protocol):
+    """The rManager, as the engine sees it. Called by the engine thread; never blocks."""
+
+    def order(self, order: Order) -> None: ...
+
+
+# ---------------------------------------------------------------- events: asyncio -> engine
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AbortStream:
+    """A gateway is gone: end all its requests."""
+
+    stream_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReserved:
+    """Answer to ReservePrompt: the prompt's blocks.
+
+    Attributes:
+        attached: sealed blocks of the prompt's beginning, one hold each.
+        local: open blocks of the local pool.
+        remote: blocks reserved elsewhere, in the order in which they are to be filled.
+    """
+
+    request_id: str
+    attempt: int
+    attached: tuple[BlockRef, ...]
+    local: tuple[BlockHandle, ...]
+    remote: tuple[BlockRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptDeferred:
+    """Answer to ReservePrompt: no room now."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRefused:
+    """Answer to ReservePrompt: it can never be served."""
+
+    request_id: str
+    attempt: int
+    error: InfiniteLLMError
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSealed:
+    """Answer to SealLocal: own block, and the block that holds its content now (another one if sealed before)."""
+
+    blocks: tuple[tuple[BlockHandle, BlockHandle], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Replenished:
+    """Answer to Replenish; both are empty where there is no room anywhere."""
+
+    local: tuple[BlockHandle, ...]
+    remote: tuple[BlockRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PeerOpened:
+    """A session with a daemon is open; its data plane can be connected to."""
+
+    kvdaemon_id: str
+    address: str
+    session_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the engine thread."""
+
+
+EngineEvent = (
+    Submit
+    | Abort
+    | AbortStream
+    | PromptReserved
+    | PromptDeferred
+    | PromptRefused
+    | LocalSealed
+    | Replenished
+    | PeerOpened
+    | Stop
+)

@@ -1,0 +1,126 @@
+"""DistAttention as an attention function of transformers.
+
+transformers calls one function per layer with the new tokens' q, k and v (keys already rotated). Here that call
+
+1. writes k and v into the step's open blocks,
+2. sends q to the daemons that hold other blocks of the batch's sequences,
+3. computes the partial state over the local pool meanwhile,
+4. collects the remote partial states and merges them.
+
+The batch is one packed row ``[1, total tokens]``; which rows belong to which sequence is the step's plan. transformers
+builds no mask for an attention function it does not know, so nothing quadratic is allocated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels import AttentionKernels, AttentionPlan, LayerParams
+from services.dataplane.remote_attention import RemoteAttention
+
+ATTENTION_NAME = "infinite_llm_dist_attention"
+_CONTEXT = (
+    "_infinite_llm_dist_attention"  # attribute of the attention modules; some models drop custom keyword arguments
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """One step's plan, the same for all layers.
+
+    Attributes:
+        slots: [rows] int64, where the rows' k and v go in the local pool (block * block_tokens + offset).
+        local: the local part of every row; each sequence has at least its open block here.
+    """
+
+    slots: Tensor
+    local: AttentionPlan
+
+
+class DistAttention:
+    """Computes attention for one engine. Used by the engine thread.
+
+    Args:
+        pool: [num_blocks, layers, kv_heads, 2, block_tokens, head_dim], the mapped local pool.
+        remote: None where there are no other daemons (the probe at load).
+    """
+
+    def __init__(self, kernels: AttentionKernels, pool: Tensor, remote: RemoteAttention | None) -> None:
+        self._kernels = kernels
+        self._pool = pool
+        self._remote = remote
+        self._step: StepTensors | None = None
+        self.calls = 0
+
+    def attach_to(self, model: nn.Module) -> None:
+        """Makes this object serve all attention modules of a model (those with a layer index)."""
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                setattr(module, _CONTEXT, self)
+
+    def begin_step(self, step: StepTensors) -> None:
+        self._step = step
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, params: LayerParams, sinks: Tensor | None) -> Tensor:
+        """One layer's attention.
+
+        Args:
+            q: [rows, q_heads, head_dim]; k, v: [rows, kv_heads, head_dim].
+            sinks: [q_heads] scores of attention sinks, or None.
+
+        Returns:
+            [rows, q_heads, head_dim] in q's dtype.
+        """
+        step = self._step
+        assert step is not None, "begin_step comes before the model's forward"
+        self.calls += 1
+        self._kernels.store_kv(k, v, self._pool, step.slots, params.layer)
+        q = q.contiguous()
+        remote = self._remote if self._remote is not None and self._remote.active else None
+        if remote is not None:
+            remote.submit(params, q)
+        merging = remote is not None or sinks is not None
+        out = torch.empty(q.shape, dtype=torch.float32 if merging else q.dtype)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32)
+        self._kernels.micro_attention(q, self._pool, step.local, params, out, lse)
+        if remote is not None:
+            remote.collect(out, lse)
+        if sinks is not None:
+            self._kernels.merge_sinks(out, lse, sinks)
+        return out.to(q.dtype)
+
+
+def dist_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """The function registered with transformers; the signature is transformers' contract.
+
+    Args:
+        query: [1, q_heads, rows, head_dim]; key, value: [1, kv_heads, rows, head_dim].
+
+    Returns:
+        [1, rows, q_heads, head_dim], and no weights.
+    """
+    context = getattr(module, _CONTEXT)
+    assert isinstance(context, DistAttention)
+    params = LayerParams(
+        layer=int(module.layer_idx),  # type: ignore[arg-type]
+        scale=float(scaling) if scaling is not None else float(query.shape[-1]) ** -0.5,
+        window=int(sliding_window or 0),
+        softcap=float(softcap or 0.0),
+    )
+    out = context(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), params, s_aux)
+    return out.unsqueeze(0), None

@@ -1,0 +1,374 @@
+"""The engine: one thread that owns the model, the sequences, their blocks and the data plane.
+
+A round of its loop: take events, settle blocks, schedule, run the model, commit, publish. A step is a transaction:
+lengths, sealed blocks and samples are committed after the last layer. If a daemon is lost in between, the step is
+discarded; sequences with blocks on that daemon are computed anew from their tokens, the others are planned again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from services.core.errors import InfiniteLLMError, PeerLostError, TransferTimeoutError
+from services.core.sequence import Sequence, SequenceState
+from services.dataplane.peers import PeerSet
+from services.dataplane.remote_attention import RemoteAttention
+from services.instance.batch import build_batch
+from services.instance.control import (
+    Abort,
+    AbortStream,
+    Control,
+    EndSession,
+    EngineEvent,
+    LocalSealed,
+    PeerOpened,
+    PromptDeferred,
+    PromptRefused,
+    PromptReserved,
+    Replenished,
+    ReservePrompt,
+    Stop,
+    Submit,
+)
+from services.instance.dist_attention import DistAttention
+from services.instance.memory import BlockMemory
+from services.instance.model import Model
+from services.instance.sampler import Sample, TokenLogprobs, sample
+from services.instance.scheduler import Scheduled, Scheduler
+
+_log = logging.getLogger(__name__)
+_IDLE_WAIT_S = 0.5  # longest wait for an event; only bounds how late a missed wake-up would be noticed
+_RETRY_S = 0.1  # between attempts to reserve a prompt for which there was no room
+_PUBLISH_IDLE_S = 0.2  # how old the snapshot may get while nothing happens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """A token was drawn for a request."""
+
+    request_id: str
+    stream_id: int
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressOutput:
+    request_id: str
+    stream_id: int
+    computed_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FinishOutput:
+    """A request ended with its last token: reason "stop" or "length"."""
+
+    request_id: str
+    stream_id: int
+    reason: str
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailOutput:
+    """A request that cannot be served."""
+
+    request_id: str
+    stream_id: int
+    error: InfiniteLLMError
+
+
+Output = TokenOutput | ProgressOutput | FinishOutput | FailOutput
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """What the outside may know of the engine.
+
+    Attributes:
+        placement: for each running request, its blocks on each daemon.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    placement: tuple[tuple[str, dict[str, int]], ...] = ()
+
+
+@dataclass(slots=True)
+class _Reservation:
+    """A prompt whose blocks are being reserved."""
+
+    sequence: Sequence
+    keys: tuple[bytes, ...] = field(default_factory=tuple)
+
+
+class Engine:
+    """Computes requests. ``post`` may be called from any thread; everything else happens in ``run``'s thread.
+
+    Args:
+        publish: gets all outputs of a step at once; called by the engine thread, must not block.
+        publish_snapshot: gets a new snapshot after a change, at most every few steps; likewise.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        attention: DistAttention,
+        remote: RemoteAttention,
+        peers: PeerSet,
+        memory: BlockMemory,
+        scheduler: Scheduler,
+        control: Control,
+        publish: Callable[[list[Output]], None],
+        publish_snapshot: Callable[[EngineSnapshot], None],
+    ) -> None:
+        self._model = model
+        self._attention = attention
+        self._remote = remote
+        self._peers = peers
+        self._memory = memory
+        self._scheduler = scheduler
+        self._control = control
+        self._publish = publish
+        self._publish_snapshot = publish_snapshot
+        self._inbox: deque[EngineEvent] = deque()
+        self._sequences: dict[str, Sequence] = {}
+        self._reservations: dict[int, _Reservation] = {}  # by attempt
+        self._attempts = 0
+        self._reserve_at = 0.0  # monotonic: not before
+        self._steps = 0
+        self._outputs: list[Output] = []
+        self._snapshot_at = 0.0
+        self._stopping = threading.Event()
+
+    def post(self, event: EngineEvent) -> None:
+        """Puts an event into the inbox and wakes the engine."""
+        self._inbox.append(event)
+        self._peers.wake()
+
+    def run(self) -> None:
+        """The loop; returns after ``Stop``."""
+        while not self._stopping.is_set():
+            self._take_events()
+            self._settle_peers()
+            self._memory.tick()
+            self._reserve()
+            batch = self._scheduler.schedule(self._memory.grow)
+            if batch:
+                self._step(batch)
+            else:
+                self._make_room()
+            self._flush()
+            self._peers.poll(0.0 if batch else self._idle_wait())
+        self._peers.close()
+
+    def _step(self, scheduled: list[Scheduled]) -> None:
+        """One transaction: plan, forward, sample, commit."""
+        batch = build_batch(scheduled, [self._memory.table(item.sequence) for item in scheduled])
+        self._steps += 1
+        try:
+            self._remote.begin_step(self._steps, batch.shares)
+            self._attention.begin_step(batch.step)
+            logits = self._model.forward(batch.token_ids, batch.positions, batch.logit_rows)
+        except (PeerLostError, TransferTimeoutError) as error:
+            _log.warning("step discarded", extra={"step": self._steps, "why": str(error)})
+            return
+        sampled = [item for item in scheduled if item.samples]
+        samples = iter(
+            sample(
+                logits,
+                [item.sequence.request.sampling for item in sampled],
+                [item.sequence.generated for item in sampled],
+            )
+            if sampled
+            else []
+        )
+        for item in scheduled:
+            samples_now = item.samples
+            self._memory.commit(item.sequence, item.sequence.computed + item.count)
+            if samples_now:
+                self._append(item.sequence, next(samples))
+            elif item.sequence.request.progress:
+                self._progress(item.sequence)
+
+    def _append(self, sequence: Sequence, drawn: Sample) -> None:
+        request = sequence.request
+        if request.progress and sequence.generated == 0:
+            self._progress(sequence)
+        sequence.tokens.append(drawn.token_id)
+        self._outputs.append(TokenOutput(request.request_id, request.stream_id, drawn.token_id, drawn.logprobs))
+        if drawn.token_id in request.sampling.stop_token_ids:
+            self._finish(sequence, "stop")
+        elif (
+            sequence.generated >= request.sampling.max_tokens or len(sequence.tokens) >= self._model.shape.max_model_len
+        ):
+            self._finish(sequence, "length")
+
+    def _finish(self, sequence: Sequence, reason: str) -> None:
+        request = sequence.request
+        self._outputs.append(FinishOutput(request.request_id, request.stream_id, reason, sequence.cached_tokens))
+        self._drop(sequence)
+        _log.info(
+            "request finished",
+            extra={"request_id": request.request_id, "reason": reason, "generated": sequence.generated},
+        )
+
+    def _progress(self, sequence: Sequence) -> None:
+        request = sequence.request
+        self._outputs.append(
+            ProgressOutput(request.request_id, request.stream_id, sequence.computed, len(sequence.tokens))
+        )
+
+    def _drop(self, sequence: Sequence) -> None:
+        """The request is over, for whatever reason: everything it holds is given up."""
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.request_id]
+        self._memory.release(sequence)
+
+    # ------------------------------------------------------------ memory
+
+    def _reserve(self) -> None:
+        """Begins to reserve blocks for waiting prompts, oldest first."""
+        if self._memory.starved or time.monotonic() < self._reserve_at:
+            return
+        while (sequence := self._scheduler.next_to_reserve()) is not None:
+            sequence.state = SequenceState.RESERVING
+            self._attempts += 1
+            keys = self._memory.prompt_keys(sequence)
+            self._reservations[self._attempts] = _Reservation(sequence, keys)
+            geometry = self._memory.geometry
+            remaining = sequence.request.sampling.max_tokens - sequence.generated
+            longest = min(len(sequence.tokens) + remaining, self._model.shape.max_model_len)
+            self._control.order(
+                ReservePrompt(
+                    sequence.request_id,
+                    self._attempts,
+                    keys,
+                    len(sequence.tokens) // geometry.block_tokens,
+                    geometry.blocks_for(longest),
+                )
+            )
+
+    def _reserved(self, event: PromptReserved) -> None:
+        reservation = self._reservations.pop(event.attempt)
+        sequence = reservation.sequence
+        if self._sequences.get(event.request_id) is not sequence:  # aborted meanwhile
+            self._memory.give_back(event)
+            return
+        if not self._memory.usable(event):  # one of the daemons was lost meanwhile
+            self._memory.give_back(event)
+            sequence.state = SequenceState.WAITING
+            return
+        self._memory.admit(sequence, event, reservation.keys)
+        self._scheduler.admit(sequence)
+        _log.info(
+            "request admitted",
+            extra={
+                "request_id": sequence.request_id,
+                "tokens": len(sequence.tokens),
+                "cached_tokens": sequence.cached_tokens,
+                "local_blocks": len(event.local),
+                "remote_blocks": len(event.remote),
+            },
+        )
+
+    def _deferred(self, event: PromptDeferred) -> None:
+        sequence = self._reservations.pop(event.attempt).sequence
+        if self._sequences.get(event.request_id) is sequence:
+            sequence.state = SequenceState.WAITING
+            self._reserve_at = time.monotonic() + _RETRY_S
+
+    def _refused(self, event: PromptRefused) -> None:
+        sequence = self._reservations.pop(event.attempt).sequence
+        if self._sequences.get(event.request_id) is sequence:
+            self._drop(sequence)
+            self._outputs.append(FailOutput(event.request_id, sequence.request.stream_id, event.error))
+
+    def _make_room(self) -> None:
+        """Nobody could take a step. If that is for want of blocks and none will come free, the youngest gives way."""
+        running = self._scheduler.running
+        if len(running) > 1 and self._memory.starved and not self._memory.settling:
+            youngest = running[-1]
+            _log.info("request preempted", extra={"request_id": youngest.request_id, "tokens": len(youngest.tokens)})
+            self._memory.release(youngest)
+            self._scheduler.preempt(youngest)
+
+    def _settle_peers(self) -> None:
+        """Sequences with blocks on a lost daemon are computed anew from their tokens."""
+        for lost in self._peers.take_lost():
+            self._control.order(EndSession(lost.kvdaemon_id, lost.reason))
+            affected = self._memory.peer_lost(lost.kvdaemon_id)
+            _log.warning(
+                "kvdaemon lost",
+                extra={
+                    "kvdaemon": lost.kvdaemon_id,
+                    "why": lost.reason,
+                    "recomputed_requests": [sequence.request_id for sequence in affected],
+                },
+            )
+            for sequence in affected:
+                self._memory.release(sequence)
+                self._scheduler.preempt(sequence)
+
+    # ------------------------------------------------------------ events
+
+    def _take_events(self) -> None:
+        while self._inbox:
+            self._take(self._inbox.popleft())
+
+    def _take(self, event: EngineEvent) -> None:
+        match event:
+            case Submit(request):
+                sequence = Sequence(request)
+                self._sequences[request.request_id] = sequence
+                self._scheduler.add(sequence)
+            case Abort(request_id):
+                aborted = self._sequences.get(request_id)
+                if aborted is not None:
+                    self._drop(aborted)
+                    _log.info("request aborted", extra={"request_id": request_id})
+            case AbortStream(stream_id):
+                for sequence in [s for s in self._sequences.values() if s.request.stream_id == stream_id]:
+                    self._drop(sequence)
+            case PromptReserved():
+                self._reserved(event)
+            case PromptDeferred():
+                self._deferred(event)
+            case PromptRefused():
+                self._refused(event)
+            case LocalSealed():
+                self._memory.sealed(event)
+            case Replenished():
+                self._memory.replenished(event)
+            case PeerOpened(kvdaemon_id, address, session_id):
+                self._peers.disconnect(kvdaemon_id, "a new session replaces it")
+                self._settle_peers()
+                self._peers.connect(kvdaemon_id, address, session_id)
+            case Stop():
+                self._stopping.set()
+
+    def _idle_wait(self) -> float:
+        """How long nothing can happen without an event."""
+        if self._inbox:
+            return 0.0
+        waits_for_room = self._scheduler.running or self._scheduler.waiting
+        return _RETRY_S if waits_for_room else _IDLE_WAIT_S
+
+    def _flush(self) -> None:
+        """Publishes what the round brought."""
+        changed = bool(self._outputs)
+        if changed:
+            outputs, self._outputs = self._outputs, []
+            self._publish(outputs)
+        now = time.monotonic()
+        if now - self._snapshot_at >= _PUBLISH_IDLE_S or (changed and not self._scheduler.running):
+            self._snapshot_at = now
+            running = self._scheduler.running
+            placement = tuple((s.request_id, self._memory.placement(s)) for s in running)
+            self._publish_snapshot(EngineSnapshot(len(running), len(self._scheduler.waiting), placement))

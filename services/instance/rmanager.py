@@ -1,0 +1,318 @@
+"""The instance's rManager: sessions with daemons, and the orders of its engine carried out in them.
+
+Runs in the asyncio thread. Placing a prompt is all or nothing: what is cached is attached to, the rest is reserved in
+the local pool as far as it has room, and beyond that in the pools of others, in proportion to their room. A daemon
+refuses at once what it has no room for, and nothing that was borrowed is borrowed on, so there are no cycles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+
+from services.core.blocks import BlockHandle, BlockRef, PoolGeometry
+from services.core.errors import ContextTooLongError, InfiniteLLMError, UnavailableError
+from services.core.placement import Room
+from services.dataplane.peers import PeerSet
+from services.instance.control import (
+    EndSession,
+    EngineEvent,
+    LocalSealed,
+    Order,
+    PeerOpened,
+    PromptDeferred,
+    PromptRefused,
+    PromptReserved,
+    Release,
+    Replenish,
+    Replenished,
+    ReservePrompt,
+    SealLocal,
+)
+from services.rmanager.daemon_client import DaemonSession
+from services.rmanager.gmanager_client import GManagerClient
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RManagerSettings:
+    """What an rManager is told once.
+
+    Attributes:
+        scheme: of the data plane, e.g. "shm".
+        workspace: open blocks the engine holds; not available to requests.
+    """
+
+    instance_id: str
+    geometry: PoolGeometry
+    scheme: str
+    workspace: int
+    call_timeout_s: float
+
+
+class RManager:
+    """Carries out the engine's orders. ``order`` may be called from the engine thread; the rest is asyncio's.
+
+    Args:
+        local: the open session with the local daemon.
+        post: puts an event into the engine's inbox.
+        on_local_lost: called when the local daemon is gone: without its pool the engine cannot go on.
+    """
+
+    def __init__(
+        self,
+        settings: RManagerSettings,
+        local: DaemonSession,
+        gmanager: GManagerClient,
+        peers: PeerSet,
+        post: Callable[[EngineEvent], None],
+        on_local_lost: Callable[[str], None],
+    ) -> None:
+        self._settings = settings
+        self._local = local
+        self._gmanager = gmanager
+        self._peers = peers
+        self._post = post
+        self._on_local_lost = on_local_lost
+        self._loop = asyncio.get_running_loop()
+        self._sessions: dict[str, DaemonSession] = {}
+        self._opening: dict[str, asyncio.Task[DaemonSession | None]] = {}
+        self._rooms: tuple[Room, ...] = ()  # the last answer of a gManager
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def order(self, order: Order) -> None:
+        """Takes an order from the engine thread."""
+        self._loop.call_soon_threadsafe(self._start, order)
+
+    async def close(self) -> None:
+        """Ends all sessions but the local one, which belongs to the caller."""
+        for task in (*self._tasks, *self._opening.values()):
+            task.cancel()
+        await asyncio.gather(*(session.close() for session in self._sessions.values()), return_exceptions=True)
+
+    # ------------------------------------------------------------ orders
+
+    def _start(self, order: Order) -> None:
+        # Each order is a task of its own; calls to one daemon keep their order because DaemonSession grants them in the
+        # order of asking, and an order that has a single call asks for it before it first waits.
+        task = self._loop.create_task(self._guarded(self._execute(order)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _guarded(self, work: Coroutine[None, None, None]) -> None:
+        try:
+            await work
+        except InfiniteLLMError as error:
+            # The session concerned has ended, and who holds it has been told; only the local one cannot be done without.
+            _log.warning("order not carried out", extra={"why": str(error)})
+            if not self._local.alive:
+                self._on_local_lost(str(error))
+
+    async def _execute(self, order: Order) -> None:
+        match order:
+            case ReservePrompt():
+                await self._reserve_prompt(order)
+            case SealLocal(blocks):
+                now = await self._local.seal(blocks)
+                own = [handle for handle, _ in blocks]
+                self._post(LocalSealed(tuple(zip(own, now, strict=True))))
+            case Release(kvdaemon_id, handles):
+                session = self._session(kvdaemon_id)
+                if session is not None:
+                    await session.release(handles)
+            case Replenish(blocks):
+                await self._replenish(blocks)
+            case EndSession(kvdaemon_id, _):
+                session = self._sessions.pop(kvdaemon_id, None)
+                if session is not None:
+                    await session.close()
+
+    async def _reserve_prompt(self, order: ReservePrompt) -> None:
+        """Answers with PromptReserved, PromptDeferred or PromptRefused, whatever happens."""
+        held: list[BlockRef] = []
+        try:
+            refusal = await self._too_long(order)
+            if refusal is not None:
+                self._post(PromptRefused(order.request_id, order.attempt, refusal))
+                return
+            attached = await self._attach(order.keys, held)
+            missing = order.full_blocks - len(attached)
+            local = await self._local.reserve(missing, 0, request_id=order.request_id) if missing else []
+            held += [BlockRef(self._local.kvdaemon_id, handle) for handle in local]
+            missing -= len(local)
+            remote = await self._borrow(missing, order.request_id) if missing else []
+            held += remote
+            if len(remote) == missing:
+                held = []
+                self._post(
+                    PromptReserved(order.request_id, order.attempt, tuple(attached), tuple(local), tuple(remote))
+                )
+                return
+        except InfiniteLLMError as error:
+            _log.warning("reservation interrupted", extra={"request_id": order.request_id, "why": str(error)})
+        await self._give_back(held)
+        self._post(PromptDeferred(order.request_id, order.attempt))
+
+    async def _too_long(self, order: ReservePrompt) -> ContextTooLongError | None:
+        """Why this request can never be served, if so: it needs more blocks than can ever be free for it."""
+        own = self._local.opened.total_blocks - self._settings.workspace
+        if order.max_blocks <= own:
+            return None
+        rooms = await self._find_rooms()
+        available = own + sum(room.total_blocks for room in rooms)
+        if order.max_blocks <= available:
+            return None
+        size = self._settings.geometry.block_tokens
+        return ContextTooLongError(
+            f"the request needs up to {order.max_blocks * size} tokens of KV cache ({order.max_blocks} rBlocks, "
+            f"prompt and max_tokens together); the cluster has {available * size} ({available} rBlocks in {len(rooms) + 1} KV "
+            f"daemons): shorten the prompt, lower max_tokens, or add KV daemons"
+        )
+
+    async def _attach(self, keys: Sequence[bytes], held: list[BlockRef]) -> list[BlockRef]:
+        """Holds on the longest cached beginning of a prompt; adds them to ``held`` as they are taken."""
+        if not keys:
+            return []
+        found: dict[int, BlockRef] = {}
+        surplus: list[BlockRef] = []
+        for session in (self._local, *self._sessions.values()):
+            for index, handle in (await session.attach(keys)).items():
+                ref = BlockRef(session.kvdaemon_id, handle)
+                held.append(ref)
+                if index in found:
+                    surplus.append(ref)
+                else:
+                    found[index] = ref
+        length = next(index for index in range(len(keys) + 1) if index not in found)
+        surplus += [ref for index, ref in sorted(found.items()) if index >= length]
+        for ref in surplus:
+            held.remove(ref)
+        await self._give_back(surplus)
+        return [found[index] for index in range(length)]
+
+    async def _replenish(self, blocks: int) -> None:
+        """Answers with Replenished, whatever happens."""
+        local: list[BlockHandle] = []
+        remote: list[BlockRef] = []
+        try:
+            local = await self._local.reserve(blocks, 0, workspace=True)
+            if len(local) < blocks:
+                remote = await self._borrow(blocks - len(local), "")
+        finally:
+            self._post(Replenished(tuple(local), tuple(remote)))
+
+    async def _give_back(self, refs: Sequence[BlockRef]) -> None:
+        by_daemon: dict[str, list[BlockHandle]] = {}
+        for ref in reversed(refs):
+            by_daemon.setdefault(ref.kvdaemon_id, []).append(ref.handle)
+        for kvdaemon_id, handles in by_daemon.items():
+            session = self._session(kvdaemon_id)
+            if session is not None:
+                await session.release(handles)
+
+    # ------------------------------------------------------------ other daemons
+
+    async def _borrow(self, blocks: int, request_id: str) -> list[BlockRef]:
+        """Up to ``blocks`` blocks reserved on other daemons, in proportion to their room, interleaved."""
+        rooms = [room for room in await self._find_rooms() if room.free_blocks]
+        free = sum(room.free_blocks for room in rooms)
+        if not free:
+            return []
+        wanted = [min(room.free_blocks, -(-blocks * room.free_blocks // free)) for room in rooms]
+        grants: list[list[BlockRef]] = []
+        left = blocks
+        for room, share in zip(rooms, wanted, strict=True):
+            granted = await self._reserve_at(room, min(share, left), request_id)
+            left -= len(granted)
+            grants.append(granted)
+        for at, room in enumerate(rooms):  # views are stale: whoever has more may fill the gap
+            if left:
+                more = await self._reserve_at(room, left, request_id)
+                left -= len(more)
+                grants[at] += more
+        return _interleave(grants)
+
+    async def _reserve_at(self, room: Room, blocks: int, request_id: str) -> list[BlockRef]:
+        if not blocks:
+            return []
+        try:
+            session = await self._session_with(room)
+            if session is None:
+                return []
+            handles = await session.reserve(blocks, 0, request_id=request_id)
+        except InfiniteLLMError as error:
+            _log.warning("no room from kvdaemon", extra={"kvdaemon": room.kvdaemon_id, "why": str(error)})
+            return []
+        return [BlockRef(room.kvdaemon_id, handle) for handle in handles]
+
+    async def _find_rooms(self) -> tuple[Room, ...]:
+        """Who has room, by the gManager's view; without one, by its last answer."""
+        try:
+            self._rooms = await self._gmanager.find_room(self._settings.geometry, exclude=(self._local.kvdaemon_id,))
+        except UnavailableError as error:
+            _log.warning("no gManager: using its last view", extra={"why": str(error), "rooms": len(self._rooms)})
+        return self._rooms
+
+    def _session(self, kvdaemon_id: str) -> DaemonSession | None:
+        if kvdaemon_id == self._local.kvdaemon_id:
+            return self._local
+        return self._sessions.get(kvdaemon_id)
+
+    async def _session_with(self, room: Room) -> DaemonSession | None:
+        """The session with a daemon, opened if there is none. Concurrent callers share one attempt."""
+        session = self._sessions.get(room.kvdaemon_id)
+        if session is not None and session.alive:
+            return session
+        task = self._opening.get(room.kvdaemon_id)
+        if task is None:
+            task = self._loop.create_task(self._open(room))
+            self._opening[room.kvdaemon_id] = task
+            task.add_done_callback(lambda _: self._opening.pop(room.kvdaemon_id, None))
+        return await asyncio.shield(task)
+
+    async def _open(self, room: Room) -> DaemonSession | None:
+        session_id = 0
+
+        def lost(kvdaemon_id: str, reason: str) -> None:
+            if self._sessions.get(kvdaemon_id) is session:
+                del self._sessions[kvdaemon_id]
+            self._peers.report_lost(kvdaemon_id, session_id, reason)
+
+        session = DaemonSession(
+            room.kvdaemon_id,
+            room.address,
+            instance_id=self._settings.instance_id,
+            epoch=time.time_ns(),
+            geometry=self._settings.geometry,
+            mapped=False,
+            on_lost=lost,
+            call_timeout_s=self._settings.call_timeout_s,
+        )
+        try:
+            opened = await session.open()
+        except InfiniteLLMError as error:
+            _log.warning("kvdaemon gave no session", extra={"kvdaemon": room.kvdaemon_id, "why": str(error)})
+            return None
+        session_id = opened.session_id
+        prefix = self._settings.scheme + ":"
+        address = next((a for a in opened.dataplane_addresses if a.startswith(prefix)), None)
+        if address is None:
+            _log.warning(
+                "kvdaemon offers no common transport",
+                extra={"kvdaemon": room.kvdaemon_id, "offers": opened.dataplane_addresses, "wanted": prefix},
+            )
+            await session.close()
+            return None
+        self._sessions[room.kvdaemon_id] = session
+        self._post(PeerOpened(room.kvdaemon_id, address, opened.session_id))
+        return session
+
+
+def _interleave(grants: Sequence[Sequence[BlockRef]]) -> list[BlockRef]:
+    """Merges lists so that each is spread evenly over the result: attention over a prefix then keeps all daemons busy."""
+    placed = [((at + 0.5) / len(refs), n, ref) for n, refs in enumerate(grants) for at, ref in enumerate(refs)]
+    return [ref for _, _, ref in sorted(placed, key=lambda entry: entry[:2])]

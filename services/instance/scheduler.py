@@ -1,0 +1,87 @@
+"""Which sequences take part in the next step, and with how many tokens. Policy only: no tensors, no I/O."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from services.core.sequence import Sequence, SequenceState
+
+GrowBlocks = Callable[[Sequence, int], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """``count`` next tokens of a sequence; the last one is sampled from if it is the sequence's last."""
+
+    sequence: Sequence
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        return self.count == self.sequence.pending
+
+
+class Scheduler:
+    """First come, first served; decode before prefill; prefill in chunks. Used by the engine thread.
+
+    Both lists are ordered by age, oldest first. A sequence is WAITING or RESERVING in ``waiting`` and RUNNING in
+    ``running``.
+    """
+
+    def __init__(self, max_num_seqs: int, max_batch_tokens: int, max_reserving: int = 8) -> None:
+        self._max_num_seqs = max_num_seqs
+        self._max_batch_tokens = max_batch_tokens
+        self._max_reserving = max_reserving
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        sequence.state = SequenceState.WAITING
+        insort(self.waiting, sequence, key=lambda s: s.age)
+
+    def admit(self, sequence: Sequence) -> None:
+        """Its blocks are reserved: it runs from now on."""
+        self.waiting.remove(sequence)
+        sequence.state = SequenceState.RUNNING
+        insort(self.running, sequence, key=lambda s: s.age)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Its blocks are gone: it waits again, at its age, and is computed anew."""
+        self.running.remove(sequence)
+        sequence.computed = 0
+        self.add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        (self.running if sequence.state is SequenceState.RUNNING else self.waiting).remove(sequence)
+
+    def next_to_reserve(self) -> Sequence | None:
+        """The oldest sequence whose blocks may be reserved now."""
+        reserving = sum(s.state is SequenceState.RESERVING for s in self.waiting)
+        if reserving >= self._max_reserving or len(self.running) + reserving >= self._max_num_seqs:
+            return None
+        return next((s for s in self.waiting if s.state is SequenceState.WAITING), None)
+
+    def schedule(self, grow: GrowBlocks) -> list[Scheduled]:
+        """The next step's batch; ``grow(sequence, tokens)`` answers whether its first ``tokens`` tokens have blocks."""
+        batch: list[Scheduled] = []
+        budget = self._max_batch_tokens
+        for sequence in self.running:
+            if sequence.pending == 1 and budget and grow(sequence, len(sequence.tokens)):
+                batch.append(Scheduled(sequence, 1))
+                budget -= 1
+        for sequence in self.running:
+            if sequence.pending > 1 and budget:
+                count = self._chunk(sequence, budget, grow)
+                if count:
+                    batch.append(Scheduled(sequence, count))
+                    budget -= count
+        return batch
+
+    def _chunk(self, sequence: Sequence, budget: int, grow: GrowBlocks) -> int:
+        """The largest chunk, by halves, that has blocks now; 0 if not even a small one has."""
+        count = min(sequence.pending, budget)
+        while count and not grow(sequence, sequence.computed + count):
+            count = count // 2 if count > 16 else 0
+        return count
