@@ -1,0 +1,42 @@
+"""Client of infinite-llm.
+
+from infinitellm import Client, Tokens
+
+with Client("127.0.0.1:50051") as client:
+    for event in client.generate("Once upon a time", max_tokens=64):
+        if isinstance(event, Tokens):
+            print(event.text, end="", flush=True)
+"""
+
+from infinitellm.client import AsyncClient, Client
+from infinitellm.errors import InfiniteLLMError
+from infinitellm.types import (
+    BlockPlacement,
+    ClusterStatus,
+    Event,
+    Finished,
+    InstanceStatus,
+    KvDaemonStatus,
+    PoolUse,
+    Progress,
+    RequestStatus,
+    TokenLogprobs,
+    Tokens,
+)
+
+__all__ = [
+    "AsyncClient",
+    "BlockPlacement",
+    "Client",
+    "ClusterStatus",
+    "Event",
+    "Finished",
+    "InfiniteLLMError",
+    "InstanceStatus",
+    "KvDaemonStatus",
+    "PoolUse",
+    "Progress",
+    "RequestStatus",
+    "TokenLogprobs",
+    "Tokens",
+]

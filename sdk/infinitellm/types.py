@@ -1,0 +1,131 @@
+"""What calls answer: frozen dataclasses, no protobuf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the prompt has been computed."""
+
+    request_id: str
+    computed_tokens: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural log-probabilities at one position: of the drawn token, and of the most probable ones, descending."""
+
+    logprob: float
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """New tokens.
+
+    Attributes:
+        text: their text; a character that is not complete yet comes with a later event. Empty without a tokenizer.
+        logprobs: one for each id if they were asked for, otherwise none.
+    """
+
+    request_id: str
+    ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event.
+
+    Attributes:
+        reason: ``stop`` after the end-of-sequence token, ``length`` after max_tokens.
+        cached_tokens: prompt tokens whose KV was found in the cluster and not computed.
+    """
+
+    request_id: str
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+Event = Progress | Tokens | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceStatus:
+    """An engine that computes the model; ``address`` is its control server's host:port."""
+
+    instance_id: str
+    address: str
+    local_kvdaemon_id: str
+    running_requests: int
+    waiting_requests: int
+    heartbeat_age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PoolUse:
+    """The use of one pool, in rBlocks: total = free + cached + workspace + reserved + in_use.
+
+    Attributes:
+        cached: sealed, without users; kept for prefix reuse, evicted when room is needed.
+        workspace: held open by the local instance for the tails of its sequences.
+        reserved: promised to a request, not written yet.
+        in_use: sealed, with users.
+    """
+
+    total: int
+    free: int
+    cached: int
+    workspace: int
+    reserved: int
+    in_use: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvDaemonStatus:
+    """One pool of rBlocks; ``block_bytes`` is 0 and ``use`` all 0 as long as no instance has opened a session."""
+
+    kvdaemon_id: str
+    address: str
+    pool_bytes: int
+    block_bytes: int
+    use: PoolUse
+    heartbeat_age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlacement:
+    """Some of a request's rBlocks on one daemon; ``local`` if the request's instance maps that daemon's pool."""
+
+    kvdaemon_id: str
+    num_blocks: int
+    local: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStatus:
+    """A running request and where its rBlocks lie."""
+
+    request_id: str
+    instance_id: str
+    placement: tuple[BlockPlacement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """The cluster as its gManager knows it; may be a heartbeat interval old."""
+
+    instances: tuple[InstanceStatus, ...]
+    kvdaemons: tuple[KvDaemonStatus, ...]
+    requests: tuple[RequestStatus, ...]
+    models: tuple[str, ...]

@@ -1,0 +1,205 @@
+"""The engine against transformers' own generation, with KV local, remote, spilled, preempted and lost."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from engine_rig import EngineRig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from services.instance.engine import FailOutput
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "llama"
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=4096,
+        eos_token_id=None,
+        bos_token_id=None,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path):
+    eager = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+
+    def generate(prompt: list[int], count: int) -> list[int]:
+        tokens = torch.tensor([prompt])
+        answer = eager.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        top = torch.stack([logits[0] for logits in answer.logits]).topk(2).values
+        return answer.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist()
+
+    return generate
+
+
+def assert_same_tokens(got: list[int], reference: tuple[list[int], list[float]]) -> None:
+    """Equal up to the first position whose two best logits are so close that rounding may decide."""
+    expected, margins = reference
+    assert len(got) == len(expected)
+    cut = next((i for i, margin in enumerate(margins) if margin < 1e-3), len(expected))
+    assert cut >= min(len(expected), 20), "margins too small to show anything; choose another seed"
+    assert got[:cut] == expected[:cut]
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(256), k=length)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 300])
+def test_all_local(model: Path, reference, length: int):
+    prompt = prompt_of(length, length)
+    with EngineRig(model) as rig:
+        rig.submit("r", prompt, 40)
+        rig.wait("r")
+        assert_same_tokens(rig.tokens("r"), reference(prompt, 40))
+        assert rig.finish("r").reason == "length"
+        rig.check_nothing_held()
+
+
+def test_most_of_a_prompt_lies_on_lenders(model: Path, reference):
+    prompt = prompt_of(1000, 1)  # 15 full blocks; the local pool keeps 4 beside its workspace
+    with EngineRig(model, local_blocks=12, lenders=(10, 10)) as rig:
+        rig.submit("r", prompt, 400)
+        rig.wait_until(lambda: rig.snapshot.placement)
+        placement = dict(rig.snapshot.placement)["r"]
+        assert placement["lender-0"] + placement["lender-1"] > placement["local"] > 0
+        rig.wait("r")
+        assert_same_tokens(rig.tokens("r"), reference(prompt, 400))
+        rig.check_nothing_held()
+
+
+def test_decoding_spills_the_oldest_blocks(model: Path, reference):
+    prompt = prompt_of(70, 2)
+    with EngineRig(model, local_blocks=12, lenders=(20,)) as rig:
+        rig.submit("r", prompt, 700)
+        rig.wait("r")
+        assert_same_tokens(rig.tokens("r"), reference(prompt, 700))
+        assert rig.stats()[1].cached > 0, "something should have been spilled to the lender"
+        rig.check_nothing_held()
+
+
+def test_a_batch_of_mixed_lengths_under_pressure(model: Path, reference):
+    """Twelve requests on memory for a few: they wait, spill, are preempted, and all give the right tokens."""
+    prompts = {f"r{n}": prompt_of(20 + 53 * n, 30 + n) for n in range(12)}
+    with EngineRig(model, local_blocks=14, lenders=(8,), max_num_seqs=4) as rig:
+        for name, prompt in prompts.items():
+            rig.submit(name, prompt, 90)
+        rig.wait(*prompts)
+        for name, prompt in prompts.items():
+            assert_same_tokens(rig.tokens(name), reference(prompt, 90))
+        rig.check_nothing_held()
+
+
+def test_growth_without_room_preempts_the_youngest(model: Path, reference):
+    prompts = {"old": prompt_of(60, 40), "young": prompt_of(60, 41)}
+    with EngineRig(model, local_blocks=13, workspace=6, max_num_seqs=2) as rig:
+        for name, prompt in prompts.items():
+            rig.submit(name, prompt, 300)  # 6 blocks each; there are 7 beside the workspace
+        rig.wait(*prompts)
+        for name, prompt in prompts.items():
+            assert_same_tokens(rig.tokens(name), reference(prompt, 300))
+        rig.check_nothing_held()
+
+
+def test_a_cached_prompt_is_not_computed_again(model: Path, reference):
+    prompt = prompt_of(64 * 5, 50)
+    with EngineRig(model) as rig:
+        for name in ("first", "second"):
+            rig.submit(name, prompt, 10)
+            rig.wait(name)
+            assert_same_tokens(rig.tokens(name), reference(prompt, 10))
+        assert rig.finish("first").cached_tokens == 0
+        assert rig.finish("second").cached_tokens == 64 * 4  # the last token is always computed
+        rig.check_nothing_held()
+
+
+def test_two_requests_that_seal_the_same_content_share_it(model: Path, reference):
+    prompt = prompt_of(200, 51)
+    with EngineRig(model, local_blocks=12, lenders=(12,)) as rig:
+        for name in ("a", "b", "c"):
+            rig.submit(name, prompt, 80)
+        rig.wait("a", "b", "c")
+        for name in ("a", "b", "c"):
+            assert_same_tokens(rig.tokens(name), reference(prompt, 80))
+        rig.check_nothing_held()
+
+
+def test_a_revoked_lender_costs_a_recomputation_only(model: Path, reference):
+    prompt = prompt_of(900, 60)
+    with EngineRig(model, local_blocks=12, lenders=(16, 16)) as rig:
+        rig.submit("r", prompt, 60)
+        for count in (5, 20, 40):
+            rig.wait_until(lambda count=count: len(rig.tokens("r")) >= count)
+            rig.lenders[0].revoke()
+        rig.wait("r")
+        assert_same_tokens(rig.tokens("r"), reference(prompt, 60))
+        rig.check_nothing_held()
+
+
+def test_an_aborted_request_leaves_nothing(model: Path):
+    with EngineRig(model, local_blocks=12, lenders=(16,)) as rig:
+        rig.submit("r", prompt_of(900, 61), 300)
+        rig.submit("queued", prompt_of(900, 62), 300)
+        rig.wait_until(lambda: len(rig.tokens("r")) >= 2)
+        rig.abort("queued")
+        rig.abort("r")
+        rig.check_nothing_held()
+        rig.submit("next", prompt_of(10, 63), 3)
+        rig.wait("next")
+        assert len(rig.tokens("next")) == 3
+
+
+def test_aborts_at_any_moment_leave_nothing(model: Path):
+    choose = random.Random(9)
+    with EngineRig(model, local_blocks=12, lenders=(10, 6)) as rig:
+        for n in range(40):
+            name = f"r{n}"
+            rig.submit(name, prompt_of(choose.randrange(1, 900), 100 + n), choose.randrange(1, 60))
+            if choose.random() < 0.7:
+                seen = len(rig.outputs)
+                rig.wait_until(lambda seen=seen: len(rig.outputs) > seen or choose.random() < 0.2)
+                rig.abort(f"r{choose.randrange(n + 1)}")
+        for n in range(40):
+            rig.abort(f"r{n}")
+        rig.check_nothing_held()
+
+
+def test_a_stop_token_ends_the_request_and_is_part_of_it(model: Path, reference):
+    prompt = prompt_of(30, 70)
+    expected, _ = reference(prompt, 20)
+    with EngineRig(model) as rig:
+        rig.submit("r", prompt, 20, stop_token_ids=frozenset({expected[5]}))
+        rig.wait("r")
+        assert rig.tokens("r") == expected[: expected.index(expected[5]) + 1]
+        assert rig.finish("r").reason == "stop"
+
+
+def test_what_can_never_fit_is_refused(model: Path):
+    with EngineRig(model, local_blocks=16, lenders=(4,)) as rig:
+        rig.submit("r", prompt_of(1500, 80), 5)
+        rig.wait("r")
+        assert [type(output) for output in rig.outputs] == [FailOutput]
+        rig.check_nothing_held()
