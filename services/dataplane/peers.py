@@ -14,6 +14,7 @@ from services.core.blocks import BlockHandle
 from services.core.errors import InvalidRequestError, PeerLostError
 from services.dataplane import wire
 from services.dataplane.transport import (
+    SMALLEST_CHARGE_BYTES,
     Accepted,
     Buffer,
     Connected,
@@ -59,7 +60,7 @@ class Peer:
     def send(self, header: Header, parts: Sequence[Buffer]) -> int:
         """Sends one message and answers its sequence number."""
         self._sequence += 1
-        size = wire.HEADER_BYTES + sum(len(part) for part in parts)
+        size = max(wire.HEADER_BYTES + sum(len(part) for part in parts), SMALLEST_CHARGE_BYTES)
         self.connection.send([replace(header, sequence=self._sequence).pack(), *parts])
         self._unanswered.append((self._sequence, size))
         self._bytes_out += size

@@ -6,10 +6,11 @@ never holds up another. Nothing else blocks.
 
 A ``Connection`` carries whole messages of up to ``limits.max_message_bytes``, in order, both ways. Receive memory is
 posted ahead: each side promises room for ``limits.window_bytes`` of messages that the other has sent and this side has
-not released yet. Keeping within that promise is the sender's business (a request has one answer, so counting is easy);
-a sender that breaks it loses the connection. A connection ends once, with one ``Lost`` event: hang-up, a broken frame or
-``close``; after that ``send`` raises ``PeerLostError``. Receive memory is the connection's own and is never handed to
-another: what arrives late, for a transfer that somebody has given up, lands where nobody reads it.
+not released yet; a message's room is free once it and all messages before it are released. Keeping within that promise
+is the sender's business (a request has one answer, so counting is easy); a sender that breaks it loses the connection.
+A connection ends once, with one ``Lost`` event: hang-up, a broken frame or ``close``; after that ``send`` raises
+``PeerLostError``. Receive memory is the connection's own and is never handed to another: what arrives late, for a
+transfer that somebody has given up, lands where nobody reads it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from services.core.errors import ConfigError
 
 Buffer = bytes | bytearray | memoryview
 
+MAX_HELLO_BYTES = 64 << 10
+SMALLEST_CHARGE_BYTES = 256  # what a shorter message counts in the window
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -29,7 +33,8 @@ class Limits:
 
     Attributes:
         max_message_bytes: the longest message.
-        window_bytes: messages sent and not yet released by the receiver, together; at least one longest message.
+        window_bytes: messages sent and not yet released by the receiver, together, each counted as at least
+            ``SMALLEST_CHARGE_BYTES``; at least one longest message.
     """
 
     max_message_bytes: int
@@ -134,10 +139,12 @@ class Transport(ABC):
         """Begins a connection; ``Connected`` or ``Lost`` follows from ``poll``. ``limits`` hold for both directions.
 
         Args:
-            hello: up to 64 KiB that the other side gets with ``Accepted``.
+            hello: up to ``MAX_HELLO_BYTES`` that the other side gets with ``Accepted``.
 
         Raises:
-            PeerLostError: nobody listens there.
+            PeerLostError: nobody listens there, or this side has no memory or descriptors for a connection.
+            ConfigError: the address is of another scheme.
+            ValueError: the hello is too long.
         """
 
     @abstractmethod

@@ -11,8 +11,8 @@ A daemon serves a connection's messages in order and releases each before it ans
 sequence number n says that the room of every message up to n is free again (``Peer`` counts on it).
 
 **Segments.** A segment is what a daemon holds of one sequence: its sealed blocks there, by position. The daemon keeps
-the list for as long as the connection lives; a PLAN keeps the first ``known`` blocks of it and appends those that are
-new (a daemon that knows fewer refuses). So a step's plan does not grow with the context, and a list stays ascending.
+the list for as long as the connection lives; a PLAN keeps the first ``known`` blocks of it and appends new ones (a daemon
+that knows fewer refuses). So a step's plan does not grow with the context, and a list stays ascending.
 
 Integers are little-endian. Multi-byte tensors are sent as they lie in memory (all supported machines are little-endian).
 """

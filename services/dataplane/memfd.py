@@ -1,0 +1,131 @@
+"""Shared memory that belongs to nobody's file system: memfds, allocated in full and sealed against shrinking.
+
+A memfd disappears with its last mapping, so that nothing is left behind after SIGKILL. Two dangers of shared memory are
+excluded at start: a page that cannot be had when it is first touched (SIGBUS or the OOM killer, instead of an error) by
+allocating everything at once, and a file that a peer cuts short under our mapping (SIGBUS) by seals.
+
+A mapping is never unmapped by hand: tensors and memoryviews keep the ``mmap`` object alive, and the last of them to go
+unmaps it. ``torch.frombuffer`` makes that the only safe way: it holds a reference, but no buffer export that would make
+``mmap.close`` fail.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from pathlib import Path
+
+from services.core.errors import ConfigError, PeerLostError
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_MIB = 1 << 20
+_MADV_POPULATE_WRITE = 23  # <linux/mman.h>, Linux 5.14; not in the mmap module
+
+
+def create_memfd(name: str, size: int, huge_pages: bool = False) -> int:
+    """Creates ``size`` bytes of zeros and answers the file descriptor, which the caller owns.
+
+    Args:
+        huge_pages: ask the system for transparent huge pages, which it may not grant.
+
+    Raises:
+        ConfigError: there is not that much memory.
+    """
+    available = available_bytes()
+    if size > available:
+        raise ConfigError(_too_large(name, size, available))
+    fd = -1
+    try:
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        if huge_pages:
+            _populate_huge(fd, size)
+        os.posix_fallocate(fd, 0, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        raise ConfigError(f"{_too_large(name, size, available)} ({error.strerror})") from error
+    return fd
+
+
+def map_memfd(fd: int, size: int) -> mmap.mmap:
+    """Maps the first ``size`` bytes, shared and writable. The caller keeps ``fd`` and may close it."""
+    return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def map_foreign_memfd(fd: int, size: int) -> mmap.mmap:
+    """Maps a memfd that another process has made, after checking that touching it is safe.
+
+    Raises:
+        PeerLostError: it is not a sealed, fully allocated memfd of exactly ``size`` bytes.
+    """
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        status = os.fstat(fd)
+        if seals & _SEALS != _SEALS or status.st_size != size or status.st_blocks * 512 < size:
+            raise PeerLostError(
+                f"the peer's shared memory is not a sealed and allocated memfd of {size} bytes "
+                f"(seals {seals:#x}, {status.st_size} bytes, {status.st_blocks * 512} allocated)"
+            )
+        return map_memfd(fd, size)
+    except (OSError, ValueError, OverflowError) as error:
+        raise PeerLostError(f"the peer's shared memory cannot be mapped: {error}") from error
+
+
+def available_bytes() -> int:
+    """Memory this process can still take: the machine's, and that of every cgroup (version 2) above the process."""
+    available = _meminfo_available()
+    root = Path("/sys/fs/cgroup")
+    group = root / _own_cgroup().lstrip("/")
+    for directory in (group, *group.parents):
+        if not directory.is_relative_to(root):
+            break
+        try:
+            limit = (directory / "memory.max").read_text().strip()
+            used = int((directory / "memory.current").read_text())
+            statistics = (directory / "memory.stat").read_text().split()
+        except OSError:
+            continue
+        if limit != "max":
+            # File pages that are not in use are given up before anything fails.
+            reclaimable = int(statistics[statistics.index("inactive_file") + 1])
+            available = min(available, max(0, int(limit) - used + reclaimable))
+    return available
+
+
+def _populate_huge(fd: int, size: int) -> None:
+    """Touches all pages through an advised mapping: only a page fault there asks for huge pages, not fallocate."""
+    os.ftruncate(fd, size)
+    memory = map_memfd(fd, size)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.madvise(_MADV_POPULATE_WRITE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a kernel without one of them
+            raise
+    finally:
+        memory.close()
+
+
+def _meminfo_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("/proc/meminfo names no MemAvailable: a Linux kernel of 3.14 or newer is needed")
+
+
+def _own_cgroup() -> str:
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line[3:] for line in lines if line.startswith("0::")), "")
+
+
+def _too_large(name: str, size: int, available: int) -> str:
+    return (
+        f"cannot allocate {size} bytes ({size / _MIB:.1f} MiB) for {name}: {available / _MIB:.1f} MiB of memory are "
+        "available; ask for less or give this process more memory"
+    )
