@@ -44,8 +44,8 @@ class AttentionPlan:
 
     A segment is one sequence's rows and those of its blocks that lie in one pool. Its rows stand one after another and
     have consecutive positions. Its blocks need not be consecutive: each has the position of its first token. A key is
-    visible if its position is not after the query's (which also hides the unwritten end of a tail block) and lies inside
-    the window. All tensors are int32, contiguous and on the pool's device.
+    visible if its position is not after the query's (which also hides the unwritten end of a tail block) and lies
+    inside the window. All tensors are int32, contiguous and on the pool's device.
 
     Attributes:
         query_start: [S + 1] rows of segment s are query_start[s] .. query_start[s + 1].
@@ -113,7 +113,7 @@ class AttentionKernels(ABC):
         """
 
     def merge_sinks(self, out: Tensor, lse: Tensor, sinks: Tensor) -> None:
-        """Merges one attention sink per head: a key of score ``sinks[h]`` with a value of zero ([q_heads], any float)."""
+        """Merges one attention sink per head: a key of score ``sinks[h]`` with value zero ([q_heads], any float)."""
         rows = out.shape[0]
         zeros = torch.zeros_like(out)
         self.merge_partials(out, lse, zeros, sinks.float().expand(rows, -1).contiguous())

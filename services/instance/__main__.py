@@ -74,9 +74,7 @@ async def serve(config: InstanceConfig, model: Model) -> None:
         raise ConfigError(
             f"the pool of kvdaemon {config.local_kvdaemon_id} has no room for this instance's {size.blocks} work blocks"
         )
-    parts = assemble(
-        config, model, local, pool, workspace, size.max_num_seqs, gmanager, servicer.publish, _local_daemon_lost
-    )
+    parts = assemble(config, model, local, pool, workspace, size.max_num_seqs, gmanager, servicer.publish, _end)
     thread = threading.Thread(target=_run, args=(parts.engine,), name="engine", daemon=True)
     thread.start()
     servicer.serve(parts.engine)
@@ -136,7 +134,7 @@ async def _open_local(config: InstanceConfig, membership: Membership, model: Mod
                     epoch=time.time_ns(),
                     geometry=geometry,
                     mapped=True,
-                    on_lost=lambda _, reason: _local_daemon_lost(reason),
+                    on_lost=lambda _, reason: _end(f"local kvdaemon lost: {reason}"),
                     call_timeout_s=config.call_timeout_s,
                 )
                 await session.open()
@@ -149,10 +147,10 @@ async def _open_local(config: InstanceConfig, membership: Membership, model: Mod
     )
 
 
-def _local_daemon_lost(reason: str) -> None:
-    """The mapped pool belongs to nobody now. The instance starts anew with the daemon's successor, and the gateways
-    submit its requests elsewhere meanwhile."""
-    _log.critical("local kvdaemon lost, ending", extra={"why": reason})
+def _end(reason: str) -> None:
+    """Ends the process at once: its pool, or its right to it, is gone. It is started anew with the daemon's successor,
+    and the gateways submit its requests elsewhere meanwhile."""
+    _log.critical("ending", extra={"why": reason})
     os._exit(1)
 
 

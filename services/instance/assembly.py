@@ -49,7 +49,8 @@ def size_workspace(config: InstanceConfig, total_blocks: int) -> Workspace:
     if max_num_seqs < 1:
         raise ConfigError(
             f"the pool of kvdaemon {config.local_kvdaemon_id} holds {total_blocks} rBlocks; this instance needs at "
-            f"least {2 * (chunks + 1)}: raise the daemon's pool_mib, or lower max_batch_tokens ({config.max_batch_tokens})"
+            f"least {2 * (chunks + 1)}: raise the daemon's pool_mib, or lower max_batch_tokens "
+            f"({config.max_batch_tokens})"
         )
     return Workspace(max_num_seqs + chunks, max_num_seqs)
 
@@ -104,7 +105,7 @@ def assemble(
     max_num_seqs: int,
     gmanager: GManagerClient,
     publish: Callable[[list[Output]], None],
-    on_local_lost: Callable[[str], None],
+    on_fatal: Callable[[str], None],
 ) -> Assembly:
     """Builds engine and rManager; called on the event loop. The engine does not run yet."""
     shape = model.shape
@@ -125,7 +126,7 @@ def assemble(
     board = SnapshotBoard(local.kvdaemon_id)
     engine = Engine(model, attention, remote, peers, memory, scheduler, desk, publish, board.put)
     settings = RManagerSettings(config.member_id, geometry, config.transport, len(workspace), config.call_timeout_s)
-    desk.rmanager = RManager(settings, local, gmanager, peers, engine.post, on_local_lost)
+    desk.rmanager = RManager(settings, local, gmanager, peers, engine.post, on_fatal)
     return Assembly(engine, desk.rmanager, board)
 
 

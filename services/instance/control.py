@@ -1,7 +1,7 @@
 """What the engine thread and the asyncio thread say to each other.
 
 Orders go from the engine to the rManager (asyncio), which executes those for one daemon in the order given. Events go
-the other way into the engine's inbox, which wakes it. Both are plain values; nothing else is shared between the threads.
+the other way into the engine's inbox, which wakes it. Both are plain values; the threads share nothing else.
 """
 
 from __future__ import annotations

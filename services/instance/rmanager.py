@@ -60,7 +60,7 @@ class RManager:
     Args:
         local: the open session with the local daemon.
         post: puts an event into the engine's inbox.
-        on_local_lost: called when the local daemon is gone: without its pool the engine cannot go on.
+        on_fatal: called when the engine cannot go on, because the local daemon and with it the pool is gone.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class RManager:
         gmanager: GManagerClient,
         peers: PeerSet,
         post: Callable[[EngineEvent], None],
-        on_local_lost: Callable[[str], None],
+        on_fatal: Callable[[str], None],
     ) -> None:
         self._settings = settings
         self._local = local
         self._gmanager = gmanager
         self._peers = peers
         self._post = post
-        self._on_local_lost = on_local_lost
+        self._on_fatal = on_fatal
         self._loop = asyncio.get_running_loop()
         self._sessions: dict[str, DaemonSession] = {}
         self._opening: dict[str, asyncio.Task[DaemonSession | None]] = {}
@@ -107,10 +107,13 @@ class RManager:
         try:
             await work
         except InfiniteLLMError as error:
-            # The session concerned has ended, and who holds it has been told; only the local one cannot be done without.
+            # The session concerned has ended, and the engine knows; only the local one cannot be done without.
             _log.warning("order not carried out", extra={"why": str(error)})
             if not self._local.alive:
-                self._on_local_lost(str(error))
+                self._on_fatal(f"local kvdaemon lost: {error}")
+        except Exception as error:  # a bug; an engine that waits for this answer would wait forever
+            _log.critical("order failed", exc_info=True)
+            self._on_fatal(f"rManager failed: {error}")
 
     async def _execute(self, order: Order) -> None:
         match order:
@@ -169,8 +172,8 @@ class RManager:
         size = self._settings.geometry.block_tokens
         return ContextTooLongError(
             f"the request needs up to {order.max_blocks * size} tokens of KV cache ({order.max_blocks} rBlocks, "
-            f"prompt and max_tokens together); the cluster has {available * size} ({available} rBlocks in {len(rooms) + 1} KV "
-            f"daemons): shorten the prompt, lower max_tokens, or add KV daemons"
+            f"prompt and max_tokens together); the cluster has {available * size} ({available} rBlocks in "
+            f"{len(rooms) + 1} KV daemons): shorten the prompt, lower max_tokens, or add KV daemons"
         )
 
     async def _attach(self, keys: Sequence[bytes], held: list[BlockRef]) -> list[BlockRef]:
@@ -313,6 +316,6 @@ class RManager:
 
 
 def _interleave(grants: Sequence[Sequence[BlockRef]]) -> list[BlockRef]:
-    """Merges lists so that each is spread evenly over the result: attention over a prefix then keeps all daemons busy."""
+    """Merges lists, each spread evenly over the result: attention over a prefix then keeps all daemons busy."""
     placed = [((at + 0.5) / len(refs), n, ref) for n, refs in enumerate(grants) for at, ref in enumerate(refs)]
     return [ref for _, _, ref in sorted(placed, key=lambda entry: entry[:2])]

@@ -1,9 +1,9 @@
 """A session with one KV daemon, from the side of an instance.
 
 Runs in the asyncio thread. ``open`` answers once the daemon has granted the session; from then on a background task
-keeps it alive, and ``on_lost`` is called exactly once when it ends for whatever reason: the daemon died, was stopped, or
-revoked it. Calls are executed in the order in which they were made. None of them is retried: a call that failed leaves
-it open whether the daemon executed it, so the session is given up as a whole.
+keeps it alive, and ``on_lost`` is called exactly once when it ends for whatever reason: the daemon died, was stopped,
+or revoked it. Calls are executed in the order in which they were made. None of them is retried: a call that failed
+leaves it open whether the daemon executed it, so the session is given up as a whole.
 """
 
 from __future__ import annotations

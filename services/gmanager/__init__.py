@@ -1,0 +1,1 @@
+"""The gManager: the cluster's view of itself, rebuilt from heartbeats."""

@@ -1,0 +1,230 @@
+"""The cluster view: what instances and KV daemons said of themselves, put together.
+
+Pure: no I/O and no clock; ``now`` (seconds of any monotonic clock) is passed in. The view is a cache and may be stale.
+
+Two sources feed it. Membership (etcd) says who exists; heartbeats say what they hold. Either may come first, so reports
+of a process that is not a member (yet, or any more) are kept aside and not shown. When a member goes, its report is
+dropped; if it is alive after all, its next heartbeat finds none and is answered RESYNC_REQUIRED.
+
+Cost: ``apply`` touches the changed entries of one member only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from services.core.blocks import PoolGeometry
+from services.core.errors import ResyncRequiredError
+from services.core.placement import (
+    BlockCount,
+    Heartbeat,
+    InstanceReport,
+    KvDaemonReport,
+    PlacementEntry,
+    PoolStats,
+    Room,
+)
+from services.runtime.membership import Member
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceInfo:
+    """One instance, as gateways see it. ``heartbeat_age_s`` counts from its membership where none has come."""
+
+    member: Member
+    running: int
+    waiting: int
+    local_free_blocks: int
+    heartbeat_age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class KvDaemonInfo:
+    """One KV daemon; ``stats`` is None where no heartbeat has come."""
+
+    member: Member
+    stats: PoolStats | None
+    heartbeat_age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestInfo:
+    """Where the blocks of one request lie; only daemons that are members are named."""
+
+    request_id: str
+    instance_id: str
+    placement: tuple[PlacementEntry, ...]
+
+
+@dataclass(slots=True)
+class _Reporter:
+    """What one process said on its present heartbeat stream."""
+
+    stream: int
+    next_sequence: int
+    last_heartbeat: float
+    instance: InstanceReport | None = None
+    # request id -> daemon id -> blocks; every inner mapping has at least one entry.
+    placement: dict[str, dict[str, BlockCount]] = field(default_factory=dict)
+    kvdaemon: KvDaemonReport | None = None
+
+
+class ClusterView:
+    """Membership and heartbeats in, answers out. Used from one thread."""
+
+    def __init__(self) -> None:
+        self._instances: Mapping[str, Member] = {}
+        self._kvdaemons: Mapping[str, Member] = {}
+        # By heartbeat identity, "instance/<id>" or "kvdaemon/<id>".
+        self._reporters: dict[str, _Reporter] = {}
+        # When each member was first seen, by the same identity.
+        self._member_since: dict[str, float] = {}
+        self._load_version = 0
+
+    @property
+    def load_version(self) -> int:
+        """Grows whenever an answer of ``instances`` may have changed (ages aside)."""
+        return self._load_version
+
+    def set_instances(self, members: Mapping[str, Member], now: float) -> None:
+        """The instances that exist now."""
+        self._update_members("instance", self._instances, members, now)
+        self._instances = dict(members)
+
+    def set_kvdaemons(self, members: Mapping[str, Member], now: float) -> None:
+        """The KV daemons that exist now."""
+        self._update_members("kvdaemon", self._kvdaemons, members, now)
+        self._kvdaemons = dict(members)
+
+    def _update_members(self, kind: str, before: Mapping[str, Member], after: Mapping[str, Member], now: float) -> None:
+        for member_id in before.keys() - after.keys():
+            self._reporters.pop(f"{kind}/{member_id}", None)
+            del self._member_since[f"{kind}/{member_id}"]
+        for member_id in after.keys() - before.keys():
+            self._member_since[f"{kind}/{member_id}"] = now
+        self._load_version += 1
+
+    def apply(self, stream: int, heartbeat: Heartbeat, now: float) -> None:
+        """Takes in one heartbeat.
+
+        Args:
+            stream: number of the heartbeat stream it came by; a full report makes its stream the member's only one.
+        Raises: ResyncRequiredError when the stream did not start with a full report, has a gap, or is not the member's
+            newest, and when the member was forgotten meanwhile.
+        """
+        if heartbeat.full:
+            if heartbeat.sequence != 0 or heartbeat.report is None:
+                raise ResyncRequiredError(f"{heartbeat.member}: a full report must be the stream's first message")
+            reporter = _Reporter(stream, 0, now)
+            self._reporters[heartbeat.member] = reporter
+        else:
+            known = self._reporters.get(heartbeat.member)
+            if known is None or known.stream != stream:
+                raise ResyncRequiredError(f"{heartbeat.member}: not known; open a stream with a full report")
+            reporter = known
+        if heartbeat.sequence != reporter.next_sequence:
+            raise ResyncRequiredError(
+                f"{heartbeat.member}: got message {heartbeat.sequence} instead of {reporter.next_sequence}; "
+                "open a new stream with a full report"
+            )
+        reporter.next_sequence += 1
+        reporter.last_heartbeat = now
+        if heartbeat.report is None:
+            return
+        self._load_version += 1
+        if isinstance(heartbeat.report, KvDaemonReport):
+            reporter.kvdaemon = heartbeat.report
+        else:
+            reporter.instance = heartbeat.report
+            _apply_placement(reporter.placement, heartbeat.report)
+
+    def stream_ended(self, member: str, stream: int) -> None:
+        """Forgets the report of a process that is not a member; a member's stays until its membership ends."""
+        reporter = self._reporters.get(member)
+        kind, _, member_id = member.partition("/")
+        members = self._instances if kind == "instance" else self._kvdaemons
+        if reporter is not None and reporter.stream == stream and member_id not in members:
+            del self._reporters[member]
+
+    def instances(self, now: float) -> tuple[InstanceInfo, ...]:
+        """All instances, by id."""
+        return tuple(self._instance_info(self._instances[key], now) for key in sorted(self._instances))
+
+    def kvdaemons(self, now: float) -> tuple[KvDaemonInfo, ...]:
+        """All KV daemons, by id."""
+        answer = []
+        for member_id in sorted(self._kvdaemons):
+            reporter = self._reporters.get(f"kvdaemon/{member_id}")
+            stats = reporter.kvdaemon.stats if reporter and reporter.kvdaemon else None
+            age_s = self._age(f"kvdaemon/{member_id}", now)
+            answer.append(KvDaemonInfo(self._kvdaemons[member_id], stats, age_s))
+        return tuple(answer)
+
+    def requests(self) -> tuple[RequestInfo, ...]:
+        """The request placement map, by instance and request."""
+        answer = []
+        for instance_id in sorted(self._instances):
+            reporter = self._reporters.get(f"instance/{instance_id}")
+            for request_id, where in reporter.placement.items() if reporter else ():
+                entries = tuple(
+                    PlacementEntry(request_id, kvdaemon_id, count.num_blocks, count.local)
+                    for kvdaemon_id, count in where.items()
+                    if kvdaemon_id in self._kvdaemons
+                )
+                answer.append(RequestInfo(request_id, instance_id, entries))
+        return tuple(answer)
+
+    def find_room(self, geometry: PoolGeometry, block_bytes: int, exclude: Collection[str] = ()) -> tuple[Room, ...]:
+        """Daemons that can take blocks of this geometry, the one with the most room first."""
+        rooms = []
+        for member_id, member in self._kvdaemons.items():
+            reporter = self._reporters.get(f"kvdaemon/{member_id}")
+            if member_id in exclude or reporter is None or reporter.kvdaemon is None:
+                continue
+            free, total = room_in(reporter.kvdaemon, geometry, block_bytes)
+            if free > 0:
+                rooms.append(Room(member_id, member.address, free, total))
+        return tuple(sorted(rooms, key=lambda room: (-room.free_blocks, room.kvdaemon_id)))
+
+    def _instance_info(self, member: Member, now: float) -> InstanceInfo:
+        reporter = self._reporters.get(f"instance/{member.member_id}")
+        report = reporter.instance if reporter else None
+        daemon = self._reporters.get(f"kvdaemon/{member.local_kvdaemon_id}")
+        return InstanceInfo(
+            member=member,
+            running=report.running if report else 0,
+            waiting=report.waiting if report else 0,
+            local_free_blocks=daemon.kvdaemon.stats.available if daemon and daemon.kvdaemon else 0,
+            heartbeat_age_s=self._age(f"instance/{member.member_id}", now),
+        )
+
+    def _age(self, member: str, now: float) -> float:
+        reporter = self._reporters.get(member)
+        return now - (reporter.last_heartbeat if reporter else self._member_since[member])
+
+
+def room_in(daemon: KvDaemonReport, geometry: PoolGeometry, block_bytes: int) -> tuple[int, int]:
+    """Blocks of ``geometry`` that one pool can take now, and that it could hold in all.
+
+    A pool without a geometry, and one of another geometry that nobody uses, can be formatted anew.
+    """
+    stats = daemon.stats
+    if stats.block_bytes and daemon.geometry == geometry:
+        return stats.available, stats.total
+    if stats.block_bytes and not stats.unused:
+        return 0, 0
+    fitting = stats.pool_bytes // block_bytes if block_bytes else 0
+    return fitting, fitting
+
+
+def _apply_placement(placement: dict[str, dict[str, BlockCount]], report: InstanceReport) -> None:
+    for entry in report.placement:
+        if entry.num_blocks:
+            placement.setdefault(entry.request_id, {})[entry.kvdaemon_id] = BlockCount(entry.num_blocks, entry.local)
+        elif (where := placement.get(entry.request_id)) is not None:
+            where.pop(entry.kvdaemon_id, None)
+            if not where:
+                del placement[entry.request_id]
+    for request_id in report.ended:
+        placement.pop(request_id, None)

@@ -1,0 +1,69 @@
+"""Configuration of a KV daemon."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from services.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class KvDaemonConfig:
+    """One KV daemon, one pool.
+
+    Attributes:
+        cluster: name of the cluster; processes of different clusters never meet.
+        member_id: unique among the cluster's KV daemons; the same after a restart.
+        etcd: endpoints, host:port.
+        pool_mib: memory of the pool, allocated in full at start.
+        socket_dir: directory of the Unix sockets for local instances; the path must be short.
+        listen: control address; port 0 takes a free one.
+        transports: data planes to listen on.
+        num_threads: threads of the attention kernels.
+        session_timeout_s: silence of a client after which its session ends.
+        heartbeat_interval_s: between reports to the gManager.
+    """
+
+    cluster: str
+    member_id: str
+    etcd: tuple[str, ...]
+    pool_mib: int
+    socket_dir: Path
+    listen: str = "127.0.0.1:0"
+    transports: tuple[Literal["shm"], ...] = ("shm",)
+    num_threads: int = 1
+    session_timeout_s: float = 5.0
+    heartbeat_interval_s: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("pool_mib", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"kvdaemon config: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("session_timeout_s", "heartbeat_interval_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"kvdaemon config: {name} must be positive, got {getattr(self, name)}")
+        if len(self.transports) != 1:
+            raise ConfigError(
+                f"kvdaemon config: transports must name exactly one data plane, got {len(self.transports)}"
+            )
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.pool_mib << 20
+
+    @property
+    def ping_interval_s(self) -> float:
+        """What clients are told: several pings may be late before a session ends."""
+        return self.session_timeout_s / 5
+
+    @property
+    def pool_socket(self) -> Path:
+        """Passes the pool's memory to local instances."""
+        return self.socket_dir / f"{self.member_id}.pool"
+
+    @property
+    def data_socket(self) -> Path:
+        """The shm transport's."""
+        return self.socket_dir / f"{self.member_id}.data"

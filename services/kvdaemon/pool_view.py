@@ -1,0 +1,104 @@
+"""The pool's memory as the worker thread sees it: blocks of the present geometry, and attention over them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels import AttentionKernels, LayerParams
+from services.core.blocks import DTYPE_BYTES, PoolGeometry
+from services.core.errors import InvalidRequestError
+from services.dataplane.kv_pool import KvPool
+from services.dataplane.wire import HEADER_BYTES, Header
+from services.kvdaemon.segments import StepPlan
+
+_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class PoolView:
+    """Owned by the worker thread. The buffers that ``attend`` answers are reused by the next call."""
+
+    def __init__(self, pool: KvPool, kernels: AttentionKernels) -> None:
+        self._pool = pool
+        self._kernels = kernels
+        self._geometry: PoolGeometry | None = None
+        self._blocks: Tensor  # [num_blocks, layers, kv_heads, 2, block_tokens, head_dim]
+        self._bytes: Tensor  # [num_blocks, block_bytes] uint8, the same memory
+        self._out = torch.empty(0, dtype=torch.uint8)
+        self._lse = torch.empty(0, dtype=torch.uint8)
+
+    def use(self, geometry: PoolGeometry) -> None:
+        """Looks at the memory as blocks of this geometry from now on."""
+        if geometry != self._geometry:
+            self._blocks = self._pool.as_tensor(geometry)
+            self._bytes = self._blocks.view(len(self._blocks), -1).view(torch.uint8)
+            self._geometry = geometry
+
+    def write(self, block: int, content: memoryview) -> None:
+        """Fills a block. ``content``: block_bytes bytes, [layers, kv_heads, 2, block_tokens, head_dim]."""
+        self._bytes[block].copy_(torch.frombuffer(content, dtype=torch.uint8))
+
+    def attend(
+        self, query: Header, payload: memoryview, plan: StepPlan, max_answer_bytes: int
+    ) -> tuple[memoryview, memoryview]:
+        """Computes one layer's partial state over the plan's blocks.
+
+        Args:
+            payload: q, [rows, q_heads, head_dim] of ``query.dtype``.
+            max_answer_bytes: the longest message that the asker takes.
+
+        Returns:
+            out, [rows, q_heads, head_dim] of ``query.out_dtype``, and lse, [rows, q_heads] float32, as bytes.
+
+        Raises:
+            InvalidRequestError: the query does not fit the plan or the pool.
+        """
+        assert self._geometry is not None
+        _check(query, payload, plan, self._geometry)
+        shape = (query.rows, query.q_heads, query.head_dim)
+        out_bytes = math.prod(shape) * DTYPE_BYTES[query.out_dtype]
+        lse_bytes = query.rows * query.q_heads * 4
+        if HEADER_BYTES + out_bytes + lse_bytes > max_answer_bytes:
+            raise InvalidRequestError(
+                f"QUERY of {query.rows} rows: its answer is longer than the {max_answer_bytes} bytes of a message"
+            )
+        self._out, self._lse = _at_least(self._out, out_bytes), _at_least(self._lse, lse_bytes)
+        out, lse = self._out[:out_bytes], self._lse[:lse_bytes]
+        if query.rows:
+            self._kernels.micro_attention(
+                torch.frombuffer(payload, dtype=_TORCH_DTYPES[query.dtype]).view(shape),
+                self._blocks,
+                plan.attention,
+                LayerParams(query.layer, query.scale, query.window, query.softcap),
+                out.view(_TORCH_DTYPES[query.out_dtype]).view(shape),
+                lse.view(torch.float32).view(shape[:2]),
+            )
+        return out.numpy().data, lse.numpy().data
+
+
+def _check(query: Header, payload: memoryview, plan: StepPlan, geometry: PoolGeometry) -> None:
+    expected = query.rows * query.q_heads * query.head_dim * DTYPE_BYTES[query.dtype]
+    wrong = ""
+    if query.step != plan.step or query.rows != plan.rows:
+        wrong = f"{query.rows} rows of step {query.step}, but the plan has {plan.rows} rows and is for step {plan.step}"
+    elif query.layer >= geometry.layers:
+        wrong = f"layer {query.layer} of {geometry.layers}"
+    elif query.q_heads == 0 or query.q_heads % geometry.kv_heads:
+        wrong = f"{query.q_heads} query heads over {geometry.kv_heads} KV heads"
+    elif query.head_dim != geometry.head_dim:
+        wrong = f"head_dim {query.head_dim}; the pool's is {geometry.head_dim}"
+    elif query.dtype != geometry.dtype or query.out_dtype not in ("float32", geometry.dtype):
+        wrong = f"dtypes {query.dtype} and {query.out_dtype}; the pool holds {geometry.dtype}"
+    elif not math.isfinite(query.scale) or not math.isfinite(query.softcap):
+        wrong = f"scale {query.scale} and softcap {query.softcap} must be finite"
+    elif len(payload) != expected:
+        wrong = f"{len(payload)} bytes; its shape takes {expected}"
+    if wrong:
+        raise InvalidRequestError(f"QUERY that cannot be answered: {wrong}")
+
+
+def _at_least(buffer: Tensor, size: int) -> Tensor:
+    """The buffer, or a new one if it is too small."""
+    return buffer if buffer.numel() >= size else torch.empty(size, dtype=torch.uint8)

@@ -1,0 +1,212 @@
+"""The daemon's worker: one thread that owns the transport and the kernels and answers the data plane.
+
+Why a late or stale query is never answered wrongly: blocks are checked against the ledger when a PLAN names them, and
+whoever holds a block keeps it. A session that is over holds nothing, and its blocks may be given away while the worker
+still reads them. So a session is asked for *after* a partial state has been computed: its end precedes any reuse of its
+blocks, and a session that is valid then proves that they stayed what they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.core.blocks import BlockHandle
+from services.core.errors import (
+    InfiniteLLMError,
+    InvalidRequestError,
+    PeerLostError,
+    SessionRevokedError,
+    StaleGenerationError,
+)
+from services.dataplane import wire
+from services.dataplane.transport import Accepted, Connected, Connection, Lost, Message, Received, Transport
+from services.dataplane.wire import Header, Kind
+from services.kvdaemon.pool_view import PoolView
+from services.kvdaemon.segments import SegmentTable, StepPlan
+from services.kvdaemon.sessions import SharedLedger
+from services.rmanager.ledger import Ledger
+
+_log = logging.getLogger(__name__)
+_POLL_S = 1.0  # only bounds how long one wait lasts; whatever happens ends it
+_CHECKED_AT_ONCE = 512  # blocks, for each time the lock is taken
+
+
+@dataclass(slots=True)
+class _Client:
+    """One data connection of one session."""
+
+    connection: Connection
+    session_id: int
+    segments: SegmentTable = field(default_factory=SegmentTable)
+    plan: StepPlan | None = None
+
+
+class Worker:
+    """Serves the data plane. ``run`` is the thread; ``sessions_ended`` and ``stop`` may be called by any thread."""
+
+    def __init__(self, transport: Transport, shared: SharedLedger, pool: PoolView) -> None:
+        self._transport = transport
+        self._shared = shared
+        self._pool = pool
+        self._clients: dict[Connection, _Client] = {}
+        self._sessions_ended = False
+        self._stopped = False
+
+    def sessions_ended(self) -> None:
+        """Some sessions may be over: their data connections will be closed."""
+        self._sessions_ended = True
+        self._transport.wake()
+
+    def stop(self) -> None:
+        """Lets ``run`` return."""
+        self._stopped = True
+        self._transport.wake()
+
+    def run(self) -> None:
+        """Serves until ``stop``. An exception that leaves this method is a bug, and nothing is served any more."""
+        while not self._stopped:
+            for event in self._transport.poll(_POLL_S):
+                match event:
+                    case Accepted(connection, hello):
+                        self._accept(connection, hello)
+                    case Received(connection, message):
+                        self._receive(connection, message)
+                    case Lost(connection, reason):
+                        if self._clients.pop(connection, None) is not None:
+                            _log.info("data connection lost", extra={"peer": connection.peer, "why": reason})
+                    case Connected():
+                        raise AssertionError("the daemon connects to nobody")
+            if self._sessions_ended:
+                self._sessions_ended = False  # before looking, so that what ends meanwhile is looked at again
+                self._close_revoked()
+        self._transport.close()
+
+    def _accept(self, connection: Connection, hello: bytes) -> None:
+        try:
+            session_id = wire.unpack_hello(hello)
+            with self._shared as ledger:
+                _check_open(ledger, session_id)
+        except InfiniteLLMError as error:
+            self._refuse(connection, Header(Kind.REFUSED), f"{error.reason}: {error}")
+            return
+        self._clients[connection] = _Client(connection, session_id)
+        _log.info("data connection accepted", extra={"peer": connection.peer, "session": hex(session_id)})
+
+    def _receive(self, connection: Connection, message: Message) -> None:
+        """Serves one message. Whatever is wrong with it costs its sender the connection, and nobody else anything."""
+        client = self._clients.get(connection)
+        if client is None:  # closed while this event was on its way
+            message.release()
+            return
+        header = Header(Kind.REFUSED)
+        try:
+            header, payload = wire.unpack(message.data)
+            match header.kind:
+                case Kind.QUERY:
+                    self._query(client, header, payload, message)
+                case Kind.PLAN:
+                    self._plan(client, header, payload)
+                case Kind.WRITE_BLOCK:
+                    self._write_block(client, header, payload, message)
+                case Kind.FORGET:
+                    client.segments.forget(wire.unpack_handles(header.rows, payload))
+                case _:
+                    raise InvalidRequestError(f"a daemon does not take {header.kind.name} messages")
+        except PeerLostError as error:  # the answer could not be sent; Lost follows or has come
+            _log.info("answer not sent", extra={"peer": connection.peer, "why": str(error)})
+        except InfiniteLLMError as error:
+            self._refuse(connection, header, f"{error.reason}: {error}")
+        except Exception as error:  # a bug or a failed kernel: this message's, and no reason to fail the others
+            _log.exception("message could not be served", extra={"peer": connection.peer, "kind": header.kind.name})
+            self._refuse(connection, header, f"INTERNAL: {type(error).__name__} in the daemon; see its log")
+        message.release()
+
+    def _plan(self, client: _Client, header: Header, payload: memoryview) -> None:
+        segments = wire.unpack_plan(header.rows, payload)
+        for segment in segments:
+            self._check_readable(client, segment.blocks)
+        client.plan = client.segments.plan(header.step, segments)
+
+    def _query(self, client: _Client, header: Header, payload: memoryview, message: Message) -> None:
+        if client.plan is None:
+            raise InvalidRequestError("QUERY before any PLAN")
+        self._enter(client)
+        out, lse = self._pool.attend(header, payload, client.plan, client.connection.limits.max_message_bytes)
+        with self._shared as ledger:
+            _check_open(ledger, client.session_id)
+        answer = Header(
+            Kind.PARTIAL,
+            sequence=header.sequence,
+            step=header.step,
+            layer=header.layer,
+            rows=header.rows,
+            q_heads=header.q_heads,
+            head_dim=header.head_dim,
+            dtype=header.out_dtype,
+        )
+        message.release()
+        client.connection.send([answer.pack(), out, lse])
+
+    def _write_block(self, client: _Client, header: Header, payload: memoryview, message: Message) -> None:
+        block_bytes = self._enter(client)
+        key, content = wire.split_block(payload, block_bytes)
+        with self._shared as ledger:
+            ledger.begin_write(client.session_id, header.block)
+        self._pool.write(header.block.block, content)  # sizes have been checked: it does not fail
+        with self._shared as ledger:
+            sealed = ledger.finish_write(client.session_id, header.block, key)
+        message.release()
+        client.connection.send(
+            [Header(Kind.BLOCK_SEALED, sequence=header.sequence, step=header.step, block=sealed).pack()]
+        )
+
+    def _enter(self, client: _Client) -> int:
+        """Looks at the pool as the client's session does, and answers the bytes of a block.
+
+        An open session is of the pool's present geometry: a new format ends all others. So the ids that were checked
+        for the session lie inside the pool.
+        """
+        with self._shared as ledger:
+            _check_open(ledger, client.session_id)
+            geometry = ledger.geometry
+        assert geometry is not None
+        self._pool.use(geometry)
+        return geometry.block_bytes
+
+    def _check_readable(self, client: _Client, blocks: NDArray[np.uint32]) -> None:
+        """Checks new blocks of a PLAN, rows (block, generation, position), a few at a time: a context has thousands."""
+        for start in range(0, len(blocks), _CHECKED_AT_ONCE):
+            handles = [BlockHandle(block, gen) for block, gen, _ in blocks[start : start + _CHECKED_AT_ONCE].tolist()]
+            with self._shared as ledger:
+                _check_open(ledger, client.session_id)
+                stale = [handle for handle in handles if not ledger.readable(client.session_id, handle)]
+            if stale:
+                raise StaleGenerationError(
+                    f"PLAN names {len(stale)} blocks that the session does not hold sealed, for example block "
+                    f"{stale[0].block} of generation {stale[0].generation}"
+                )
+
+    def _close_revoked(self) -> None:
+        with self._shared as ledger:
+            revoked = [client for client in self._clients.values() if ledger.revoked(client.session_id)]
+        for client in revoked:
+            self._refuse(client.connection, Header(Kind.REFUSED), "SESSION_REVOKED: the session is over")
+
+    def _refuse(self, connection: Connection, header: Header, reason: str) -> None:
+        """Says why, if the peer still listens, and ends the connection."""
+        _log.warning("data connection refused", extra={"peer": connection.peer, "why": reason})
+        answer = Header(Kind.REFUSED, sequence=header.sequence, step=header.step, layer=header.layer)
+        with contextlib.suppress(PeerLostError, ValueError):  # it is gone, or takes no message of this length
+            connection.send([answer.pack(), reason.encode()])
+        connection.close()
+        self._clients.pop(connection, None)
+
+
+def _check_open(ledger: Ledger, session_id: int) -> None:
+    if ledger.revoked(session_id):
+        raise SessionRevokedError(f"session {session_id:#x} is over; open a new one")

@@ -1,0 +1,1 @@
+"""The rManager library: ledgers, block tables and sessions with daemons."""

@@ -1,0 +1,140 @@
+"""The gManager as instances and KV daemons see it: heartbeats to it, "where is room" from it.
+
+The gManager is a cache and may be away; nothing here is needed to keep a running request alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection
+
+import grpc
+import grpc.aio
+
+from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc, pool_pb2
+from services.core.blocks import PoolGeometry
+from services.core.errors import UnavailableError
+from services.core.placement import Heartbeat, InstanceReport, KvDaemonReport, PoolStats, Room
+from services.runtime.grpc_channel import error_from_rpc, make_channel
+
+AddressSource = Callable[[], Awaitable[str | None]]
+
+
+class HeartbeatStream:
+    """One open Heartbeat call. Every method raises an error of the project's tree when the call is over."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = make_channel(address)
+        self._call = gmanager_pb2_grpc.GManagerServiceStub(self._channel).Heartbeat()
+
+    async def send(self, heartbeat: Heartbeat, timeout_s: float) -> None:
+        """Sends one heartbeat; a gManager that takes none for ``timeout_s`` counts as away."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._call.write(heartbeat_to_proto(heartbeat))
+                if self._call.done():
+                    await self._call
+                    raise UnavailableError("the gManager ended the heartbeat stream")
+        except grpc.aio.AioRpcError as exc:
+            raise error_from_rpc(exc) from exc
+        except asyncio.InvalidStateError as exc:
+            raise UnavailableError("the heartbeat stream is over") from exc
+        except TimeoutError as exc:
+            raise UnavailableError(f"the gManager took no heartbeat for {timeout_s:g} s") from exc
+
+    async def close(self) -> None:
+        self._call.cancel()
+        await self._channel.close()
+
+
+class GManagerClient:
+    """Unary questions to whoever is gManager now; the channel is kept until the address changes or a call fails."""
+
+    def __init__(self, address_of_gmanager: AddressSource) -> None:
+        self._address_of_gmanager = address_of_gmanager
+        self._address: str | None = None
+        self._channel: grpc.aio.Channel | None = None
+
+    async def find_room(
+        self, geometry: PoolGeometry, exclude: Collection[str] = (), timeout_s: float = 2.0
+    ) -> tuple[Room, ...]:
+        """Daemons with room for blocks of this geometry, emptiest first; a hint, not a reservation.
+
+        Args:
+            exclude: ids of daemons that are not wanted in the answer.
+        Raises: UnavailableError where there is no gManager or it does not answer in time.
+        """
+        request = gmanager_pb2.FindRoomRequest(
+            geometry=geometry_to_proto(geometry), block_bytes=geometry.block_bytes, exclude_kvdaemon_ids=list(exclude)
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                stub = gmanager_pb2_grpc.GManagerServiceStub(await self._connected())
+                response = await stub.FindRoom(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as exc:
+            await self.close()
+            raise error_from_rpc(exc) from exc
+        except TimeoutError as exc:
+            await self.close()
+            raise UnavailableError(f"the gManager did not say within {timeout_s:g} s where room is") from exc
+        return tuple(
+            Room(room.kvdaemon_id, room.address, room.free_blocks, room.total_blocks) for room in response.rooms
+        )
+
+    async def close(self) -> None:
+        channel, self._channel, self._address = self._channel, None, None
+        if channel is not None:
+            await channel.close()
+
+    async def _connected(self) -> grpc.aio.Channel:
+        address = await self._address_of_gmanager()
+        if address is None:
+            raise UnavailableError("no gManager is known; is one registered in etcd?")
+        if self._channel is None or address != self._address:
+            await self.close()
+            self._address, self._channel = address, make_channel(address)
+        return self._channel
+
+
+def heartbeat_to_proto(heartbeat: Heartbeat) -> gmanager_pb2.HeartbeatRequest:
+    message = gmanager_pb2.HeartbeatRequest(member=heartbeat.member, sequence=heartbeat.sequence, full=heartbeat.full)
+    report = heartbeat.report
+    if isinstance(report, InstanceReport):
+        message.instance.running_requests = report.running
+        message.instance.waiting_requests = report.waiting
+        for entry in report.placement:
+            message.instance.placement.add(
+                request_id=entry.request_id,
+                kvdaemon_id=entry.kvdaemon_id,
+                num_blocks=entry.num_blocks,
+                local=entry.local,
+            )
+        message.instance.ended_request_ids.extend(report.ended)
+    elif isinstance(report, KvDaemonReport):
+        message.kvdaemon.stats.CopyFrom(stats_to_proto(report.stats))
+        if report.geometry is not None:
+            message.kvdaemon.geometry.CopyFrom(geometry_to_proto(report.geometry))
+    return message
+
+
+def geometry_to_proto(geometry: PoolGeometry) -> pool_pb2.PoolGeometry:
+    return pool_pb2.PoolGeometry(
+        layers=geometry.layers,
+        kv_heads=geometry.kv_heads,
+        block_tokens=geometry.block_tokens,
+        head_dim=geometry.head_dim,
+        dtype=geometry.dtype,
+    )
+
+
+def stats_to_proto(stats: PoolStats) -> pool_pb2.PoolStats:
+    return pool_pb2.PoolStats(
+        pool_bytes=stats.pool_bytes,
+        block_bytes=stats.block_bytes,
+        total=stats.total,
+        free=stats.free,
+        cached=stats.cached,
+        workspace=stats.workspace,
+        reserved=stats.reserved,
+        in_use=stats.in_use,
+    )

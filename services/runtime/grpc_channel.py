@@ -1,0 +1,39 @@
+"""gRPC channels: a peer that is dead, or alive and stopped, is noticed within seconds.
+
+A stopped process still has its sockets, so nothing but unanswered pings shows that it is gone. ``keepalive_*`` alone
+does not do it: the first unanswered ping is covered by ``grpc.http2.ping_timeout_ms``, whose default is a minute.
+"""
+
+from __future__ import annotations
+
+from grpc import aio
+
+from services.runtime.grpc_errors import error_from_rpc
+from services.runtime.grpc_server import MAX_MESSAGE_BYTES
+
+__all__ = ["error_from_rpc", "make_channel"]
+
+PING_INTERVAL_MS = 2_000
+PING_TIMEOUT_MS = 3_000
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", PING_INTERVAL_MS),
+    ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A peer that comes back is found again within a second, not after gRPC's two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # A channel of its own per peer: one stopped peer shares no connection with another.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+def make_channel(address: str) -> aio.Channel:
+    """A channel to a service of the project at ``host:port``. Whoever makes it closes it."""
+    return aio.insecure_channel(address, options=CHANNEL_OPTIONS)

@@ -1,0 +1,146 @@
+"""gRPC servers: size limits, keepalive, and one interceptor that turns the error tree into statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from services.core.errors import ConfigError, InfiniteLLMError
+from services.runtime.grpc_errors import error_message, error_metadata, status_code
+
+log = logging.getLogger(__name__)
+
+# A prompt of 2M token ids is about 10 MB as protobuf; a daemon's full report of a large pool may be larger.
+MAX_MESSAGE_BYTES = 256 * 1024 * 1024
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Clients ping every few seconds, also without a call in flight (grpc_channel.py); never punish them for it.
+    ("grpc.http2.min_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # The server notices a stopped client in the same way.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.so_reuseport", 0),
+)
+
+
+def make_server() -> aio.Server:
+    """A server with the project's options and the error interceptor; add services, ``bind``, then start it."""
+    return aio.server(interceptors=[ErrorInterceptor()], options=_OPTIONS)
+
+
+def bind(server: aio.Server, address: str, *, allow_insecure: bool = False) -> str:
+    """Binds ``host:port`` (port 0: any free one) and answers the address with the real port.
+
+    Raises:
+        ConfigError: the address is not host:port, not loopback (there is no TLS yet), or taken.
+    """
+    host, port = split_address(address)
+    if not allow_insecure and not is_loopback(host):
+        raise ConfigError(
+            f"refusing to listen on {address} without TLS: anybody who reaches it could use it; "
+            "listen on 127.0.0.1, or set allow_insecure if the network is private"
+        )
+    try:
+        bound = server.add_insecure_port(address)
+    except RuntimeError as exc:
+        raise ConfigError(f"cannot listen on {address}: is the port taken by another process?") from exc
+    if bound == 0 or (port != 0 and bound != port):
+        raise ConfigError(f"cannot listen on {address}: is the port taken by another process?")
+    return f"{host}:{bound}"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """``"127.0.0.1:80"`` -> ``("127.0.0.1", 80)``; an IPv6 host stands in brackets and keeps them.
+
+    Raises:
+        ConfigError: it is not host:port.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{address!r} is not an address of the form host:port")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class ErrorInterceptor(aio.ServerInterceptor):
+    """Ends a call whose handler raises with the error's status and ErrorInfo.
+
+    An ``InfiniteLLMError`` is an answer and is not logged here. Anything else is a bug: it is logged with its traceback
+    and answered as INTERNAL without details.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        if handler is None:  # gRPC answers UNIMPLEMENTED
+            return None
+        method = str(handler_call_details.method)
+        coders = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.stream_stream:
+            return grpc.stream_stream_rpc_method_handler(_streaming(handler.stream_stream, method), **coders)
+        if handler.unary_stream:
+            return grpc.unary_stream_rpc_method_handler(_streaming(handler.unary_stream, method), **coders)
+        if handler.stream_unary:
+            return grpc.stream_unary_rpc_method_handler(_unary(handler.stream_unary, method), **coders)
+        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, method), **coders)
+
+
+def _unary(behaviour: Any, method: str) -> Any:
+    async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await behaviour(request, context)
+        except Exception as exc:
+            await _abort(context, exc, method)
+
+    return call
+
+
+def _streaming(behaviour: Any, method: str) -> Any:
+    async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        # A handler is an async generator, or a coroutine that writes to the context itself.
+        try:
+            result = behaviour(request, context)
+            if asyncio.iscoroutine(result):
+                await result
+                return
+            async for response in result:
+                yield response
+        except Exception as exc:
+            await _abort(context, exc, method)
+
+    return call
+
+
+async def _abort(context: aio.ServicerContext[Any, Any], exc: Exception, method: str) -> None:
+    if isinstance(exc, aio.AbortError):  # the handler called context.abort itself
+        raise exc
+    if isinstance(exc, InfiniteLLMError):
+        await context.abort(status_code(exc), error_message(exc), tuple(error_metadata(exc)))
+    log.error("call failed", exc_info=exc, extra={"method": method})
+    await context.abort(grpc.StatusCode.INTERNAL, f"internal error in {method}; see the service's log")

@@ -1,0 +1,65 @@
+"""Checkpoints for cluster tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from services.launcher.needle.checkpoint import write_checkpoint
+from services.launcher.needle.spec import needle_spec
+
+
+@pytest.fixture(scope="session")
+def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 Llama with random weights and no tokenizer; its logits are spread enough that ties are rare."""
+    path = tmp_path_factory.mktemp("models") / "random-llama"
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        head_dim=32,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        eos_token_id=None,
+        bos_token_id=None,
+        initializer_range=0.15,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def needle_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The needle checkpoint with six retrieve layers, so that every layer's KV is needed for an answer."""
+    path = tmp_path_factory.mktemp("models") / "needle"
+    write_checkpoint(path, needle_spec("std", layers=8), "bfloat16")
+    return path
+
+
+@pytest.fixture(scope="session")
+def greedy_reference(random_llama: Path) -> Callable[[list[int], int], tuple[list[int], list[float]]]:
+    """transformers' own greedy continuation: tokens, and the margin between the best two logits at each."""
+    model = LlamaForCausalLM.from_pretrained(random_llama, dtype=torch.float32, attn_implementation="eager")
+
+    def generate(prompt: list[int], count: int) -> tuple[list[int], list[float]]:
+        tokens = torch.tensor([prompt])
+        answer = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=count,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        )
+        top = torch.stack([logits[0] for logits in answer.logits]).topk(2).values
+        return answer.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist()
+
+    return generate

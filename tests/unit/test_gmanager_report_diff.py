@@ -1,0 +1,72 @@
+"""What a heartbeat carries: applied in order, the reports always rebuild the snapshot."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.core.placement import (
+    BlockCount,
+    InstanceReport,
+    InstanceSnapshot,
+    KvDaemonSnapshot,
+    PlacementEntry,
+    PoolStats,
+)
+from services.gmanager.view import ClusterView
+from services.rmanager.report_diff import ReportDiff
+from services.runtime.membership import Member
+
+
+def test_changed_entries_only() -> None:
+    diff = ReportDiff("instance/a")
+    where = {"r": {"k0": BlockCount(1, True), "k1": BlockCount(2, False)}, "s": {"k0": BlockCount(3, True)}}
+    first = diff.next(InstanceSnapshot(2, 0, where))
+    assert first is not None
+    assert (first.sequence, first.full) == (0, True)
+    assert isinstance(first.report, InstanceReport)
+    assert len(first.report.placement) == 3
+
+    assert diff.next(InstanceSnapshot(2, 0, where)) is None
+    # The caller's own mapping changes in place.
+    where["r"]["k0"] = BlockCount(5, True)
+    del where["r"]["k1"]
+    del where["s"]
+    second = diff.next(InstanceSnapshot(1, 0, where))
+    assert second is not None
+    assert (second.sequence, second.full) == (1, False)
+    assert second.report == InstanceReport(
+        1, 0, (PlacementEntry("r", "k0", 5, True), PlacementEntry("r", "k1", 0, False)), ("s",)
+    )
+    alive = diff.keep_alive()
+    assert (alive.sequence, alive.full, alive.report) == (2, False, None)
+
+
+def test_a_daemon_sends_its_pool_when_it_changed() -> None:
+    diff = ReportDiff("kvdaemon/k")
+    assert diff.next(KvDaemonSnapshot(PoolStats(100))) is not None
+    assert diff.next(KvDaemonSnapshot(PoolStats(100))) is None
+    changed = diff.next(KvDaemonSnapshot(PoolStats(100, 10, 10, free=10)))
+    assert changed is not None
+    assert changed.sequence == 1
+
+
+counts = st.builds(BlockCount, st.integers(1, 9), st.booleans())
+placements = st.dictionaries(
+    st.sampled_from("rst"), st.dictionaries(st.sampled_from(["k0", "k1", "k2"]), counts, min_size=1)
+)
+
+
+@given(st.lists(placements, min_size=1, max_size=6))
+def test_the_view_ends_up_with_the_snapshot(history: list[dict[str, dict[str, BlockCount]]]) -> None:
+    view, diff = ClusterView(), ReportDiff("instance/a")
+    view.set_instances({"a": Member("instance", "a", "a:1")}, 0.0)
+    view.set_kvdaemons({name: Member("kvdaemon", name, "k:1") for name in ("k0", "k1", "k2")}, 0.0)
+    for where in history:
+        heartbeat = diff.next(InstanceSnapshot(len(where), 0, where))
+        view.apply(0, heartbeat or diff.keep_alive(), 0.0)
+        seen = {
+            info.request_id: {e.kvdaemon_id: BlockCount(e.num_blocks, e.local) for e in info.placement}
+            for info in view.requests()
+        }
+        assert seen == where

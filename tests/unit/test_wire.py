@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+
+from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle
+from services.core.errors import InvalidRequestError
+from services.dataplane import wire
+from services.dataplane.wire import Header, Kind, PlanSegment
+
+
+def test_a_header_survives_the_way():
+    header = Header(
+        Kind.QUERY,
+        sequence=2**40,
+        step=2**50,
+        layer=79,
+        rows=2048,
+        block=BlockHandle(2**31, 2**32 - 1),
+        q_heads=64,
+        head_dim=128,
+        dtype="bfloat16",
+        out_dtype="float32",
+        scale=0.125,
+        softcap=50.0,
+        window=4096,
+    )
+    packed = header.pack()
+    assert len(packed) == wire.HEADER_BYTES
+    assert wire.unpack(memoryview(packed + b"payload")) == (header, b"payload")
+
+
+def test_a_plan_survives_the_way():
+    segments = [
+        PlanSegment(7, 3, 2_000_000, 5, np.array([[1, 2, 64], [3, 4, 128]], np.uint32)),
+        PlanSegment(8, 1, 10, 0, np.empty((0, 3), np.uint32)),
+        PlanSegment(9, 1, 70, 0, np.array([[6, 1, 0]], np.uint32)),
+    ]
+    read = wire.unpack_plan(3, memoryview(b"".join(wire.pack_plan(segments))))
+    assert [segment[:4] for segment in read] == [segment[:4] for segment in segments]
+    assert [segment.blocks.tolist() for segment in read] == [segment.blocks.tolist() for segment in segments]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"short",
+        bytes(wire.HEADER_BYTES),
+        b"\x02" + bytes(63),
+        b"\x01\xff" + bytes(62),
+        Header(Kind.QUERY).pack()[:36] + b"\x09" + bytes(27),
+    ],
+)
+def test_garbage_is_refused(data: bytes):
+    with pytest.raises(InvalidRequestError):
+        wire.unpack(memoryview(data))
+
+
+@pytest.mark.parametrize("cut", [1, 12, 25])
+def test_a_plan_of_another_length_is_refused(cut: int):
+    payload = b"".join(wire.pack_plan([PlanSegment(1, 1, 0, 0, np.array([[1, 1, 0]], np.uint32))]))
+    with pytest.raises(InvalidRequestError):
+        wire.unpack_plan(1, memoryview(payload[:-cut]))
+    with pytest.raises(InvalidRequestError):
+        wire.unpack_plan(1, memoryview(payload + b"x"))
+
+
+def test_handles_hello_and_blocks():
+    assert wire.unpack_handles(3, memoryview(wire.pack_handles([1, 2, 2**32 - 1]))) == [1, 2, 2**32 - 1]
+    assert wire.unpack_hello(wire.pack_hello(2**63 + 1)) == 2**63 + 1
+    key, content = wire.split_block(memoryview(b"k" * BLOCK_KEY_BYTES + b"content"), 7)
+    assert (key, content) == (b"k" * BLOCK_KEY_BYTES, b"content")
+    with pytest.raises(InvalidRequestError):
+        wire.split_block(memoryview(b"too short"), 7)
+    with pytest.raises(InvalidRequestError):
+        wire.unpack_hello(b"\x02" + bytes(8))
