@@ -122,7 +122,13 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """A daemon with room for blocks of the geometry asked for. ``address``: its control server, host:port."""
+    """A daemon that can hold blocks of the geometry asked for.
+
+    Attributes:
+        address: its control server, host:port.
+        free_blocks: that a reservation could get now.
+        total_blocks: that requests could have there if nobody else had any (the workspace is not among them).
+    """
 
     kvdaemon_id: str
     address: str

@@ -176,14 +176,14 @@ class ClusterView:
         return tuple(answer)
 
     def find_room(self, geometry: PoolGeometry, block_bytes: int, exclude: Collection[str] = ()) -> tuple[Room, ...]:
-        """Daemons that can take blocks of this geometry, the one with the most room first."""
+        """Daemons that can hold blocks of this geometry, the one with the most room first, full ones last."""
         rooms = []
         for member_id, member in self._kvdaemons.items():
             reporter = self._reporters.get(f"kvdaemon/{member_id}")
             if member_id in exclude or reporter is None or reporter.kvdaemon is None:
                 continue
             free, total = room_in(reporter.kvdaemon, geometry, block_bytes)
-            if free > 0:
+            if total > 0:
                 rooms.append(Room(member_id, member.address, free, total))
         return tuple(sorted(rooms, key=lambda room: (-room.free_blocks, room.kvdaemon_id)))
 
@@ -205,13 +205,13 @@ class ClusterView:
 
 
 def room_in(daemon: KvDaemonReport, geometry: PoolGeometry, block_bytes: int) -> tuple[int, int]:
-    """Blocks of ``geometry`` that one pool can take now, and that it could hold in all.
+    """Blocks of ``geometry`` that one pool can take now, and that it could hold for requests in all.
 
-    A pool without a geometry, and one of another geometry that nobody uses, can be formatted anew.
+    A workspace is never lent. A pool without a geometry, and one of another geometry that nobody uses, can be formatted anew.
     """
     stats = daemon.stats
     if stats.block_bytes and daemon.geometry == geometry:
-        return stats.available, stats.total
+        return stats.available, stats.total - stats.workspace
     if stats.block_bytes and not stats.unused:
         return 0, 0
     fitting = stats.pool_bytes // block_bytes if block_bytes else 0

@@ -1,7 +1,7 @@
 """What a daemon knows of one connection's segments, and a step's plan made of it.
 
-A segment grows by what each PLAN adds, until it is forgotten or the connection ends. The plan of a step is built once,
-when it arrives, and serves the queries of all layers.
+A segment grows by what each PLAN adds, until it is forgotten or the connection ends; a PLAN may also drop its last blocks,
+to put one before them. The plan of a step is built once, when it arrives, and serves the queries of all layers.
 """
 
 from __future__ import annotations
@@ -74,20 +74,21 @@ class SegmentTable:
             self._segments.pop(handle, None)
 
     def _extended(self, new: PlanSegment) -> _Segment:
-        """The segment with the blocks that a PLAN adds."""
+        """The segment with the blocks that a PLAN adds after the first ``new.known``."""
         old = self._segments.get(new.handle)
-        known = 0 if old is None else len(old.ids)
-        if new.known != known:
+        have = 0 if old is None else len(old.ids)
+        known = new.known
+        if known > have:
             raise InvalidRequestError(
-                f"PLAN: the peer believes {new.known} blocks of segment {new.handle} to be known; {known} are"
+                f"PLAN: the peer believes {known} blocks of segment {new.handle} to be known; {have} are"
             )
-        if old is not None and not len(new.blocks):
+        if old is not None and known == have and not len(new.blocks):
             return old
         if len(new.blocks) and new.blocks[:, 2].max() > _MAX_POSITION:
             raise InvalidRequestError(f"PLAN: blocks of segment {new.handle} lie beyond position {_MAX_POSITION}")
         ids, positions = new.blocks[:, 0].astype(np.int32), new.blocks[:, 2].astype(np.int32)
         if old is not None:
-            ids, positions = np.concatenate([old.ids, ids]), np.concatenate([old.positions, positions])
+            ids, positions = np.concatenate([old.ids[:known], ids]), np.concatenate([old.positions[:known], positions])
         # What was known ascends already: look at the last known block and the new ones.
         if (np.diff(positions[max(known - 1, 0) :]) <= 0).any():
             raise InvalidRequestError(f"PLAN: the positions of segment {new.handle} do not ascend")

@@ -116,9 +116,9 @@ class KvDaemonServicer(KvDaemonServiceServicer):
         except StopAsyncIteration:
             return None
         except TimeoutError:
-            raise SessionRevokedError(
-                f"no message for {self._terms.session_timeout_s:g} s; open a new session"
-            ) from None
+            reason = f"no message from the client for {self._terms.session_timeout_s:g} s; the session is over"
+            _log.warning(reason)
+            raise SessionRevokedError(reason) from None
 
 
 def _opened(terms: SessionTerms, session: Session, total_blocks: int) -> pb.SessionResponse:

@@ -115,7 +115,15 @@ class Cluster:
 
     def status(self) -> dict[str, object]:
         """``infinite-llm status --json``."""
-        command = [sys.executable, "-m", "services.launcher.cli", "status", "--json", "--grpc-port", str(self.grpc_port)]
+        command = [
+            sys.executable,
+            "-m",
+            "services.launcher.cli",
+            "status",
+            "--json",
+            "--grpc-port",
+            str(self.grpc_port),
+        ]
         result = subprocess.run(command, capture_output=True, timeout=30, check=True)
         answer: dict[str, object] = json.loads(result.stdout)
         return answer

@@ -127,7 +127,7 @@ def test_four_times_one_pool_is_refused_by_one_daemon(random_llama: Path, tmp_pa
         response = cluster.request(prompt, max_tokens=4)
         assert response.status_code == 400, response.text
         error = response.json()["error"]
-        assert error["code"] == "CONTEXT_TOO_LONG"
+        assert error["code"] == "context_length_exceeded"
         assert "add KV daemons" in error["message"]
         cluster.wait_until_no_block_is_held()
     pooled = ("--instances", "1", "--kvdaemons", "4", "--pool-mib", "2", "--dtype", "float32")

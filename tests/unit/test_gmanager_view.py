@@ -135,7 +135,7 @@ def test_a_heartbeat_may_come_before_the_membership() -> None:
         (KvDaemonReport(PoolStats(10 * BLOCK + 1)), 10),
         (KvDaemonReport(PoolStats(BLOCK - 1)), None),
         (formatted(3, 4, 5), 7),
-        (formatted(0, 0, 5), None),
+        (formatted(0, 0, 5), 0),  # full now, but it counts as memory of the cluster
         (formatted(1, 2, 0, OTHER), 3 * OTHER.block_bytes // BLOCK),
         (formatted(1, 2, 1, OTHER), None),
     ],

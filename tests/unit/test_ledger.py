@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from ledger_pool import BLOCKS, GEOMETRY, OTHER, Pool, key
 
-from services.core.blocks import BlockHandle, PoolGeometry
+from services.core.blocks import BlockHandle
 from services.core.errors import (
     ConfigError,
     GeometryMismatchError,
@@ -16,39 +17,6 @@ from services.core.errors import (
     StaleGenerationError,
 )
 from services.rmanager.ledger import Ledger, Session
-
-GEOMETRY = PoolGeometry(layers=1, kv_heads=1, block_tokens=4, head_dim=2, dtype="float32")
-OTHER = PoolGeometry(layers=2, kv_heads=1, block_tokens=4, head_dim=2, dtype="float32")
-BLOCKS = 8
-
-
-def key(number: int) -> bytes:
-    return number.to_bytes(16, "little")
-
-
-class Pool:
-    """A ledger of eight blocks with one open session."""
-
-    def __init__(self) -> None:
-        self.ledger = Ledger(BLOCKS * GEOMETRY.block_bytes + 5, itertools.count(1).__next__)
-        self.session = self.open("a")
-
-    def open(self, instance: str, epoch: int = 1, geometry: PoolGeometry = GEOMETRY, mapped: bool = False) -> int:
-        return self.ledger.open_session(instance, epoch, geometry, mapped).session_id
-
-    def sealed(self, *numbers: int, session: int | None = None) -> list[BlockHandle]:
-        """Blocks sealed under the keys of these numbers, held once by the session."""
-        session = self.session if session is None else session
-        handles = self.ledger.reserve(session, len(numbers), len(numbers))
-        return self.ledger.seal(session, handles, [key(number) for number in numbers])
-
-    def counts(self) -> tuple[int, int, int, int, int]:
-        """free, cached, workspace, reserved, in_use; checked against a recount."""
-        assert self.ledger.check_integrity() == []
-        stats = self.ledger.stats()
-        counts = (stats.free, stats.cached, stats.workspace, stats.reserved, stats.in_use)
-        assert sum(counts) == stats.total
-        return counts
 
 
 @pytest.fixture
@@ -341,69 +309,3 @@ def test_generation_grows_with_each_owner(pool: Pool) -> None:
     assert second == BlockHandle(first.block, first.generation + 1)
     with pytest.raises(StaleGenerationError, match=f"generation {second.generation}"):
         pool.ledger.release(pool.session, [first])
-
-
-# Writes over the data plane.
-
-
-def test_write_seals_with_one_hold(pool: Pool) -> None:
-    (block,) = pool.ledger.reserve(pool.session, 1)
-    pool.ledger.begin_write(pool.session, block)
-    assert pool.ledger.finish_write(pool.session, block, key(1)) == block
-    pool.ledger.release(pool.session, [block])
-    assert pool.counts() == (BLOCKS - 1, 1, 0, 0, 0)
-
-
-def test_write_that_adopts_gives_its_own_block_back(pool: Pool) -> None:
-    (first,) = pool.sealed(1)
-    (block,) = pool.ledger.reserve(pool.session, 1)
-    pool.ledger.begin_write(pool.session, block)
-    assert pool.ledger.finish_write(pool.session, block, key(1)) == first
-    assert pool.counts() == (BLOCKS - 1, 0, 0, 0, 1)
-
-
-def test_write_needs_a_reserved_block_of_the_session(pool: Pool) -> None:
-    (sealed,) = pool.sealed(1)
-    (foreign,) = pool.ledger.reserve(pool.open("b"), 1)
-    (block,) = pool.ledger.reserve(pool.session, 1)
-    for handle in (sealed, foreign, BlockHandle(block.block, block.generation + 1)):
-        with pytest.raises(StaleGenerationError):
-            pool.ledger.begin_write(pool.session, handle)
-    pool.ledger.begin_write(pool.session, block)
-    with pytest.raises(InvalidRequestError, match="being written"):
-        pool.ledger.begin_write(pool.session, block)
-    with pytest.raises(InvalidRequestError, match="being written"):
-        pool.ledger.seal(pool.session, [block], [key(2)])
-    pool.ledger.finish_write(pool.session, block, key(3))
-    pool.counts()
-
-
-@pytest.mark.parametrize("ending", ["close", "supersede", "release"])
-def test_block_under_a_write_is_given_to_nobody(pool: Pool, ending: str) -> None:
-    other = pool.open("b")
-    (block,) = pool.ledger.reserve(pool.session, 1)
-    pool.ledger.begin_write(pool.session, block)
-    if ending == "close":
-        pool.ledger.close_session(pool.session)
-    elif ending == "supersede":
-        pool.open("a", epoch=2)
-    else:
-        pool.ledger.release(pool.session, [block])
-    taken = pool.ledger.reserve(other, BLOCKS)
-    assert block.block not in [handle.block for handle in taken]
-    assert pool.counts() == (0, 0, 0, BLOCKS, 0)
-    with pytest.raises(StaleGenerationError if ending == "release" else SessionRevokedError):
-        pool.ledger.finish_write(pool.session, block, key(1))
-    assert pool.counts() == (1, 0, 0, BLOCKS - 1, 0)
-    assert pool.ledger.attach(other, [key(1)]) == []
-
-
-def test_block_under_a_write_prevents_a_format(pool: Pool) -> None:
-    (block,) = pool.ledger.reserve(pool.session, 1)
-    pool.ledger.begin_write(pool.session, block)
-    pool.ledger.close_session(pool.session)
-    with pytest.raises(GeometryMismatchError):
-        pool.open("b", geometry=OTHER)
-    with pytest.raises(SessionRevokedError):
-        pool.ledger.finish_write(pool.session, block, key(1))
-    pool.open("b", geometry=OTHER)

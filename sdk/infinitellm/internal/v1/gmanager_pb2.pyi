@@ -225,6 +225,7 @@ class Room(_message.Message):
     free_blocks: _builtins.int
     """Free and cached blocks."""
     total_blocks: _builtins.int
+    """Blocks that requests could have there if nobody else had any; an instance's workspace is not among them."""
     def __init__(
         self,
         *,

@@ -72,8 +72,8 @@ class GManagerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FindRoom(self, request, context):
-        """Answers which daemons have room for blocks of a geometry, emptiest first. Changes nothing (no reservation is made);
-        a retry is safe.
+        """Answers which daemons can hold blocks of a geometry, emptiest first, full ones included. Changes nothing (no
+        reservation is made); a retry is safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,8 +40,8 @@ class GManagerServiceStub:
     Errors: FAILED_PRECONDITION (RESYNC_REQUIRED: the first message was not full, or one is missing).
     """
     FindRoom: _grpc.UnaryUnaryMultiCallable[_gmanager_pb2.FindRoomRequest, _gmanager_pb2.FindRoomResponse]
-    """Answers which daemons have room for blocks of a geometry, emptiest first. Changes nothing (no reservation is made);
-    a retry is safe.
+    """Answers which daemons can hold blocks of a geometry, emptiest first, full ones included. Changes nothing (no
+    reservation is made); a retry is safe.
     """
     WatchInstances: _grpc.UnaryStreamMultiCallable[_gmanager_pb2.WatchInstancesRequest, _gmanager_pb2.WatchInstancesResponse]
     """Streams the set of instances, at once and after every change. Changes nothing; a retry is safe."""
@@ -60,8 +60,8 @@ class GManagerServiceAsyncStub(GManagerServiceStub):
     Errors: FAILED_PRECONDITION (RESYNC_REQUIRED: the first message was not full, or one is missing).
     """
     FindRoom: _aio.UnaryUnaryMultiCallable[_gmanager_pb2.FindRoomRequest, _gmanager_pb2.FindRoomResponse]  # type: ignore[assignment]
-    """Answers which daemons have room for blocks of a geometry, emptiest first. Changes nothing (no reservation is made);
-    a retry is safe.
+    """Answers which daemons can hold blocks of a geometry, emptiest first, full ones included. Changes nothing (no
+    reservation is made); a retry is safe.
     """
     WatchInstances: _aio.UnaryStreamMultiCallable[_gmanager_pb2.WatchInstancesRequest, _gmanager_pb2.WatchInstancesResponse]  # type: ignore[assignment]
     """Streams the set of instances, at once and after every change. Changes nothing; a retry is safe."""
@@ -89,8 +89,8 @@ class GManagerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _gmanager_pb2.FindRoomRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_gmanager_pb2.FindRoomResponse, _abc.Awaitable[_gmanager_pb2.FindRoomResponse]]:
-        """Answers which daemons have room for blocks of a geometry, emptiest first. Changes nothing (no reservation is made);
-        a retry is safe.
+        """Answers which daemons can hold blocks of a geometry, emptiest first, full ones included. Changes nothing (no
+        reservation is made); a retry is safe.
         """
 
     @_abc_1.abstractmethod

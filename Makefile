@@ -1,0 +1,62 @@
+# Everything runs in a virtual environment that the first target makes: nothing is needed before.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+KERNELS := $(VENV)/.kernels
+KERNEL_SOURCES := $(wildcard kernels/cpu/src/*.c kernels/cpu/src/*.h)
+
+# $(call protoc,DIR) generates messages, stubs and their types under DIR.
+protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=$(1) \
+	--grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $$(find proto -name '*.proto' | sort)
+# The names and checksums of all generated files in the current directory.
+generated = find infinitellm -name '*_pb2*' -type f -not -path '*/__pycache__/*' -exec sha256sum {} + | sort -k2
+
+.PHONY: help setup run test lint proto proto-check clean
+
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(KERNELS) ## Make the virtual environment .venv and build the CPU kernels
+
+run: setup ## Ask a cluster on this machine for a needle in a long haystack, then serve (ONESHOT=1 ends after the answer)
+	@$(BIN)/infinite-llm demo $(if $(filter-out 0,$(ONESHOT)),--oneshot) $(ARGS)
+
+test: setup ## Run all tests (ARGS='-k name' chooses)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup proto-check ## Check style, types, import rules and generated code
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+proto: setup ## Generate the code in sdk/ from proto/
+	find sdk/infinitellm -name '*_pb2*' -type f -delete
+	$(call protoc,sdk)
+
+proto-check: setup ## Check that the code in sdk/ is what proto/ generates
+	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
+	$(call protoc,"$$fresh"); \
+	diff <(cd "$$fresh" && $(generated)) <(cd sdk && $(generated)) \
+		|| { echo "sdk/ is not what proto/ generates: run 'make proto' and commit the result" >&2; exit 1; }
+
+clean: ## Remove the virtual environment, build outputs and caches
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f kernels/cpu/_native*.so
+
+$(INSTALLED): pyproject.toml sdk/pyproject.toml constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e sdk -e '.[embedded,dev]'
+	touch $@
+
+$(KERNELS): $(INSTALLED) $(KERNEL_SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@

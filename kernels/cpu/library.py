@@ -1,0 +1,119 @@
+"""The C interface of ``src/abi.h`` for ctypes: the same structures, in the same order."""
+
+from __future__ import annotations
+
+import ctypes
+import sysconfig
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+STATUS_MESSAGES = {
+    1: "no memory for scratch space",
+    2: "plan.query_start must ascend and end at most at the number of rows of q",
+    3: "plan.block_start must ascend and end at most at the number of listed blocks",
+    4: "plan.block_ids names a block that the pool does not have",
+    5: "an index is outside its tensor",
+}
+
+
+class PoolView(Structure):
+    _fields_: ClassVar = [
+        ("data", c_void_p),
+        ("num_blocks", c_int64),
+        ("block_stride", c_int64),
+        ("layer_offset", c_int64),
+        ("kv_heads", c_int32),
+        ("block_tokens", c_int32),
+        ("head_dim", c_int32),
+        ("dtype", c_int32),
+    ]
+
+
+class AttentionCall(Structure):
+    _fields_: ClassVar = [
+        ("pool", PoolView),
+        ("q", c_void_p),
+        ("q_stride", c_int64),
+        ("out", c_void_p),
+        ("lse", c_void_p),
+        ("query_start", c_void_p),
+        ("query_pos", c_void_p),
+        ("block_start", c_void_p),
+        ("block_ids", c_void_p),
+        ("block_pos", c_void_p),
+        ("rows", c_int64),
+        ("num_listed_blocks", c_int64),
+        ("segments", c_int32),
+        ("q_heads", c_int32),
+        ("window", c_int32),
+        ("out_dtype", c_int32),
+        ("scale", c_float),
+        ("softcap", c_float),
+    ]
+
+
+class MergeCall(Structure):
+    _fields_: ClassVar = [
+        ("out", c_void_p),
+        ("lse", c_void_p),
+        ("part_out", c_void_p),
+        ("part_lse", c_void_p),
+        ("rows", c_void_p),
+        ("out_rows", c_int64),
+        ("count", c_int64),
+        ("heads", c_int32),
+        ("head_dim", c_int32),
+        ("part_dtype", c_int32),
+    ]
+
+
+class StoreCall(Structure):
+    _fields_: ClassVar = [
+        ("pool", PoolView),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("k_stride", c_int64),
+        ("v_stride", c_int64),
+        ("slots", c_void_p),
+        ("rows", c_int64),
+        ("dtype", c_int32),
+    ]
+
+
+def find_library() -> Path | None:
+    """The built library beside this file, or None where it was not built for this Python."""
+    path = Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
+    return path if path.exists() else None
+
+
+@cache
+def load_library() -> ctypes.CDLL:
+    """The library with its prototypes; loaded once, it has no state of its own."""
+    path = find_library()
+    if path is None:
+        raise FileNotFoundError(
+            "the compiled CPU kernels are missing; run `python setup.py build_ext --inplace` or `pip install -e .`"
+        )
+    library = ctypes.CDLL(str(path))
+    library.kernels_open.argtypes = [c_int32]
+    library.kernels_open.restype = c_void_p
+    library.kernels_close.argtypes = [c_void_p]
+    library.kernels_close.restype = None
+    library.kernels_isa.argtypes = [c_void_p]
+    library.kernels_isa.restype = c_char_p
+    library.kernels_micro_attention.argtypes = [c_void_p, POINTER(AttentionCall)]
+    library.kernels_micro_attention.restype = c_int32
+    library.kernels_merge_partials.argtypes = [c_void_p, POINTER(MergeCall)]
+    library.kernels_merge_partials.restype = c_int32
+    library.kernels_store_kv.argtypes = [c_void_p, POINTER(StoreCall)]
+    library.kernels_store_kv.restype = c_int32
+    return library
+
+
+def check_status(status: int) -> None:
+    if status == 1:
+        raise MemoryError(STATUS_MESSAGES[status])
+    if status != 0:
+        raise ValueError(STATUS_MESSAGES[status])

@@ -1,0 +1,78 @@
+/* The plain C interface of the CPU kernels; kernels/cpu/library.py mirrors it with ctypes.
+ *
+ * Layouts (elements, last dimension contiguous):
+ *   pool       [num_blocks, layers, kv_heads, 2, block_tokens, head_dim]   K is index 0, V index 1
+ *   q          [rows, q_heads, head_dim], rows q_stride apart
+ *   out, lse   [rows, q_heads, head_dim], [rows, q_heads]
+ */
+#ifndef INFINITE_LLM_ABI_H
+#define INFINITE_LLM_ABI_H
+
+#include <stdint.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+enum status {
+    STATUS_OK = 0,
+    STATUS_NO_MEMORY = 1,
+    STATUS_BAD_ROWS = 2,   /* query_start does not ascend inside the rows */
+    STATUS_BAD_BLOCKS = 3, /* block_start does not ascend inside the block list */
+    STATUS_BAD_BLOCK_ID = 4,
+    STATUS_BAD_INDEX = 5, /* a slot or a row index outside its tensor */
+};
+
+/* A pool of blocks, and one layer of it. Strides are in elements; a block's layer is contiguous. */
+typedef struct {
+    void *data;
+    int64_t num_blocks, block_stride, layer_offset;
+    int32_t kv_heads, block_tokens, head_dim, dtype;
+} pool_view;
+
+/* One call of micro-attention: kernels/interface.py says what the fields mean. */
+typedef struct {
+    pool_view pool;
+    const void *q; /* in the pool's dtype */
+    int64_t q_stride;
+    void *out;
+    float *lse;
+    const int32_t *query_start, *query_pos, *block_start, *block_ids, *block_pos;
+    int64_t rows, num_listed_blocks;
+    int32_t segments, q_heads, window, out_dtype;
+    float scale, softcap;
+} attention_call;
+
+/* Merges part [n, heads, head_dim] into (out, lse); rows may be NULL. */
+typedef struct {
+    float *out, *lse;
+    const void *part_out;
+    const float *part_lse;
+    const int64_t *rows;
+    int64_t out_rows, count;
+    int32_t heads, head_dim, part_dtype;
+} merge_call;
+
+/* Writes k, v [rows, kv_heads, head_dim], rows k_stride and v_stride apart, into the pool. */
+typedef struct {
+    pool_view pool;
+    const void *k, *v;
+    int64_t k_stride, v_stride;
+    const int64_t *slots;
+    int64_t rows;
+    int32_t dtype; /* of k and v */
+} store_call;
+
+typedef struct kernel_context kernel_context;
+
+/* A context owns its threads and scratch memory; it serves one caller at a time. NULL: no memory or no threads. */
+EXPORT kernel_context *kernels_open(int32_t num_threads);
+EXPORT void kernels_close(kernel_context *context);
+/* "avx512", "avx2" or "baseline": the processor's best, or what INFINITE_LLM_CPU_ISA names where that is lower. */
+EXPORT const char *kernels_isa(const kernel_context *context);
+
+EXPORT int32_t kernels_micro_attention(kernel_context *context, const attention_call *call);
+EXPORT int32_t kernels_merge_partials(const kernel_context *context, const merge_call *call);
+EXPORT int32_t kernels_store_kv(const kernel_context *context, const store_call *call);
+
+#endif

@@ -1,0 +1,191 @@
+/* Micro-attention for few query rows: bound by reading K and V, so every byte of them is read from memory once.
+ *
+ * Blocks are walked outermost and KV heads inside, in the order of memory; while one head's keys and values are used,
+ * those of the next head (or of the next block's first head) are prefetched. Keys and values are used where they lie.
+ */
+#define TILE_KEYS 4 /* scored together for several rows */
+
+/* State of all effective rows of a segment, [kv_heads][rows]; rows = query rows * group. */
+typedef struct {
+    int rows, padded_dim;
+    float *q, *acc; /* [kv_heads * rows][padded_dim] */
+    row_state *states;
+    float *widened; /* [2][KEYS][padded_dim]: a run whose rows are no whole vectors */
+    float *scores;  /* [rows][KEYS] */
+    int32_t *pos;   /* [rows] */
+} decode_rows;
+
+INLINE decode_rows decode_layout(const attention_call *call, int32_t segment, const void *memory) {
+    decode_rows s;
+    int64_t query_rows = call->query_start[segment + 1] - call->query_start[segment];
+    s.rows = (int)(query_rows * (call->q_heads / call->pool.kv_heads));
+    s.padded_dim = (int)round_up(call->pool.head_dim, WIDTH);
+    int64_t all = (int64_t)s.rows * call->pool.kv_heads;
+    float *next = (float *)memory;
+    s.q = next, next += all * s.padded_dim;
+    s.acc = next, next += all * s.padded_dim;
+    s.states = (row_state *)next, next += all * (int64_t)(sizeof(row_state) / sizeof(float));
+    s.widened = next, next += call->pool.head_dim % WIDTH ? 2 * KEYS * s.padded_dim : 0;
+    s.scores = next, next += s.rows * KEYS;
+    s.pos = (int32_t *)next;
+    return s;
+}
+
+static size_t decode_state(const attention_call *call, int32_t segment) {
+    decode_rows s = decode_layout(call, segment, NULL);
+    return (size_t)((const char *)(s.pos + s.rows) - (const char *)NULL);
+}
+
+/* Dot products of some queries with some keys; keys * rows is WIDTH. Keys beyond count repeat the last. Memory at a
+ * distance of ahead bytes from the keys is prefetched; 0: none. */
+INLINE void dot_tile(
+    int keys, int rows, const float *q, int q_rows, const void *k, int64_t ldk, int count, int dim, int dtype,
+    float *scores, int64_t ahead
+) {
+    const char *key[WIDTH];
+    const float *query[WIDTH];
+    vf acc[WIDTH];
+#pragma GCC unroll 16
+    for (int j = 0; j < keys; j++) key[j] = element(k, (j < count ? j : count - 1) * ldk, dtype);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) query[r] = q + (r < q_rows ? r : q_rows - 1) * dim;
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++) acc[i] = (vf){0};
+    for (int d = 0; d < dim; d += WIDTH) {
+        vf x[WIDTH];
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) x[r] = load(query[r] + d);
+#pragma GCC unroll 16
+        for (int j = 0; j < keys; j++) {
+            if (ahead && d * element_size(dtype) % 64 == 0) prefetch_lines(element(key[j], d, dtype) + ahead, 1);
+            vf y = load_as(key[j], d, dtype);
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; r++) acc[r * keys + j] += x[r] * y;
+        }
+    }
+    vf sums = sum_each(acc);
+    float flat[WIDTH];
+    store(flat, sums);
+    for (int r = 0; r < rows && r < q_rows; r++) memcpy(scores + r * KEYS, flat + r * keys, (size_t)keys * 4);
+}
+
+/* One KV head over one run: its keys k and values v, rows ld apart. ahead as in gemm_tile, from both of them. */
+INLINE void decode_head(
+    const attention_call *call, const decode_rows *s, int32_t head, const void *k, const void *v, int64_t ld, int count,
+    const int32_t *key_pos, int masked, int64_t ahead, int dtype
+) {
+    const int rows = s->rows, dim = s->padded_dim, keys = (int)round_up(count, WIDTH);
+    const float *q = s->q + (int64_t)head * rows * dim;
+    row_state *states = s->states + (int64_t)head * rows;
+
+    for (int j = 0; rows == 1 && j < count; j += WIDTH)
+        dot_tile(WIDTH, 1, q, 1, element(k, j * ld, dtype), ld, count - j, dim, dtype, s->scores + j, ahead);
+    for (int j = 0; rows > 1 && j < count; j += TILE_KEYS)
+        for (int r = 0; r < rows; r += WIDTH / TILE_KEYS)
+            dot_tile(
+                TILE_KEYS, WIDTH / TILE_KEYS, q + r * dim, rows - r, element(k, j * ld, dtype), ld, count - j, dim,
+                dtype, s->scores + r * KEYS + j, r == 0 ? ahead : 0
+            );
+    hide_and_cap(call, s->scores, rows, keys, key_pos, masked, s->pos);
+    for (int r = 0; r < rows; r++) online_softmax(&states[r], s->scores + r * KEYS, keys);
+    const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS, most = (rows + tiles - 1) / tiles;
+    for (int r = 0; r < rows; r += most) {
+        int n = rows - r < most ? rows - r : most;
+        float rescale[MAX_ROWS], *acc = s->acc + ((int64_t)head * rows + r) * dim;
+        for (int i = 0; i < n; i++) rescale[i] = states[r + i].rescale;
+        gemm(n, dim, count, s->scores + r * KEYS, KEYS, v, ld, 0, dtype, acc, dim, rescale, r == 0 ? ahead : 0);
+    }
+}
+
+/* All KV heads over one run; next is the run after it, or the same. */
+INLINE void decode_run(
+    const attention_call *call, const decode_rows *s, const key_run *run, const key_run *next, int dtype
+) {
+    const pool_view *pool = &call->pool;
+    const int head_dim = pool->head_dim;
+    int32_t key_pos[KEYS];
+    for (int j = 0; j < KEYS; j++) key_pos[j] = j < run->count ? run->pos + j : INT32_MAX;
+    int masked = run->count % WIDTH != 0 || run->pos + run->count - 1 > s->pos[0] ||
+                 (call->window > 0 && (int64_t)run->pos + call->window <= s->pos[s->rows - 1]);
+    for (int32_t head = 0; head < pool->kv_heads; head++) {
+        const void *k = run_keys(pool, run, head, dtype), *v = run_values(pool, k, dtype);
+        const void *next_k = head + 1 < pool->kv_heads ? run_keys(pool, run, head + 1, dtype)
+                                                       : run_keys(pool, next, 0, dtype);
+        int64_t ahead = (intptr_t)next_k - (intptr_t)k;
+        if (head_dim % WIDTH == 0) {
+            decode_head(call, s, head, k, v, head_dim, run->count, key_pos, masked, ahead, dtype);
+            continue;
+        }
+        float *wide_k = s->widened, *wide_v = s->widened + KEYS * s->padded_dim;
+        for (int j = 0; j < run->count; j++) {
+            int64_t from = (int64_t)j * head_dim, to = (int64_t)j * s->padded_dim;
+            load_query(wide_k + to, element(k, from, dtype), head_dim, 1.0f, dtype);
+            load_query(wide_v + to, element(v, from, dtype), head_dim, 1.0f, dtype);
+        }
+        decode_head(call, s, head, wide_k, wide_v, s->padded_dim, run->count, key_pos, masked, 0, FLOAT32);
+    }
+}
+
+INLINE void decode_as(const attention_call *call, decode_task task, void *memory, int dtype) {
+    const pool_view *pool = &call->pool;
+    const decode_rows s = decode_layout(call, task.segment, memory);
+    const int group = call->q_heads / pool->kv_heads, head_dim = pool->head_dim;
+    const int64_t first_row = call->query_start[task.segment];
+    for (int e = 0; e < s.rows; e++) s.pos[e] = call->query_pos[task.segment] + e / group;
+    for (int i = 0; i < s.rows * pool->kv_heads; i++) {
+        int e = i % s.rows, head = i / s.rows * group + e % group;
+        int64_t index = (first_row + e / group) * call->q_stride + (int64_t)head * head_dim;
+        load_query(
+            s.q + (int64_t)i * s.padded_dim, element(call->q, index, dtype), head_dim, query_factor(call), dtype
+        );
+        row_reset(&s.states[i]);
+    }
+    memset(s.acc, 0, sizeof(float) * (size_t)s.padded_dim * (size_t)(s.rows * pool->kv_heads));
+
+    key_cursor cursor = key_cursor_at(call, task.entry, task.end, s.pos[0], s.pos[s.rows - 1]);
+    key_run run, next;
+    for (int more = next_run(&cursor, KEYS, &run); more; run = next) {
+        next = run;
+        more = next_run(&cursor, KEYS, &next);
+        decode_run(call, &s, &run, &next, dtype);
+    }
+}
+
+static void decode(const attention_call *call, decode_task task, void *state) {
+    switch (call->pool.dtype) {
+        case FLOAT32: decode_as(call, task, state, FLOAT32); break;
+        case BFLOAT16: decode_as(call, task, state, BFLOAT16); break;
+        default: decode_as(call, task, state, FLOAT16); break;
+    }
+}
+
+/* state becomes the state of both tasks' keys. */
+static void decode_merge(const attention_call *call, int32_t segment, void *state, const void *other) {
+    const decode_rows a = decode_layout(call, segment, state), b = decode_layout(call, segment, other);
+    for (int i = 0; i < a.rows * call->pool.kv_heads; i++) {
+        row_state *x = &a.states[i];
+        const row_state *y = &b.states[i];
+        if (y->maximum == -INFINITY) continue;
+        float larger = x->maximum > y->maximum ? x->maximum : y->maximum;
+        vf keep = splat(exp2_not_positive(splat(x->maximum - larger))[0]);
+        vf add = splat(exp2_not_positive(splat(y->maximum - larger))[0]);
+        x->maximum = larger;
+        store(x->sum, keep * load(x->sum) + add * load(y->sum));
+        float *to = a.acc + (int64_t)i * a.padded_dim;
+        const float *from = b.acc + (int64_t)i * a.padded_dim;
+        for (int d = 0; d < a.padded_dim; d += WIDTH) store(to + d, keep * load(to + d) + add * load(from + d));
+    }
+}
+
+static void decode_write(const attention_call *call, int32_t segment, const void *state) {
+    const decode_rows s = decode_layout(call, segment, state);
+    const int group = call->q_heads / call->pool.kv_heads, head_dim = call->pool.head_dim;
+    for (int i = 0; i < s.rows * call->pool.kv_heads; i++) {
+        int e = i % s.rows, head = i / s.rows * group + e % group;
+        int64_t index = (call->query_start[segment] + (int64_t)(e / group)) * call->q_heads + head;
+        float scale, *acc = s.acc + (int64_t)i * s.padded_dim;
+        call->lse[index] = row_finish(&s.states[i], &scale);
+        for (int d = 0; d < s.padded_dim; d += WIDTH) store(acc + d, load(acc + d) * splat(scale));
+        store_as(call->out, index * head_dim, acc, head_dim, call->out_dtype);
+    }
+}

@@ -1,0 +1,39 @@
+/* What is compiled once per instruction set, and how much scratch memory it needs. */
+#ifndef INFINITE_LLM_KERNEL_SET_H
+#define INFINITE_LLM_KERNEL_SET_H
+
+#include <stddef.h>
+
+#include "abi.h"
+
+/* Effective rows (query rows times heads of a KV group) of a prefill task: queries and accumulators stay in L2. */
+#define PREFILL_ROWS 192
+/* A segment with at most this many effective rows is decoded. */
+#define DECODE_ROWS 32
+
+/* Query rows first .. first + count of a segment, all query heads of one KV head. */
+typedef struct {
+    int32_t segment, head, first, count;
+} prefill_task;
+
+/* All rows of a segment over entries entry .. end of the block list. */
+typedef struct {
+    int32_t segment, entry, end;
+} decode_task;
+
+typedef struct {
+    const char *name;
+    size_t (*prefill_scratch)(const attention_call *call);
+    void (*prefill)(const attention_call *call, prefill_task task, void *scratch);
+    /* Bytes of a decode task's state; two tasks over different entries of one segment merge their states. */
+    size_t (*decode_state)(const attention_call *call, int32_t segment);
+    void (*decode)(const attention_call *call, decode_task task, void *state);
+    void (*decode_merge)(const attention_call *call, int32_t segment, void *state, const void *other);
+    void (*decode_write)(const attention_call *call, int32_t segment, const void *state);
+    void (*merge)(const merge_call *call);
+    void (*store)(const store_call *call);
+} kernel_set;
+
+extern const kernel_set baseline_kernels, avx2_kernels, avx512_kernels;
+
+#endif

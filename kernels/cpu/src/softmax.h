@@ -1,0 +1,107 @@
+/* Scores to weights, online. Scores, maxima and sums are kept in units of log 2: weight = 2 ** (score - maximum).
+ *
+ * A key tile has at most KEYS keys; scores are stored [rows][KEYS].
+ */
+#define KEYS 64
+#define LOG2_E 1.44269504088896341f
+#define LN_2 0.693147180559945309f
+
+/* x = n + f with n = round(x), f in [-0.5, 0.5]; answers n as an integer. */
+INLINE vi split_exponent(vf x, vf *f) {
+    const vf magic = splat(12582912.0f); /* 1.5 * 2**23: adding it rounds to an integer, held in the low bits */
+    vf shifted = x + magic;
+    *f = x - (shifted - magic);
+    return (vi)shifted - (vi)magic;
+}
+
+/* 2**f - 1 for |f| <= 0.5, relative error below 2e-8 before rounding: f times a Chebyshev fit of (2**f - 1) / f. */
+INLINE vf exp2_minus_1(vf f) {
+    vf p = splat(0.000154614478f);
+    p = p * f + splat(0.00133908668f);
+    p = p * f + splat(0.00961805694f);
+    p = p * f + splat(0.0555035695f);
+    p = p * f + splat(0.240226507f);
+    p = p * f + splat(0.693147182f);
+    return p * f;
+}
+
+/* 2**x for x <= 0; below -126 exactly 0, -inf included. */
+INLINE vf exp2_not_positive(vf x) {
+    vi in_range = x >= splat(-126.0f);
+    vf f;
+    vi n = split_exponent(maximum(x, splat(-126.0f)), &f);
+    vf power = (vf)((vi)(exp2_minus_1(f) + splat(1.0f)) + (n << 23));
+    return (vf)((vi)power & in_range);
+}
+
+/* tanh(x) = e / (e + 2) with e = exp(2 x) - 1 computed without cancellation: right near 0 too. */
+INLINE vf hyperbolic_tangent(vf x) {
+    vi negative = x < (vf){0};
+    vf magnitude = select_lanes(negative, -x, x);
+    magnitude = -maximum(-magnitude, splat(-10.0f)); /* tanh(10) rounds to 1 */
+    vf f;
+    vi n = split_exponent(magnitude * splat(2 * LOG2_E), &f);
+    vf two_n = (vf)((n + splat_int(127)) << 23);
+    vf e = two_n * exp2_minus_1(f) + (two_n - splat(1.0f));
+    vf t = e / (e + splat(2.0f));
+    return select_lanes(negative, -t, t);
+}
+
+/* cap * tanh(score) for scores that were scaled by 1 / softcap. */
+INLINE void cap_scores(float *scores, int rows, int keys, float cap) {
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < keys; j += WIDTH) {
+            float *s = scores + r * KEYS + j;
+            store(s, splat(cap) * hyperbolic_tangent(load(s)));
+        }
+}
+
+/* Hides from a row at position query_pos the keys after it and those outside its window (0: none). */
+INLINE void mask_scores(float *scores, const int32_t *key_pos, int keys, int32_t query_pos, int32_t window) {
+    /* Compared in int32: positions are below 2**31, so query_pos - window cannot overflow. */
+    int32_t oldest = window > 0 && query_pos >= window ? query_pos - window : -1;
+    for (int j = 0; j < keys; j += WIDTH) {
+        vi pos = load_int(key_pos + j);
+        vi visible = (pos <= splat_int(query_pos)) & (pos > splat_int(oldest));
+        store(scores + j, select_lanes(visible, load(scores + j), splat(-INFINITY)));
+    }
+}
+
+/* The softmax state of one row, beside its accumulated values. */
+typedef struct {
+    float maximum;       /* largest score so far, -inf before the first visible key */
+    float rescale;       /* what the accumulated values must be multiplied by before the tile just seen is added */
+    float sum[WIDTH];    /* sum of weights relative to maximum, spread over the lanes */
+} row_state;
+
+INLINE void row_reset(row_state *row) {
+    *row = (row_state){.maximum = -INFINITY, .rescale = 1.0f};
+}
+
+/* Replaces a row's scores by weights relative to its new maximum. keys is a multiple of WIDTH. */
+INLINE void online_softmax(row_state *row, float *scores, int keys) {
+    vf largest = load(scores);
+    for (int j = WIDTH; j < keys; j += WIDTH) largest = maximum(largest, load(scores + j));
+    float tile_maximum = max_lanes(largest);
+    row->rescale = 1.0f;
+    if (tile_maximum > row->maximum) {
+        row->rescale = exp2_not_positive(splat(row->maximum - tile_maximum))[0];
+        row->maximum = tile_maximum;
+    }
+    /* A row that has seen nothing yet has scores of -inf only; relative to 0 their weights are 0. */
+    vf reference = splat(row->maximum == -INFINITY ? 0.0f : row->maximum);
+    vf sum = load(row->sum) * splat(row->rescale);
+    for (int j = 0; j < keys; j += WIDTH) {
+        vf weight = exp2_not_positive(load(scores + j) - reference);
+        store(scores + j, weight);
+        sum += weight;
+    }
+    store(row->sum, sum);
+}
+
+/* Log-sum-exp of a row, natural logarithm; *scale becomes what normalises its accumulated values. */
+INLINE float row_finish(const row_state *row, float *scale) {
+    float sum = sum_lanes(load(row->sum));
+    *scale = sum > 0 ? 1.0f / sum : 0.0f;
+    return sum > 0 ? row->maximum * LN_2 + logf(sum) : -INFINITY;
+}

@@ -1,0 +1,18 @@
+/* A team of threads that runs the tasks of one call; the caller is one of them. */
+#ifndef INFINITE_LLM_THREADS_H
+#define INFINITE_LLM_THREADS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct thread_team thread_team;
+
+/* worker is 0 .. num_threads - 1, constant within a task: it names the scratch memory that the task may use. */
+typedef void (*task_function)(void *argument, int64_t task, int32_t worker);
+
+thread_team *team_open(int32_t num_threads);
+void team_close(thread_team *team);
+/* Runs tasks 0 .. count - 1, in any order and on any thread, and returns when all are done. */
+void team_run(thread_team *team, task_function function, void *argument, int64_t count);
+
+#endif
