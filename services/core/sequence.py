@@ -61,12 +61,14 @@ class Sequence:
         tokens: prompt and generated tokens; only grows.
         computed: tokens whose K and V stand in blocks, committed after a step's last layer.
         cached_tokens: tokens that were attached to and not computed, at the latest admission.
+        keys: of its full blocks, as far as they were needed; they depend on the tokens alone.
     """
 
     request: Request
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     cached_tokens: int = 0
+    keys: list[bytes] = field(default_factory=list)
     state: SequenceState = SequenceState.WAITING
 
     def __post_init__(self) -> None:

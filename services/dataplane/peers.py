@@ -39,7 +39,10 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True)
 class LostPeer:
+    """A connection has ended; ``session_id`` tells it from an earlier or later one to the same daemon."""
+
     kvdaemon_id: str
+    session_id: int
     reason: str
 
 
@@ -93,7 +96,7 @@ class PeerSet:
         self._by_connection: dict[Connection, Peer] = {}
         self._sealed: list[Sealed] = []
         self._lost: list[LostPeer] = []
-        self._reports: deque[tuple[int, LostPeer]] = deque()  # with the session they are about
+        self._reports: deque[LostPeer] = deque()
 
     def connect(self, kvdaemon_id: str, address: str, session_id: int) -> None:
         """Begins to connect; messages may be sent at once. A failure shows as a lost peer."""
@@ -101,7 +104,7 @@ class PeerSet:
         try:
             connection = self._transport.connect(address, wire.pack_hello(session_id), self._limits)
         except PeerLostError as error:
-            self._lost.append(LostPeer(kvdaemon_id, str(error)))
+            self._lost.append(LostPeer(kvdaemon_id, session_id, str(error)))
             return
         peer = Peer(kvdaemon_id, session_id, connection, self._query_room)
         self._peers[kvdaemon_id] = peer
@@ -109,8 +112,10 @@ class PeerSet:
 
     def disconnect(self, kvdaemon_id: str, reason: str) -> None:
         """Ends the connection to a daemon, if there is one, and counts it as lost."""
-        if self._drop(kvdaemon_id):
-            self._lost.append(LostPeer(kvdaemon_id, reason))
+        peer = self._peers.get(kvdaemon_id)
+        if peer is not None:
+            self._drop(kvdaemon_id)
+            self._lost.append(LostPeer(kvdaemon_id, peer.session_id, reason))
 
     def get(self, kvdaemon_id: str) -> Peer:
         """The peer.
@@ -126,6 +131,11 @@ class PeerSet:
     def is_connected(self, kvdaemon_id: str) -> bool:
         return kvdaemon_id in self._peers
 
+    def session_id(self, kvdaemon_id: str) -> int | None:
+        """The session of the connection to a daemon; None where there is none."""
+        peer = self._peers.get(kvdaemon_id)
+        return None if peer is None else peer.session_id
+
     def write_block(self, kvdaemon_id: str, tag: int, handle: BlockHandle, key: bytes, content: Buffer) -> None:
         """Ships a full block into a block reserved there; ``take_sealed`` tells where it lies in the end."""
         header = Header(Kind.WRITE_BLOCK, step=tag, block=handle)
@@ -133,7 +143,7 @@ class PeerSet:
 
     def report_lost(self, kvdaemon_id: str, session_id: int, reason: str) -> None:
         """Another thread knows that the session is over: ends its connection at the next ``poll``."""
-        self._reports.append((session_id, LostPeer(kvdaemon_id, reason)))
+        self._reports.append(LostPeer(kvdaemon_id, session_id, reason))
         self._transport.wake()
 
     def wake(self) -> None:
@@ -143,9 +153,9 @@ class PeerSet:
     def poll(self, timeout: float) -> None:
         """Moves all transfers forward; waits up to ``timeout`` seconds for something to happen."""
         while self._reports:
-            session_id, report = self._reports.popleft()
+            report = self._reports.popleft()
             peer = self._peers.get(report.kvdaemon_id)
-            if peer is not None and peer.session_id == session_id:
+            if peer is not None and peer.session_id == report.session_id:
                 self.disconnect(report.kvdaemon_id, report.reason)
         for event in self._transport.poll(0 if self._lost else timeout):
             match event:
@@ -205,13 +215,10 @@ class PeerSet:
         message.release()
         self.disconnect(peer.kvdaemon_id, reason)
 
-    def _drop(self, kvdaemon_id: str) -> bool:
-        peer = self._peers.pop(kvdaemon_id, None)
-        if peer is None:
-            return False
+    def _drop(self, kvdaemon_id: str) -> None:
+        peer = self._peers.pop(kvdaemon_id)
         del self._by_connection[peer.connection]
         for _, _, message in peer.partials.values():
             message.release()
         peer.partials.clear()
         peer.connection.close()
-        return True

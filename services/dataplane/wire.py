@@ -7,12 +7,12 @@
     FORGET       segments that are gone           (no answer)
                                                   REFUSED       why a message could not be served; ends the connection
 
-A daemon serves a connection's messages in order and releases each before it answers. So an answer that echoes
-sequence number n says that the room of every message up to n is free again (``Peer`` counts on it).
+A daemon serves a connection's messages in order and releases each before it answers. So an answer that echoes sequence
+n says that the room of every message up to n is free again (``Peer`` counts on it).
 
 **Segments.** A segment is what a daemon holds of one sequence: its sealed blocks there, by position. The daemon keeps
-the list for as long as the connection lives; a PLAN keeps the first ``known`` blocks of it and appends new ones (a daemon
-that knows fewer refuses). So a step's plan does not grow with the context, and a list stays ascending.
+the list for as long as the connection lives; a PLAN keeps the first ``known`` blocks of it and appends new ones (a
+daemon that knows fewer refuses). So a step's plan does not grow with the context, and a list stays ascending.
 
 Integers are little-endian. Multi-byte tensors are sent as they lie in memory (all supported machines are little-endian).
 """

@@ -207,7 +207,8 @@ class ClusterView:
 def room_in(daemon: KvDaemonReport, geometry: PoolGeometry, block_bytes: int) -> tuple[int, int]:
     """Blocks of ``geometry`` that one pool can take now, and that it could hold for requests in all.
 
-    A workspace is never lent. A pool without a geometry, and one of another geometry that nobody uses, can be formatted anew.
+    A workspace is never lent. A pool without a geometry, and one of another geometry that nobody uses, can be formatted
+    anew.
     """
     stats = daemon.stats
     if stats.block_bytes and daemon.geometry == geometry:

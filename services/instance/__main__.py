@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ async def serve(config: InstanceConfig, model: Model) -> None:
     gmanager = GManagerClient(locator.address)
     servicer = InstanceServicer(model.shape.vocab_size, model.shape.max_model_len)
 
-    local = await _open_local(config, membership, model)
+    local = await _open_local(config, membership, model, lambda reason: None if stop.is_set() else _end(reason))
     opened = local.opened
     deadline = time.monotonic() + config.call_timeout_s
     pool = await asyncio.to_thread(map_pool, Path(opened.pool_socket), opened.session_id, deadline)
@@ -114,7 +115,9 @@ async def serve(config: InstanceConfig, model: Model) -> None:
     await etcd.close()
 
 
-async def _open_local(config: InstanceConfig, membership: Membership, model: Model) -> DaemonSession:
+async def _open_local(
+    config: InstanceConfig, membership: Membership, model: Model, on_fatal: Callable[[str], None]
+) -> DaemonSession:
     """The session with the daemon on this host; waits for it to appear.
 
     Raises:
@@ -134,7 +137,7 @@ async def _open_local(config: InstanceConfig, membership: Membership, model: Mod
                     epoch=time.time_ns(),
                     geometry=geometry,
                     mapped=True,
-                    on_lost=lambda _, reason: _end(f"local kvdaemon lost: {reason}"),
+                    on_lost=lambda _, reason: on_fatal(f"local kvdaemon lost: {reason}"),
                     call_timeout_s=config.call_timeout_s,
                 )
                 await session.open()

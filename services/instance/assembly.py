@@ -121,7 +121,9 @@ def assemble(
     attention.attach_to(model.module)
     desk = _OrderDesk()
     keys = BlockKeySpace(shape.fingerprint, config.dtype, (0, shape.kv_heads))
-    memory = BlockMemory(geometry, keys, tensor, workspace, local.kvdaemon_id, peers, remote, desk)
+    memory = BlockMemory(
+        geometry, keys, tensor, workspace, local.kvdaemon_id, local.opened.session_id, peers, remote, desk
+    )
     scheduler = Scheduler(max_num_seqs, config.max_batch_tokens)
     board = SnapshotBoard(local.kvdaemon_id)
     engine = Engine(model, attention, remote, peers, memory, scheduler, desk, publish, board.put)

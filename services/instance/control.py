@@ -43,9 +43,14 @@ class SealLocal:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Give up one hold on each block of one daemon (tail first: evicted before those they build on)."""
+    """Give up one hold on each block of one daemon (tail first: evicted before those they build on).
+
+    Attributes:
+        session_id: the session that holds them; if another has taken its place, they are free already.
+    """
 
     kvdaemon_id: str
+    session_id: int
     handles: tuple[BlockHandle, ...]
 
 
@@ -61,6 +66,7 @@ class EndSession:
     """The data connection to a daemon is gone: end its session, so that the daemon drops what it held for us."""
 
     kvdaemon_id: str
+    session_id: int
     reason: str
 
 

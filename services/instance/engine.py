@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from services.core.errors import InfiniteLLMError, PeerLostError, TransferTimeoutError
 from services.core.sequence import Sequence, SequenceState
@@ -43,6 +43,7 @@ from services.instance.scheduler import Scheduled, Scheduler
 
 _log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.5  # longest wait for an event; only bounds how late a missed wake-up would be noticed
+_RESERVING_AT_ONCE = 8  # prompts whose blocks are reserved at the same time
 _RETRY_S = 0.1  # between attempts to reserve a prompt for which there was no room
 _PUBLISH_IDLE_S = 0.2  # how old the snapshot may get while nothing happens
 
@@ -100,14 +101,6 @@ class EngineSnapshot:
     placement: tuple[tuple[str, dict[str, int]], ...] = ()
 
 
-@dataclass(slots=True)
-class _Reservation:
-    """A prompt whose blocks are being reserved."""
-
-    sequence: Sequence
-    keys: tuple[bytes, ...] = field(default_factory=tuple)
-
-
 class Engine:
     """Computes requests. ``post`` may be called from any thread; everything else happens in ``run``'s thread.
 
@@ -139,9 +132,10 @@ class Engine:
         self._publish_snapshot = publish_snapshot
         self._inbox: deque[EngineEvent] = deque()
         self._sequences: dict[str, Sequence] = {}
-        self._reservations: dict[int, _Reservation] = {}  # by attempt
+        self._reserving: dict[int, Sequence] = {}  # by attempt
         self._attempts = 0
         self._reserve_at = 0.0  # monotonic: not before
+        self._short_of_room = False  # a prompt found no room: nobody younger may take what comes free
         self._steps = 0
         self._outputs: list[Output] = []
         self._snapshot_at = 0.0
@@ -237,11 +231,11 @@ class Engine:
         """Begins to reserve blocks for waiting prompts, oldest first."""
         if self._memory.starved or time.monotonic() < self._reserve_at:
             return
-        while (sequence := self._scheduler.next_to_reserve()) is not None:
+        at_once = 1 if self._short_of_room else _RESERVING_AT_ONCE
+        while (sequence := self._scheduler.next_to_reserve(at_once)) is not None:
             sequence.state = SequenceState.RESERVING
             self._attempts += 1
-            keys = self._memory.prompt_keys(sequence)
-            self._reservations[self._attempts] = _Reservation(sequence, keys)
+            self._reserving[self._attempts] = sequence
             geometry = self._memory.geometry
             remaining = sequence.request.sampling.max_tokens - sequence.generated
             longest = min(len(sequence.tokens) + remaining, self._model.shape.max_model_len)
@@ -249,15 +243,14 @@ class Engine:
                 ReservePrompt(
                     sequence.request_id,
                     self._attempts,
-                    keys,
+                    self._memory.prompt_keys(sequence),
                     len(sequence.tokens) // geometry.block_tokens,
                     geometry.blocks_for(longest),
                 )
             )
 
     def _reserved(self, event: PromptReserved) -> None:
-        reservation = self._reservations.pop(event.attempt)
-        sequence = reservation.sequence
+        sequence = self._reserving.pop(event.attempt)
         if self._sequences.get(event.request_id) is not sequence:  # aborted meanwhile
             self._memory.give_back(event)
             return
@@ -265,8 +258,9 @@ class Engine:
             self._memory.give_back(event)
             sequence.state = SequenceState.WAITING
             return
-        self._memory.admit(sequence, event, reservation.keys)
+        self._memory.admit(sequence, event)
         self._scheduler.admit(sequence)
+        self._short_of_room = False
         _log.info(
             "request admitted",
             extra={
@@ -279,13 +273,14 @@ class Engine:
         )
 
     def _deferred(self, event: PromptDeferred) -> None:
-        sequence = self._reservations.pop(event.attempt).sequence
+        sequence = self._reserving.pop(event.attempt)
         if self._sequences.get(event.request_id) is sequence:
             sequence.state = SequenceState.WAITING
+            self._short_of_room = True
             self._reserve_at = time.monotonic() + _RETRY_S
 
     def _refused(self, event: PromptRefused) -> None:
-        sequence = self._reservations.pop(event.attempt).sequence
+        sequence = self._reserving.pop(event.attempt)
         if self._sequences.get(event.request_id) is sequence:
             self._drop(sequence)
             self._outputs.append(FailOutput(event.request_id, sequence.request.stream_id, event.error))
@@ -302,7 +297,7 @@ class Engine:
     def _settle_peers(self) -> None:
         """Sequences with blocks on a lost daemon are computed anew from their tokens."""
         for lost in self._peers.take_lost():
-            self._control.order(EndSession(lost.kvdaemon_id, lost.reason))
+            self._control.order(EndSession(lost.kvdaemon_id, lost.session_id, lost.reason))
             affected = self._memory.peer_lost(lost.kvdaemon_id)
             _log.warning(
                 "kvdaemon lost",
@@ -325,6 +320,10 @@ class Engine:
     def _take(self, event: EngineEvent) -> None:
         match event:
             case Submit(request):
+                # A gateway that gave up on its stream may submit a request again before we know of it.
+                earlier = self._sequences.get(request.request_id)
+                if earlier is not None:
+                    self._drop(earlier)
                 sequence = Sequence(request)
                 self._sequences[request.request_id] = sequence
                 self._scheduler.add(sequence)

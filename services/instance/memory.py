@@ -35,7 +35,6 @@ class SequenceMemory:
     """What one admitted sequence holds.
 
     Attributes:
-        keys: of its full blocks, as far as they were needed; ``root`` stands before the first.
         local: open local blocks reserved for its prompt and not used yet.
         remote: blocks reserved elsewhere for its prompt and not shipped to yet, in filling order.
         first_local: block index from which the prompt's blocks stay here.
@@ -43,8 +42,6 @@ class SequenceMemory:
 
     sequence: Sequence
     table: BlockTable
-    root: bytes
-    keys: list[bytes]
     local: list[BlockHandle]
     remote: deque[BlockRef]
     first_local: int
@@ -86,6 +83,7 @@ class BlockMemory:
         pool: Tensor,
         workspace: Iterable[BlockHandle],
         local_kvdaemon_id: str,
+        local_session_id: int,
         peers: PeerSet,
         remote: RemoteAttention,
         control: Control,
@@ -96,6 +94,7 @@ class BlockMemory:
         self._free = list(workspace)
         self._target = self._held = len(self._free)
         self._local_id = local_kvdaemon_id
+        self._local_session = local_session_id
         self._peers = peers
         self._remote = remote
         self._control = control
@@ -114,24 +113,17 @@ class BlockMemory:
         """Whether blocks are under way that will come free without anybody's doing."""
         return bool(self._shipping or self._to_ship or self._sealing or self._replenishing)
 
-    def key_root(self, sequence: Sequence) -> bytes:
-        space = self._key_space
-        salted = BlockKeySpace(space.model, space.dtype, space.kv_heads, space.rotary, sequence.request.cache_salt)
-        return salted.root()
-
     def prompt_keys(self, sequence: Sequence) -> tuple[bytes, ...]:
         """Keys of the blocks that may be attached to: the last token is always computed."""
-        size = self.geometry.block_tokens
-        key, keys = self.key_root(sequence), []
-        for start in range(0, (len(sequence.tokens) - 1) // size * size, size):
-            key = next_block_key(key, sequence.tokens[start : start + size])
-            keys.append(key)
-        return tuple(keys)
+        count = (len(sequence.tokens) - 1) // self.geometry.block_tokens
+        if count:
+            self._key(sequence, count - 1)
+        return tuple(sequence.keys[:count])
 
     def table(self, sequence: Sequence) -> BlockTable:
         return self._memories[sequence].table
 
-    def admit(self, sequence: Sequence, reserved: PromptReserved, keys: tuple[bytes, ...]) -> None:
+    def admit(self, sequence: Sequence, reserved: PromptReserved) -> None:
         """Takes over what was reserved; sets how much of the sequence is computed already."""
         table = BlockTable(self.geometry.block_tokens)
         for ref in reserved.attached:
@@ -142,8 +134,6 @@ class BlockMemory:
         self._memories[sequence] = SequenceMemory(
             sequence,
             table,
-            self.key_root(sequence),
-            list(keys[: len(reserved.attached)]),
             list(reserved.local),
             deque(reserved.remote),
             len(reserved.attached) + len(reserved.remote),
@@ -187,12 +177,6 @@ class BlockMemory:
         sequence.computed = computed
         seals: list[tuple[BlockHandle, bytes]] = []
         for index in full:
-            key = next_block_key(
-                memory.keys[index - 1] if index else memory.root,
-                sequence.tokens[index * size : (index + 1) * size],
-            )
-            assert index == len(memory.keys)
-            memory.keys.append(key)
             entry = memory.table.entries[index]
             assert entry.local is not None
             assert not entry.busy
@@ -205,7 +189,7 @@ class BlockMemory:
             if entry.home is Home.WORKSPACE:
                 self._held -= 1
             self._sealing[entry.local] = transition
-            seals.append((entry.local, key))
+            seals.append((entry.local, self._key(sequence, index)))
         if seals:
             self._control.order(SealLocal(tuple(seals)))
 
@@ -318,7 +302,7 @@ class BlockMemory:
         if transition.memory is None:  # its sequence has gone meanwhile
             self._settle_local(transition)
             assert transition.target is not None
-            self._control.order(Release(transition.target.kvdaemon_id, (transition.target.handle,)))
+            self._send_one(*transition.target)
             return True
         assert transition.target is not None
         kvdaemon_id, handle = transition.target
@@ -327,7 +311,7 @@ class BlockMemory:
         if not self._peers.get(kvdaemon_id).has_room_to_write(self.geometry.block_bytes + 16):
             return False
         tag, self._next_tag = self._next_tag, self._next_tag + 1
-        key = transition.memory.keys[transition.index]
+        key = self._key(transition.memory.sequence, transition.index)
         content = memoryview(self._pool_bytes[transition.own.block])
         self._peers.write_block(kvdaemon_id, tag, handle, key, content)
         self._shipping[tag] = transition
@@ -339,7 +323,7 @@ class BlockMemory:
             return
         memory = transition.memory
         if memory is None:
-            self._control.order(Release(sealed.kvdaemon_id, (sealed.handle,)))
+            self._send_one(sealed.kvdaemon_id, sealed.handle)
         else:
             ref = BlockRef(sealed.kvdaemon_id, sealed.handle)
             memory.table.move_to_remote(transition.index, ref, self._segment_handle())
@@ -361,7 +345,20 @@ class BlockMemory:
         if transition.home is Home.WORKSPACE:
             self._free.append(transition.own)
         else:
-            self._control.order(Release(self._local_id, (transition.own,)))
+            self._send_one(self._local_id, transition.own)
+
+    def _key(self, sequence: Sequence, index: int) -> bytes:
+        """Key of a full block; keys are hashed once, as tokens never change."""
+        keys, size = sequence.keys, self.geometry.block_tokens
+        if not keys:
+            space = self._key_space
+            salt = sequence.request.cache_salt
+            root = BlockKeySpace(space.model, space.dtype, space.kv_heads, space.rotary, salt).root()
+            keys.append(next_block_key(root, sequence.tokens[:size]))
+        while len(keys) <= index:
+            start = len(keys) * size
+            keys.append(next_block_key(keys[-1], sequence.tokens[start : start + size]))
+        return keys[index]
 
     def _oldest_block_of_longest(self) -> tuple[SequenceMemory, int] | None:
         candidates = sorted(self._memories.values(), key=lambda memory: -len(memory.table.local_blocks))
@@ -379,5 +376,9 @@ class BlockMemory:
 
     def _send(self, releases: _Releases) -> None:
         for kvdaemon_id, handles in releases.by_daemon.items():
-            if kvdaemon_id == self._local_id or self._peers.is_connected(kvdaemon_id):
-                self._control.order(Release(kvdaemon_id, tuple(handles)))
+            session_id = self._local_session if kvdaemon_id == self._local_id else self._peers.session_id(kvdaemon_id)
+            if session_id is not None:  # otherwise the holds have gone with their session
+                self._control.order(Release(kvdaemon_id, session_id, tuple(handles)))
+
+    def _send_one(self, kvdaemon_id: str, handle: BlockHandle) -> None:
+        self._send(_Releases({kvdaemon_id: [handle]}))

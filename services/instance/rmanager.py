@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.core.blocks import BlockHandle, BlockRef, PoolGeometry
 from services.core.errors import ContextTooLongError, InfiniteLLMError, UnavailableError
@@ -52,6 +53,17 @@ class RManagerSettings:
     scheme: str
     workspace: int
     call_timeout_s: float
+
+
+class _Hold(NamedTuple):
+    """One block, held in one session."""
+
+    session: DaemonSession
+    handle: BlockHandle
+
+    @property
+    def ref(self) -> BlockRef:
+        return BlockRef(self.session.kvdaemon_id, self.handle)
 
 
 class RManager:
@@ -123,20 +135,21 @@ class RManager:
                 now = await self._local.seal(blocks)
                 own = [handle for handle, _ in blocks]
                 self._post(LocalSealed(tuple(zip(own, now, strict=True))))
-            case Release(kvdaemon_id, handles):
+            case Release(kvdaemon_id, session_id, handles):
                 session = self._session(kvdaemon_id)
-                if session is not None:
+                if session is not None and session.opened.session_id == session_id:
                     await session.release(handles)
             case Replenish(blocks):
                 await self._replenish(blocks)
-            case EndSession(kvdaemon_id, _):
-                session = self._sessions.pop(kvdaemon_id, None)
-                if session is not None:
+            case EndSession(kvdaemon_id, session_id, _):
+                session = self._sessions.get(kvdaemon_id)
+                if session is not None and session.opened.session_id == session_id:
+                    del self._sessions[kvdaemon_id]
                     await session.close()
 
     async def _reserve_prompt(self, order: ReservePrompt) -> None:
         """Answers with PromptReserved, PromptDeferred or PromptRefused, whatever happens."""
-        held: list[BlockRef] = []
+        held: list[_Hold] = []
         try:
             refusal = await self._too_long(order)
             if refusal is not None:
@@ -145,15 +158,14 @@ class RManager:
             attached = await self._attach(order.keys, held)
             missing = order.full_blocks - len(attached)
             local = await self._local.reserve(missing, 0, request_id=order.request_id) if missing else []
-            held += [BlockRef(self._local.kvdaemon_id, handle) for handle in local]
+            held += [_Hold(self._local, handle) for handle in local]
             missing -= len(local)
             remote = await self._borrow(missing, order.request_id) if missing else []
             held += remote
             if len(remote) == missing:
                 held = []
-                self._post(
-                    PromptReserved(order.request_id, order.attempt, tuple(attached), tuple(local), tuple(remote))
-                )
+                refs = [tuple(hold.ref for hold in holds) for holds in (attached, remote)]
+                self._post(PromptReserved(order.request_id, order.attempt, refs[0], tuple(local), refs[1]))
                 return
         except InfiniteLLMError as error:
             _log.warning("reservation interrupted", extra={"request_id": order.request_id, "why": str(error)})
@@ -176,57 +188,56 @@ class RManager:
             f"{len(rooms) + 1} KV daemons): shorten the prompt, lower max_tokens, or add KV daemons"
         )
 
-    async def _attach(self, keys: Sequence[bytes], held: list[BlockRef]) -> list[BlockRef]:
+    async def _attach(self, keys: Sequence[bytes], held: list[_Hold]) -> list[_Hold]:
         """Holds on the longest cached beginning of a prompt; adds them to ``held`` as they are taken."""
         if not keys:
             return []
-        found: dict[int, BlockRef] = {}
-        surplus: list[BlockRef] = []
+        found: dict[int, _Hold] = {}
+        surplus: list[_Hold] = []
         for session in (self._local, *self._sessions.values()):
             for index, handle in (await session.attach(keys)).items():
-                ref = BlockRef(session.kvdaemon_id, handle)
-                held.append(ref)
+                hold = _Hold(session, handle)
+                held.append(hold)
                 if index in found:
-                    surplus.append(ref)
+                    surplus.append(hold)
                 else:
-                    found[index] = ref
+                    found[index] = hold
         length = next(index for index in range(len(keys) + 1) if index not in found)
-        surplus += [ref for index, ref in sorted(found.items()) if index >= length]
-        for ref in surplus:
-            held.remove(ref)
+        attached = [found[index] for index in range(length)]
+        surplus += [hold for index, hold in sorted(found.items()) if index >= length]
+        held[:] = attached
         await self._give_back(surplus)
-        return [found[index] for index in range(length)]
+        return attached
 
     async def _replenish(self, blocks: int) -> None:
         """Answers with Replenished, whatever happens."""
         local: list[BlockHandle] = []
-        remote: list[BlockRef] = []
+        remote: list[_Hold] = []
         try:
             local = await self._local.reserve(blocks, 0, workspace=True)
             if len(local) < blocks:
                 remote = await self._borrow(blocks - len(local), "")
         finally:
-            self._post(Replenished(tuple(local), tuple(remote)))
+            self._post(Replenished(tuple(local), tuple(hold.ref for hold in remote)))
 
-    async def _give_back(self, refs: Sequence[BlockRef]) -> None:
-        by_daemon: dict[str, list[BlockHandle]] = {}
-        for ref in reversed(refs):
-            by_daemon.setdefault(ref.kvdaemon_id, []).append(ref.handle)
-        for kvdaemon_id, handles in by_daemon.items():
-            session = self._session(kvdaemon_id)
-            if session is not None:
+    async def _give_back(self, holds: Sequence[_Hold]) -> None:
+        by_session: dict[DaemonSession, list[BlockHandle]] = {}
+        for hold in reversed(holds):
+            by_session.setdefault(hold.session, []).append(hold.handle)
+        for session, handles in by_session.items():
+            if session.alive:
                 await session.release(handles)
 
     # ------------------------------------------------------------ other daemons
 
-    async def _borrow(self, blocks: int, request_id: str) -> list[BlockRef]:
+    async def _borrow(self, blocks: int, request_id: str) -> list[_Hold]:
         """Up to ``blocks`` blocks reserved on other daemons, in proportion to their room, interleaved."""
         rooms = [room for room in await self._find_rooms() if room.free_blocks]
         free = sum(room.free_blocks for room in rooms)
         if not free:
             return []
         wanted = [min(room.free_blocks, -(-blocks * room.free_blocks // free)) for room in rooms]
-        grants: list[list[BlockRef]] = []
+        grants: list[list[_Hold]] = []
         left = blocks
         for room, share in zip(rooms, wanted, strict=True):
             granted = await self._reserve_at(room, min(share, left), request_id)
@@ -239,7 +250,7 @@ class RManager:
                 grants[at] += more
         return _interleave(grants)
 
-    async def _reserve_at(self, room: Room, blocks: int, request_id: str) -> list[BlockRef]:
+    async def _reserve_at(self, room: Room, blocks: int, request_id: str) -> list[_Hold]:
         if not blocks:
             return []
         try:
@@ -250,7 +261,7 @@ class RManager:
         except InfiniteLLMError as error:
             _log.warning("no room from kvdaemon", extra={"kvdaemon": room.kvdaemon_id, "why": str(error)})
             return []
-        return [BlockRef(room.kvdaemon_id, handle) for handle in handles]
+        return [_Hold(session, handle) for handle in handles]
 
     async def _find_rooms(self) -> tuple[Room, ...]:
         """Who has room, by the gManager's view; without one, by its last answer."""
@@ -315,7 +326,7 @@ class RManager:
         return session
 
 
-def _interleave(grants: Sequence[Sequence[BlockRef]]) -> list[BlockRef]:
+def _interleave(grants: Sequence[Sequence[_Hold]]) -> list[_Hold]:
     """Merges lists, each spread evenly over the result: attention over a prefix then keeps all daemons busy."""
-    placed = [((at + 0.5) / len(refs), n, ref) for n, refs in enumerate(grants) for at, ref in enumerate(refs)]
-    return [ref for _, _, ref in sorted(placed, key=lambda entry: entry[:2])]
+    placed = [((at + 0.5) / len(holds), n, hold) for n, holds in enumerate(grants) for at, hold in enumerate(holds)]
+    return [hold for _, _, hold in sorted(placed, key=lambda entry: entry[:2])]

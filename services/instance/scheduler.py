@@ -30,10 +30,9 @@ class Scheduler:
     ``running``.
     """
 
-    def __init__(self, max_num_seqs: int, max_batch_tokens: int, max_reserving: int = 8) -> None:
+    def __init__(self, max_num_seqs: int, max_batch_tokens: int) -> None:
         self._max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
-        self._max_reserving = max_reserving
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
 
@@ -56,10 +55,10 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         (self.running if sequence.state is SequenceState.RUNNING else self.waiting).remove(sequence)
 
-    def next_to_reserve(self) -> Sequence | None:
-        """The oldest sequence whose blocks may be reserved now."""
+    def next_to_reserve(self, at_once: int) -> Sequence | None:
+        """The oldest sequence whose blocks may be reserved now, ``at_once`` at the same time."""
         reserving = sum(s.state is SequenceState.RESERVING for s in self.waiting)
-        if reserving >= self._max_reserving or len(self.running) + reserving >= self._max_num_seqs:
+        if reserving >= at_once or len(self.running) + reserving >= self._max_num_seqs:
             return None
         return next((s for s in self.waiting if s.state is SequenceState.WAITING), None)
 

@@ -1,7 +1,7 @@
 """What a daemon knows of one connection's segments, and a step's plan made of it.
 
-A segment grows by what each PLAN adds, until it is forgotten or the connection ends; a PLAN may also drop its last blocks,
-to put one before them. The plan of a step is built once, when it arrives, and serves the queries of all layers.
+A segment grows by what each PLAN adds, until it is forgotten or the connection ends; a PLAN may also drop its last
+blocks, to put one before them. The plan of a step is built once, when it arrives, and serves the queries of all layers.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from conftest import EtcdProcess
+from etcd_process import EtcdProcess
 
 from services.core.errors import ConfigError, UnavailableError
 from services.runtime.etcd import Condition, Delete, EtcdClient, Put

@@ -118,7 +118,7 @@ class EngineRig:
         with self.local.shared as ledger:
             blocks = ledger.reserve(self.local.session_id, workspace, workspace, workspace=True)
         space = BlockKeySpace("m", "float32", (0, geometry.kv_heads))
-        memory = BlockMemory(geometry, space, pool, blocks, "local", peers, remote, self)
+        memory = BlockMemory(geometry, space, pool, blocks, "local", self.local.session_id, peers, remote, self)
         scheduler = Scheduler(max_num_seqs, max_batch_tokens)
         self.outputs: list[Output] = []
         self.engine = Engine(
@@ -205,15 +205,19 @@ class EngineRig:
                     own = [handle for handle, _ in blocks]
                     now = ledger.seal(self.local.session_id, own, [key for _, key in blocks])
                 self.engine.post(LocalSealed(tuple(zip(own, now, strict=True))))
-            case Release(kvdaemon_id, handles):
+            case Release(kvdaemon_id, session_id, handles):
                 daemon = self._daemon(kvdaemon_id)
+                if session_id != daemon.session_id:
+                    return
                 with daemon.shared as ledger:
                     ledger.release(daemon.session_id, handles)
             case Replenish(count):
                 local = self._take(self.local, count, workspace=True)
                 self.engine.post(Replenished(tuple(local), tuple(self._borrow(count - len(local)))))
-            case EndSession(kvdaemon_id, _):
+            case EndSession(kvdaemon_id, session_id, _):
                 daemon = self._daemon(kvdaemon_id)
+                if session_id != daemon.session_id:
+                    return
                 with daemon.shared as ledger:
                     if not ledger.revoked(daemon.session_id):
                         ledger.close_session(daemon.session_id)

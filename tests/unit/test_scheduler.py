@@ -50,15 +50,15 @@ def test_the_oldest_waiting_request_is_reserved_first_whatever_the_order_of_arri
     scheduler = Scheduler(2, 100)
     for item in (sequence("young", 5, 9), sequence("old", 5, 1), sequence("middle", 5, 4)):
         scheduler.add(item)
-    first = scheduler.next_to_reserve()
+    first = scheduler.next_to_reserve(8)
     assert first is not None
     assert first.request_id == "old"
     first.state = SequenceState.RESERVING
-    second = scheduler.next_to_reserve()
+    second = scheduler.next_to_reserve(8)
     assert second is not None
     assert second.request_id == "middle"
     second.state = SequenceState.RESERVING
-    assert scheduler.next_to_reserve() is None, "only two may run"
+    assert scheduler.next_to_reserve(8) is None, "only two may run"
 
 
 def test_a_preempted_sequence_waits_at_its_age_and_begins_anew():
@@ -68,4 +68,4 @@ def test_a_preempted_sequence_waits_at_its_age_and_begins_anew():
     assert [s.request_id for s in scheduler.running] == ["old", "young"]
     scheduler.preempt(young)
     assert young.computed == 0
-    assert scheduler.next_to_reserve() is young
+    assert scheduler.next_to_reserve(8) is young

@@ -1,0 +1,1 @@
+"""The gateway: client streams, tokenizer, HTTP and public gRPC API, request journal."""

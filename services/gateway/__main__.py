@@ -1,0 +1,142 @@
+"""``python -m services.gateway --config FILE``: runs one gateway until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.metadata
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+
+from infinitellm.v1 import cluster_pb2_grpc, inference_pb2_grpc
+from services.core.errors import ConfigError
+from services.gateway.checkpoint import load_checkpoint
+from services.gateway.config import GatewayConfig
+from services.gateway.generation import GenerationService
+from services.gateway.gmanager_client import GManagerClient
+from services.gateway.http_api import Readiness, make_app
+from services.gateway.http_server import HttpServer
+from services.gateway.journal import NoJournal, RedisJournal
+from services.gateway.router import Router
+from services.gateway.servicer import ClusterServicer, InferenceServicer
+from services.gateway.tokenizer import load_tokenizer
+from services.rmanager.gmanager_locator import GManagerLocator
+from services.runtime.config import load_config
+from services.runtime.etcd import EtcdClient
+from services.runtime.grpc_server import bind, make_server
+from services.runtime.logs import setup_logging
+from services.runtime.membership import Member, Membership
+
+logger = logging.getLogger(__name__)
+
+
+class KvDaemonCount:
+    """How many KV daemons are registered, kept up by watching membership."""
+
+    def __init__(self, membership: Membership) -> None:
+        self.value = 0
+        self._membership = membership
+        self.task = asyncio.create_task(self._watch(), name="kvdaemon count")
+
+    async def _watch(self) -> None:
+        async for members in self._membership.watch("kvdaemon"):
+            self.value = len(members)
+
+
+def readiness(config: GatewayConfig, gmanager: GManagerClient, router: Router, kvdaemons: KvDaemonCount) -> Readiness:
+    """Compares what is there with what the configuration asks for."""
+    instances = router.ready_instances
+    missing = []
+    if not gmanager.known:
+        missing.append("gmanager: none has answered yet")
+    if instances < config.ready_instances:
+        missing.append(f"instances: {instances} of {config.ready_instances} are connected")
+    if kvdaemons.value < config.ready_kvdaemons:
+        missing.append(f"kvdaemons: {kvdaemons.value} of {config.ready_kvdaemons} are registered")
+    return Readiness(instances, kvdaemons.value, tuple(missing))
+
+
+def version() -> str:
+    """Of the installed distribution; a bare source tree has none."""
+    try:
+        return importlib.metadata.version("infinite-llm")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+async def serve(config: GatewayConfig) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+    checkpoint = load_checkpoint(config.model, config.served_model_name, config.max_model_len)
+    tokenizer = load_tokenizer(config.model, checkpoint.bos_token, config.tokenizer_threads)
+    etcd = EtcdClient(config.etcd)
+    membership = Membership(etcd, config.cluster)
+    locator = GManagerLocator(membership)
+    router = Router(config.member_id, config.stream_timeout_s)
+    gmanager = GManagerClient(locator.address, router.set_instances)
+    kvdaemons = KvDaemonCount(membership)
+    journal = (
+        NoJournal()
+        if config.redis_url is None
+        else RedisJournal(config.redis_url, config.cluster, config.journal_ttl_s, config.journal_buffer_bytes)
+    )
+    service = GenerationService(
+        checkpoint, tokenizer, router, journal, config.instance_wait_s, config.max_failovers, config.max_queue
+    )
+
+    grpc_server = make_server()
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(service), grpc_server)
+    cluster_pb2_grpc.add_ClusterServiceServicer_to_server(ClusterServicer(gmanager, checkpoint.name), grpc_server)
+    grpc_address = bind(grpc_server, config.grpc_listen, allow_insecure=config.allow_insecure)
+    app = make_app(
+        service,
+        lambda: readiness(config, gmanager, router, kvdaemons),
+        version(),
+        config.max_body_bytes,
+    )
+    http = HttpServer(app, config.http_listen, config.shutdown_grace_s, config.allow_insecure)
+    await grpc_server.start()
+    tasks = [http.start(), kvdaemons.task, asyncio.create_task(stop.wait())]
+    member = Member("gateway", config.member_id, grpc_address, model=checkpoint.name, epoch=time.time_ns())
+    registration = await membership.register(member, ttl_s=config.lease_ttl_s)
+    logger.info("serving", extra={"http": http.address, "grpc": grpc_address, "model": checkpoint.name})
+    try:
+        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in ended:
+            task.result()
+    finally:
+        await registration.close()
+        await asyncio.gather(http.close(), grpc_server.stop(grace=config.shutdown_grace_s))
+        for task in tasks:
+            task.cancel()
+        await gmanager.close()
+        await locator.close()
+        await router.close()
+        await journal.close()
+        await etcd.close()
+        tokenizer.close()
+        logger.info("stopped")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m services.gateway", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file; keys in services/gateway/config.py")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(GatewayConfig, arguments.config)
+        setup_logging("gateway", config.member_id, config.log_level)
+        asyncio.run(serve(config))
+    except ConfigError as exc:
+        print(f"gateway: {exc}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""One instance, as the gateway uses it: one stream that carries all requests there and all their tokens back.
+
+The stream is opened again for ever after it broke. An *attempt* is one request on one stream; when the stream ends, or
+says nothing for ``stream_timeout_s`` (a stopped instance keeps its sockets), every attempt on it ends with
+``PeerLostError`` after the events that had come, and the request's owner goes elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import grpc.aio
+
+from infinitellm.internal.v1 import instance_pb2, instance_pb2_grpc
+from services.core.errors import InfiniteLLMError, PeerLostError, all_errors
+from services.gateway.requests import (
+    Ended,
+    GenerationRequest,
+    InstanceEvent,
+    PositionLogprobs,
+    Progress,
+    TokensDrawn,
+)
+from services.runtime.grpc_channel import error_from_rpc, make_channel
+
+logger = logging.getLogger(__name__)
+
+Outgoing = asyncio.Queue[instance_pb2.ServeRequest]
+Call = grpc.aio.StreamStreamCall[instance_pb2.ServeRequest, instance_pb2.ServeResponse]
+
+PING_INTERVAL_S = 1.0
+MIN_BACKOFF_S = 0.1
+MAX_BACKOFF_S = 2.0
+
+
+class Attempt:
+    """One request at one instance. Use ``next`` until Ended or an error, then ``close``."""
+
+    def __init__(self, client: InstanceClient, request_id: str, num_tokens: int) -> None:
+        self.instance_id = client.instance_id
+        self.num_tokens = num_tokens
+        self._client = client
+        self._request_id = request_id
+        self._events: asyncio.Queue[InstanceEvent | InfiniteLLMError] = asyncio.Queue()
+
+    def put(self, event: InstanceEvent | InfiniteLLMError) -> None:
+        """Called by the client, in the order of the stream; nothing comes after Ended or an error."""
+        self._events.put_nowait(event)
+
+    async def next(self) -> InstanceEvent:
+        """The next event. Raises what the instance answered, or PeerLostError when the stream ended."""
+        event = await self._events.get()
+        if isinstance(event, InfiniteLLMError):
+            raise event
+        return event
+
+    def close(self) -> None:
+        """The request is over for its owner; the instance is told unless it knows."""
+        self._client.forget(self._request_id, self)
+
+
+class InstanceClient:
+    """The stream to one instance.
+
+    Args:
+        on_change: called whenever ``ready`` may have changed or load went down.
+    """
+
+    def __init__(
+        self,
+        instance_id: str,
+        address: str,
+        gateway_id: str,
+        stream_timeout_s: float,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.instance_id = instance_id
+        self.address = address
+        # An instance that is no longer listed keeps what it has and gets nothing new.
+        self.retired = False
+        self.local_free_blocks = 0
+        self.max_model_len = 0
+        self._gateway_id = gateway_id
+        self._stream_timeout_s = stream_timeout_s
+        self._on_change = on_change
+        self._attempts: dict[str, Attempt] = {}
+        self._outstanding_tokens = 0
+        self._outgoing: Outgoing | None = None
+        self._ready = False
+        self._last_heard = 0.0
+        self._backoff_s = MIN_BACKOFF_S
+        self._task = asyncio.create_task(self._run(), name=f"instance {instance_id}")
+
+    @property
+    def ready(self) -> bool:
+        """The stream is open and the instance has spoken on it."""
+        return self._ready
+
+    @property
+    def outstanding_requests(self) -> int:
+        return len(self._attempts)
+
+    @property
+    def in_use(self) -> bool:
+        """The stream is open and carries requests."""
+        return self._ready and bool(self._attempts)
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Tokens of all unfinished requests at their submission: what the instance has to prefill or hold."""
+        return self._outstanding_tokens
+
+    def submit(self, request: GenerationRequest, generated: Sequence[int]) -> Attempt:
+        """Sends a request, with the tokens generated elsewhere before. Only while ``ready``."""
+        assert self._outgoing is not None
+        attempt = Attempt(self, request.request_id, len(request.prompt_ids) + len(generated))
+        self._attempts[request.request_id] = attempt
+        self._outstanding_tokens += attempt.num_tokens
+        self._outgoing.put_nowait(instance_pb2.ServeRequest(submit=_submission(request, generated)))
+        return attempt
+
+    def forget(self, request_id: str, attempt: Attempt) -> None:
+        """Ends an attempt; aborts it at the instance if it was still running there."""
+        if self._attempts.get(request_id) is not attempt:
+            return
+        self._drop(request_id)
+        if self._outgoing is not None:
+            abort = instance_pb2.AbortRequest(request_id=request_id)
+            self._outgoing.put_nowait(instance_pb2.ServeRequest(abort=abort))
+
+    async def close(self) -> None:
+        """Ends the stream, and with it every attempt."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        while True:
+            reason = "the stream ended"
+            try:
+                await self._serve()
+            except grpc.aio.AioRpcError as exc:
+                reason = str(error_from_rpc(exc))
+            except PeerLostError as exc:
+                reason = str(exc)
+            except Exception:
+                logger.exception("instance stream failed", extra={"instance": self.instance_id})
+                reason = "an internal error of the gateway"
+            finally:
+                self._lost(reason)
+            await asyncio.sleep(self._backoff_s * random.uniform(0.5, 1.0))
+            self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
+
+    async def _serve(self) -> None:
+        """One stream, from hello to its end."""
+        loop = asyncio.get_running_loop()
+        outgoing: Outgoing = asyncio.Queue()
+        hello = instance_pb2.GatewayHello(gateway_id=self._gateway_id)
+        outgoing.put_nowait(instance_pb2.ServeRequest(hello=hello))
+        self._last_heard = loop.time()
+        async with make_channel(self.address) as channel:
+            call = instance_pb2_grpc.InstanceServiceStub(channel).Serve(_drain(outgoing))
+            watchdog = asyncio.create_task(self._watch(call, outgoing))
+            try:
+                async for response in call:
+                    self._last_heard = loop.time()
+                    if not self._ready:
+                        self._outgoing, self._ready = outgoing, True
+                        self._backoff_s = MIN_BACKOFF_S
+                        logger.info("instance connected", extra={"instance": self.instance_id, "address": self.address})
+                        self._on_change()
+                    self._dispatch(response)
+            except asyncio.CancelledError:
+                if watchdog.done() and not self._task.cancelling():
+                    raise PeerLostError(f"it said nothing for {self._stream_timeout_s:g} s") from None
+                raise
+            finally:
+                watchdog.cancel()
+                call.cancel()
+
+    async def _watch(self, call: Call, outgoing: Outgoing) -> None:
+        """Pings, and cancels the call when the instance has been silent for too long."""
+        loop = asyncio.get_running_loop()
+        interval_s = min(PING_INTERVAL_S, self._stream_timeout_s / 4)
+        while True:
+            before = loop.time()
+            await asyncio.sleep(interval_s)
+            now = loop.time()
+            # If this process itself stood still, what the instance said meanwhile has not been read yet.
+            stood_still = now - before > 2 * interval_s
+            if not stood_still and now - self._last_heard > self._stream_timeout_s:
+                call.cancel()
+                return
+            outgoing.put_nowait(instance_pb2.ServeRequest(ping=instance_pb2.ServePing()))
+
+    def _dispatch(self, response: instance_pb2.ServeResponse) -> None:
+        """One step's message: a request's tokens come before its end."""
+        for progress in response.progress:
+            if attempt := self._attempts.get(progress.request_id):
+                attempt.put(Progress(progress.computed_tokens, progress.total_tokens))
+        for tokens in response.tokens:
+            if attempt := self._attempts.get(tokens.request_id):
+                attempt.put(_tokens_drawn(tokens))
+        for finished in response.finished:
+            if attempt := self._drop(finished.request_id):
+                attempt.put(Ended("length" if finished.reason == "length" else "stop", finished.cached_tokens))
+        for failed in response.failed:
+            if attempt := self._drop(failed.request_id):
+                attempt.put(all_errors().get(failed.reason, InfiniteLLMError)(failed.message))
+
+    def _drop(self, request_id: str) -> Attempt | None:
+        attempt = self._attempts.pop(request_id, None)
+        if attempt is not None:
+            self._outstanding_tokens -= attempt.num_tokens
+            self._on_change()
+        return attempt
+
+    def _lost(self, reason: str) -> None:
+        was_ready, self._ready, self._outgoing = self._ready, False, None
+        error = PeerLostError(f"instance {self.instance_id}: {reason}")
+        if was_ready:
+            logger.warning("instance lost: %s", error, extra={"unfinished_requests": len(self._attempts)})
+        for request_id in list(self._attempts):
+            if attempt := self._drop(request_id):
+                attempt.put(error)
+        self._on_change()
+
+
+async def _drain(outgoing: Outgoing) -> AsyncIterator[instance_pb2.ServeRequest]:
+    while True:
+        yield await outgoing.get()
+
+
+def _submission(request: GenerationRequest, generated: Sequence[int]) -> instance_pb2.SubmitRequest:
+    return instance_pb2.SubmitRequest(
+        request_id=request.request_id,
+        token_ids=[*request.prompt_ids, *generated],
+        prompt_tokens=len(request.prompt_ids),
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        seed=request.seed,
+        stop_token_ids=request.stop_token_ids,
+        logprobs=request.logprobs,
+        progress=request.progress,
+        arrival_time=request.arrival_time,
+    )
+
+
+def _tokens_drawn(tokens: instance_pb2.StepTokens) -> TokensDrawn:
+    return TokensDrawn(
+        tuple(tokens.ids),
+        tuple(
+            PositionLogprobs(position.logprob, tuple(position.top_ids), tuple(position.top_logprobs))
+            for position in tokens.logprobs
+        ),
+    )

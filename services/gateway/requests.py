@@ -1,0 +1,114 @@
+"""A generation request and its events, as the gateway knows them inside: neither HTTP nor gRPC."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn; ``seed`` None draws a random one, ``logprobs`` 0 asks for none."""
+
+    max_tokens: int
+    temperature: float
+    seed: int | None = None
+    ignore_eos: bool = False
+    logprobs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """An admitted request: tokenized, checked against the model's limits, with a seed of its own.
+
+    Attributes:
+        request_id: "cmpl-..."; every log line and every service names it.
+        prompt_ids: at least one id, each below the model's vocabulary size.
+        seed: token i is drawn by (seed, i); a continuation elsewhere draws the same numbers.
+        stop_token_ids: tokens that end the answer; empty with ignore_eos.
+        progress: prefill progress is wanted.
+        arrival_time: Unix time in seconds.
+    """
+
+    request_id: str
+    prompt_ids: Sequence[int]
+    max_tokens: int
+    temperature: float
+    seed: int
+    stop_token_ids: tuple[int, ...]
+    logprobs: int
+    progress: bool
+    arrival_time: float
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """Natural log-probabilities at one generated position: the drawn token's, and the ``k`` largest, descending."""
+
+    logprob: float
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+# What an instance says of a request.
+
+
+@dataclass(frozen=True, slots=True)
+class TokensDrawn:
+    """``logprobs`` has one element for each id, or none."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Prefill: tokens computed so far, of how many."""
+
+    computed: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The instance's last word on a request."""
+
+    reason: FinishReason
+    cached_tokens: int
+
+
+InstanceEvent = TokensDrawn | Progress | Ended
+
+
+# What a client is told of a request; Progress is passed on.
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """New tokens; ``texts`` is what each of them added to the text (a character held back adds nothing yet)."""
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    logprobs: tuple[PositionLogprobs, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end. ``text`` is what was held back until now and never became a whole character."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    text: str
+
+
+Event = NewTokens | Progress | Finished

@@ -1,0 +1,109 @@
+"""Which instance computes a request.
+
+The router keeps one InstanceClient per instance that the gManager lists. An instance that is no longer listed (its
+lease may have been lost while etcd hung) but whose stream is alive keeps its requests and gets no new ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Sequence
+
+from services.core.errors import NoInstanceError
+from services.gateway.cluster import InstanceView
+from services.gateway.instance_client import Attempt, InstanceClient
+from services.gateway.requests import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+
+class Router:
+    """Places requests on instances, by this gateway's own bookkeeping of load."""
+
+    def __init__(self, gateway_id: str, stream_timeout_s: float) -> None:
+        self._gateway_id = gateway_id
+        self._stream_timeout_s = stream_timeout_s
+        self._clients: list[InstanceClient] = []
+        self._closing: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+
+    @property
+    def ready_instances(self) -> int:
+        """Instances with an open stream."""
+        return sum(client.ready and not client.retired for client in self._clients)
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence any listed instance takes; 0 where none says so."""
+        return max((client.max_model_len for client in self._clients if not client.retired), default=0)
+
+    def set_instances(self, views: Sequence[InstanceView]) -> None:
+        """The instances that the gManager lists now."""
+        listed = {(view.instance_id, view.address): view for view in views}
+        for client in self._clients:
+            view = listed.pop((client.instance_id, client.address), None)
+            client.retired = view is None
+            if view is not None:
+                _update(client, view)
+        for view in listed.values():
+            client = InstanceClient(
+                view.instance_id, view.address, self._gateway_id, self._stream_timeout_s, self._on_change
+            )
+            _update(client, view)
+            self._clients.append(client)
+        self._on_change()
+
+    async def place(
+        self, request: GenerationRequest, generated: Sequence[int], timeout_s: float, avoid: Collection[str] = ()
+    ) -> Attempt:
+        """Submits to the least loaded instance, waiting for one where there is none.
+
+        Args:
+            generated: tokens that other instances have generated already.
+            avoid: ids of instances that are taken only if there is no other.
+        Raises: NoInstanceError after ``timeout_s``.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (client := self._least_loaded(len(request.prompt_ids) + request.max_tokens, avoid)) is None:
+                    await self._changed.wait()
+        except TimeoutError:
+            raise NoInstanceError(
+                f"no instance was ready to compute the request within {timeout_s:g} s; try again later"
+            ) from None
+        return client.submit(request, generated)
+
+    async def close(self) -> None:
+        """Ends all streams."""
+        clients, self._clients = self._clients, []
+        await asyncio.gather(*(client.close() for client in clients), *self._closing)
+
+    def _least_loaded(self, num_tokens: int, avoid: Collection[str]) -> InstanceClient | None:
+        candidates = [
+            client
+            for client in self._clients
+            # 0: the instance does not say how much it takes.
+            if client.ready and not client.retired and (not client.max_model_len or client.max_model_len >= num_tokens)
+        ]
+        return min(candidates, key=lambda client: (client.instance_id in avoid, _load(client)), default=None)
+
+    def _on_change(self) -> None:
+        """Wakes the waiting, and lets go of instances that are neither listed nor used."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+        for client in [client for client in self._clients if client.retired and not client.in_use]:
+            self._clients.remove(client)
+            closing = asyncio.create_task(client.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+
+def _load(client: InstanceClient) -> tuple[int, int, int, str]:
+    """Smaller is better. Prompt tokens first: they are both the work ahead and the memory taken."""
+    return (client.outstanding_tokens, client.outstanding_requests, -client.local_free_blocks, client.instance_id)
+
+
+def _update(client: InstanceClient, view: InstanceView) -> None:
+    client.max_model_len = view.max_model_len
+    client.local_free_blocks = view.local_free_blocks

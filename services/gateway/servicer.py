@@ -1,0 +1,172 @@
+"""The public gRPC API: protobuf in, GenerationService and ClusterState, protobuf out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import grpc.aio
+
+from infinitellm.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
+from services.core.errors import InvalidRequestError
+from services.core.placement import PoolStats
+from services.gateway.cluster import ClusterState, InstanceView, KvDaemonView, RequestView
+from services.gateway.generation import GenerationService
+from services.gateway.gmanager_client import GManagerClient
+from services.gateway.openai_types import MAX_LOGPROBS
+from services.gateway.requests import Event, Finished, NewTokens, Progress, Sampling
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_FINISH_REASON = {
+    "stop": inference_pb2.FINISH_REASON_STOP,
+    "length": inference_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """``Generate``. Cancelling the call cancels the handler, which ends the request."""
+
+    def __init__(self, service: GenerationService) -> None:
+        self._service = service
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        prompt = _prompt(request)
+        async with (
+            self._service.start(request.model, prompt, _sampling(request.sampling), request.progress) as generation,
+            aclosing(generation.events()) as events,
+        ):
+            async for event in events:
+                for response in _responses(generation.request.request_id, event):
+                    yield response
+
+
+class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
+    """``GetClusterStatus``, from what the gManager knows."""
+
+    def __init__(self, gmanager: GManagerClient, model: str) -> None:
+        self._gmanager = gmanager
+        self._model = model
+
+    async def GetClusterStatus(
+        self, request: cluster_pb2.GetClusterStatusRequest, context: Context
+    ) -> cluster_pb2.GetClusterStatusResponse:
+        return _cluster_status(await self._gmanager.cluster_state(), self._model)
+
+
+def _prompt(request: inference_pb2.GenerateRequest) -> str | list[int]:
+    kind = request.WhichOneof("prompt")
+    if kind == "text":
+        return request.text
+    if kind == "token_ids":
+        return list(request.token_ids.ids)
+    raise InvalidRequestError("prompt: set text or token_ids")
+
+
+def _sampling(sampling: inference_pb2.SamplingParams) -> Sampling:
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise InvalidRequestError("sampling.temperature: must be finite and not negative")
+    if sampling.max_tokens < 1:
+        raise InvalidRequestError("sampling.max_tokens: must be at least 1")
+    if sampling.logprobs > MAX_LOGPROBS:
+        raise InvalidRequestError(f"sampling.logprobs: at most {MAX_LOGPROBS}, got {sampling.logprobs}")
+    return Sampling(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        seed=sampling.seed if sampling.HasField("seed") else None,
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+    )
+
+
+def _responses(request_id: str, event: Event) -> list[inference_pb2.GenerateResponse]:
+    if isinstance(event, Progress):
+        progress = inference_pb2.PrefillProgress(computed_tokens=event.computed, prompt_tokens=event.total)
+        return [inference_pb2.GenerateResponse(request_id=request_id, progress=progress)]
+    if isinstance(event, NewTokens):
+        return [inference_pb2.GenerateResponse(request_id=request_id, tokens=_tokens(event, event.text))]
+    responses = []
+    if event.text:
+        rest = _tokens(NewTokens((), (), ()), event.text)
+        responses.append(inference_pb2.GenerateResponse(request_id=request_id, tokens=rest))
+    responses.append(inference_pb2.GenerateResponse(request_id=request_id, finished=_finished(event)))
+    return responses
+
+
+def _tokens(tokens: NewTokens, text: str) -> inference_pb2.GeneratedTokens:
+    return inference_pb2.GeneratedTokens(
+        ids=tokens.ids,
+        text=text,
+        logprobs=[
+            inference_pb2.TokenLogprobs(
+                logprob=position.logprob, top_ids=position.top_ids, top_logprobs=position.top_logprobs
+            )
+            for position in tokens.logprobs
+        ],
+    )
+
+
+def _finished(finished: Finished) -> inference_pb2.GenerationFinished:
+    return inference_pb2.GenerationFinished(
+        reason=_FINISH_REASON[finished.reason],
+        prompt_tokens=finished.prompt_tokens,
+        completion_tokens=finished.completion_tokens,
+        cached_tokens=finished.cached_tokens,
+    )
+
+
+def _cluster_status(state: ClusterState, model: str) -> cluster_pb2.GetClusterStatusResponse:
+    return cluster_pb2.GetClusterStatusResponse(
+        instances=[_instance(view) for view in state.instances],
+        kvdaemons=[_kvdaemon(view) for view in state.kvdaemons],
+        requests=[_request(view) for view in state.requests],
+        models=[model],
+    )
+
+
+def _instance(view: InstanceView) -> cluster_pb2.InstanceStatus:
+    return cluster_pb2.InstanceStatus(
+        instance_id=view.instance_id,
+        address=view.address,
+        local_kvdaemon_id=view.local_kvdaemon_id,
+        running_requests=view.running,
+        waiting_requests=view.waiting,
+        heartbeat_age_s=view.heartbeat_age_s,
+    )
+
+
+def _kvdaemon(view: KvDaemonView) -> cluster_pb2.KvDaemonStatus:
+    return cluster_pb2.KvDaemonStatus(
+        kvdaemon_id=view.kvdaemon_id,
+        address=view.address,
+        pool_bytes=view.stats.pool_bytes,
+        block_bytes=view.stats.block_bytes,
+        use=_pool_use(view.stats),
+        heartbeat_age_s=view.heartbeat_age_s,
+    )
+
+
+def _pool_use(stats: PoolStats) -> cluster_pb2.PoolUse:
+    return cluster_pb2.PoolUse(
+        total=stats.total,
+        free=stats.free,
+        cached=stats.cached,
+        workspace=stats.workspace,
+        reserved=stats.reserved,
+        in_use=stats.in_use,
+    )
+
+
+def _request(view: RequestView) -> cluster_pb2.RequestStatus:
+    return cluster_pb2.RequestStatus(
+        request_id=view.request_id,
+        instance_id=view.instance_id,
+        placement=[
+            cluster_pb2.BlockPlacement(kvdaemon_id=entry.kvdaemon_id, num_blocks=entry.num_blocks, local=entry.local)
+            for entry in view.placement
+        ],
+    )

@@ -1,0 +1,174 @@
+"""The command ``infinite-llm``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from services.core.errors import ConfigError, InfiniteLLMError
+from services.launcher.demo import DEFAULT_TOKENS, DemoOptions, demo
+from services.launcher.options import ClusterOptions
+from services.launcher.ports import HOST
+from services.launcher.status import status
+from services.launcher.up import up
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; answers its exit code: 0 done, 1 failed, 2 wrongly called, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "up":
+            return up(_cluster_options(options))
+        if options.command == "status":
+            return status(f"{HOST}:{options.grpc_port}", as_json=options.json)
+        return demo(_demo_options(options))
+    except ConfigError as error:
+        print(f"infinite-llm {options.command}: {error}", file=sys.stderr)
+        return 2
+    except InfiniteLLMError as error:
+        print(f"infinite-llm {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="infinite-llm",
+        description="Serves language models whose context is longer than one process's memory.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_up(commands)
+    _add_status(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "up",
+        help="serve a checkpoint from a cluster on this machine",
+        description="Starts etcd, Redis, a gManager, KV daemons, instances and a gateway, and ends them on Ctrl-C.",
+        epilog="example: infinite-llm up --model ./checkpoint --instances 2 --kvdaemons 2 --pool-mib 64",
+    )
+    default = ClusterOptions(model=Path())
+    command.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face checkpoint")
+    command.add_argument("--instances", type=int, default=default.instances, help="engines (default %(default)s)")
+    command.add_argument(
+        "--kvdaemons",
+        type=int,
+        default=default.kvdaemons,
+        help="daemons that lend memory, besides the one beside each instance (default %(default)s)",
+    )
+    command.add_argument(
+        "--pool-mib", type=int, default=default.pool_mib, help="memory of each daemon's pool (default %(default)s)"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default=default.dtype,
+        help="of weights and KV cache (default %(default)s)",
+    )
+    command.add_argument("--transport", choices=("shm",), default=default.transport, help="data plane")
+    command.add_argument(
+        "--max-model-len", type=int, metavar="N", help="longest context in tokens (default: the checkpoint's own)"
+    )
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help='YAML with further keys for the services\' configuration files, as in {"instance": {"max_num_seqs": 8}}',
+    )
+    command.add_argument(
+        "--start-timeout", type=float, default=default.start_timeout_s, metavar="S", help="default %(default)s"
+    )
+    _add_places(command)
+
+
+def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "status",
+        help="show instances, daemons, pool use, and where each request's rBlocks lie",
+        epilog="example: infinite-llm status --json | jq '.kvdaemons[].use'",
+    )
+    command.add_argument("--json", action="store_true", help="all fields, for programs")
+    command.add_argument("--grpc-port", type=int, default=50051, help="of the gateway (default %(default)s)")
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "demo",
+        help="answer one prompt that is too long for any one process's memory",
+        description="Builds the needle checkpoint, starts a cluster, and asks it for a needle in a haystack.",
+        epilog="example: infinite-llm demo --oneshot --tokens 65536 --depth 0.9",
+    )
+    command.add_argument(
+        "--tokens", type=int, default=DEFAULT_TOKENS, help="length of the prompt (default %(default)s)"
+    )
+    command.add_argument("--depth", type=float, default=0.37, help="of the needle, 0 to 1 (default %(default)s)")
+    command.add_argument("--seed", type=int, default=1, help="chooses the haystack (default %(default)s)")
+    command.add_argument("--oneshot", action="store_true", help="end after the answer; exit code 0 only if it is right")
+    _add_places(command)
+
+
+def _add_places(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--http-port", type=int, default=8000, help="of the gateway, 0: any (default %(default)s)")
+    command.add_argument("--grpc-port", type=int, default=50051, help="of the gateway, 0: any (default %(default)s)")
+    command.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="for logs, sockets and data (default: a temporary one)"
+    )
+
+
+def _cluster_options(options: argparse.Namespace) -> ClusterOptions:
+    return ClusterOptions(
+        model=options.model,
+        instances=options.instances,
+        kvdaemons=options.kvdaemons,
+        pool_mib=options.pool_mib,
+        dtype=options.dtype,
+        http_port=options.http_port,
+        grpc_port=options.grpc_port,
+        transport=options.transport,
+        max_model_len=options.max_model_len,
+        overlay={} if options.config is None else read_overlay(options.config),
+        run_dir=options.run_dir,
+        start_timeout_s=options.start_timeout,
+    )
+
+
+def _demo_options(options: argparse.Namespace) -> DemoOptions:
+    return DemoOptions(
+        tokens=options.tokens,
+        depth=options.depth,
+        seed=options.seed,
+        oneshot=options.oneshot,
+        http_port=options.http_port,
+        grpc_port=options.grpc_port,
+        run_dir=options.run_dir,
+    )
+
+
+def read_overlay(path: Path) -> Mapping[str, Mapping[str, object]]:
+    """A --config file: a mapping of services to mappings of keys.
+
+    Raises:
+        ConfigError: it cannot be read, or is something else.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise ConfigError(f"--config {path}: cannot be read: {exc}") from exc
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"--config {path}: must be a mapping of services to their keys")
+    for kind, keys in data.items():
+        if not isinstance(keys, dict):
+            raise ConfigError(f"--config {path}: {kind} must be a mapping of keys to values")
+    return data
+
+
+if __name__ == "__main__":
+    sys.exit(main())

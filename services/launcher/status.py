@@ -1,0 +1,74 @@
+"""``infinite-llm status``: instances, daemons, pool use, and where the blocks of every request lie."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+
+from services.launcher.client import ClusterStatus, GatewayClient, RequestStatus
+from services.launcher.console import table
+
+_TIMEOUT_S = 5.0
+
+
+def status(grpc_address: str, *, as_json: bool) -> int:
+    """Prints the cluster's state; answers the exit code."""
+    state = asyncio.run(_fetch(grpc_address))
+    print(json.dumps(dataclasses.asdict(state), indent=2) if as_json else status_text(state))
+    return 0
+
+
+async def _fetch(grpc_address: str) -> ClusterStatus:
+    async with GatewayClient(grpc_address) as client:
+        return await client.status(_TIMEOUT_S)
+
+
+def status_text(state: ClusterStatus) -> str:
+    """The state as tables."""
+    instances = [
+        (
+            instance.instance_id,
+            instance.address,
+            instance.local_kvdaemon_id,
+            str(instance.running_requests),
+            str(instance.waiting_requests),
+            f"{instance.heartbeat_age_s:.1f}",
+        )
+        for instance in state.instances
+    ]
+    daemons = [
+        (
+            daemon.kvdaemon_id,
+            daemon.address,
+            f"{daemon.pool_bytes / 2**20:.0f}",
+            *(str(count) for count in dataclasses.astuple(daemon.use)),
+            f"{daemon.heartbeat_age_s:.1f}",
+        )
+        for daemon in state.kvdaemons
+    ]
+    instance_header = ("INSTANCE", "ADDRESS", "LOCAL KVDAEMON", "RUNNING", "WAITING", "HEARTBEAT s")
+    daemon_header = ("KVDAEMON", "ADDRESS", "POOL MiB", "BLOCKS", "FREE", "CACHED", "WORKSPACE", "RESERVED", "IN USE")
+    parts = [
+        f"models: {', '.join(state.models) or 'none'}",
+        table(instance_header, instances),
+        table((*daemon_header, "HEARTBEAT s"), daemons),
+    ]
+    parts += [placement_text(request) for request in state.requests] or ["no request is running"]
+    return "\n\n".join(parts)
+
+
+def placement_text(request: RequestStatus) -> str:
+    """Where one request's rBlocks lie."""
+    total = sum(part.num_blocks for part in request.placement)
+    rows = [
+        (
+            part.kvdaemon_id,
+            str(part.num_blocks),
+            f"{100 * part.num_blocks / total:.1f}" if total else "0.0",
+            "local" if part.local else "remote",
+        )
+        for part in request.placement
+    ]
+    title = f"request {request.request_id} on {request.instance_id}: {total} rBlocks"
+    return f"{title}\n{table(('KVDAEMON', 'RBLOCKS', '%', 'WHERE'), rows)}" if rows else title

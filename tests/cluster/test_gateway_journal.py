@@ -1,0 +1,168 @@
+"""The request journal in a real Redis that is killed, stopped and too slow: never a token changes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import redis
+from gateway_rig import PlayedInstance, Script, expected_tokens, free_port, gateway, service, until, write_checkpoint
+
+from services.gateway.journal import RedisJournal
+from services.gateway.requests import GenerationRequest
+from services.launcher.binaries import find_binary
+from services.runtime.etcd import EtcdClient
+
+pytestmark = pytest.mark.cluster
+
+
+class RedisProcess:
+    """One redis-server that can be killed, stopped and started again."""
+
+    def __init__(self, directory: Path) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        command = [str(find_binary("redis-server")), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        with (self._directory / "redis.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, cwd=self._directory)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                self.client().ping()
+                return
+            except redis.exceptions.ConnectionError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(port=self.port, socket_timeout=5)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+        if number == signal.SIGKILL:
+            self._process.wait(timeout=10)
+
+
+@pytest.fixture
+def redis_process(tmp_path: Path) -> Iterator[RedisProcess]:
+    process = RedisProcess(tmp_path)
+    yield process
+    process.signal(signal.SIGKILL)
+
+
+def request(request_id: str, prompt: tuple[int, ...] = (1, 2, 300)) -> GenerationRequest:
+    return GenerationRequest(request_id, prompt, 8, 0.5, 2**63, (3,), 0, False, 12.25)
+
+
+def record(server: RedisProcess, request_id: str) -> tuple[dict[bytes, bytes], list[int]]:
+    client = server.client()
+    key = f"infinite-llm:c:request:{request_id}"
+    tokens = client.get(key + ":tokens") or b""
+    return client.hgetall(key), list(struct.unpack(f"<{len(tokens) // 4}I", tokens))
+
+
+def test_what_is_written(redis_process: RedisProcess) -> None:
+    async def scenario() -> None:
+        journal = RedisJournal(redis_process.url, "c", ttl_s=60, buffer_bytes=1 << 20)
+        journal.started(request("r"))
+        journal.tokens("r", 0, (5, 6))
+        journal.tokens("r", 2, (70_000,))
+        await until(lambda: record(redis_process, "r")[1] == [5, 6, 70_000], "the tokens are there")
+        fields, _ = record(redis_process, "r")
+        assert struct.unpack("<3I", fields[b"prompt"]) == (1, 2, 300)
+        assert json.loads(fields[b"parameters"])["seed"] == 2**63
+        assert fields[b"arrival"] == b"12.25"
+        assert fields[b"state"] == b"running"
+        journal.ended("r", "stop")
+        await journal.close()
+        assert record(redis_process, "r")[0][b"state"] == b"stop"
+        client = redis_process.client()
+        assert 0 < client.ttl("infinite-llm:c:request:r") <= 60
+        assert 0 < client.ttl("infinite-llm:c:request:r:tokens") <= 60
+
+    asyncio.run(scenario())
+
+
+def test_a_redis_that_comes_back_gets_everything(redis_process: RedisProcess, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        journal = RedisJournal(redis_process.url, "c", ttl_s=60, buffer_bytes=1 << 20)
+        redis_process.signal(signal.SIGKILL)
+        journal.started(request("r"))
+        for index in range(600):  # more than one batch
+            journal.tokens("r", index, (index,))
+            if index % 100 == 0:
+                await asyncio.sleep(0.1)
+        redis_process.start()
+        await until(lambda: record(redis_process, "r")[1] == list(range(600)), "everything is there")
+        assert [message for message in caplog.messages if "is away" in message][1:] == []
+        await journal.close()
+
+    asyncio.run(scenario())
+
+
+def test_overflow_drops_the_oldest_and_says_so(redis_process: RedisProcess) -> None:
+    async def scenario() -> None:
+        redis_process.signal(signal.SIGKILL)
+        journal = RedisJournal(redis_process.url, "c", ttl_s=60, buffer_bytes=5_000)
+        journal.started(request("old"))
+        for index in range(100):
+            journal.tokens("old", index, (index,))
+        journal.ended("old", "length")
+        journal.started(request("new"))
+        journal.tokens("new", 0, (9,))
+        journal.ended("new", "length")
+        redis_process.start()
+        await until(lambda: record(redis_process, "new")[0].get(b"state") == b"length", "the new one is there")
+        assert record(redis_process, "new")[1] == [9]
+        assert record(redis_process, "old")[0][b"state"] == b"incomplete"
+        await journal.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_requests_go_on_without_redis(
+    etcd_endpoint: str, redis_process: RedisProcess, tmp_path: Path, how: signal.Signals
+) -> None:
+    async def scenario() -> None:
+        etcd = EtcdClient([etcd_endpoint])
+        played = PlayedInstance("instance-0", Script(delay_s=0.01))
+        await played.start(etcd)
+        body = {"prompt": [1], "max_tokens": 100, "temperature": 0, "return_token_ids": True}
+        async with httpx.AsyncClient(base_url=running.http, timeout=30) as client:
+
+            async def ready() -> bool:
+                return (await client.get("/health")).status_code == 200
+
+            await until(ready, "the gateway is ready")
+            answer = asyncio.create_task(client.post("/v1/completions", json=body))
+            await until(lambda: played.submitted, "the request is in work")
+            await asyncio.sleep(0.2)
+            redis_process.signal(how)
+            assert (await answer).json()["choices"][0]["token_ids"] == expected_tokens(100)
+            # Nor does it start to matter later.
+            later = await client.post("/v1/completions", json=body)
+            assert later.json()["choices"][0]["token_ids"] == expected_tokens(100)
+        await played.close()
+        await etcd.close()
+
+    with (
+        service("gmanager", tmp_path, listen="127.0.0.1:0", etcd=[etcd_endpoint]),
+        gateway(tmp_path, etcd_endpoint, write_checkpoint(tmp_path / "tiny"), redis_url=redis_process.url) as running,
+    ):
+        asyncio.run(scenario())
+    assert running.process.returncode == 0
