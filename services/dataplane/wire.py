@@ -14,7 +14,7 @@ n says that the room of every message up to n is free again (``Peer`` counts on 
 the list for as long as the connection lives; a PLAN keeps the first ``known`` blocks of it and appends new ones (a
 daemon that knows fewer refuses). So a step's plan does not grow with the context, and a list stays ascending.
 
-Integers are little-endian. Multi-byte tensors are sent as they lie in memory (all supported machines are little-endian).
+Integers are little-endian. Multi-byte tensors are sent as they lie in memory (all supported machines are so).
 """
 
 from __future__ import annotations
