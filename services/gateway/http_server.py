@@ -11,7 +11,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from services.core.errors import ConfigError
-from services.runtime.grpc_server import is_loopback, split_address
+from services.runtime.addresses import is_loopback, split_address
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 30

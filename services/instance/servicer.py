@@ -61,10 +61,12 @@ class InstanceServicer(rpc.InstanceServiceServicer):
         reader = asyncio.create_task(self._read(engine, stream_id, request_iterator, outbox))
         stopped = asyncio.create_task(self._stopping.wait())
         try:
+            yield pb.ServeResponse()  # the gateway counts this instance as connected from here on
             while not reader.done() and not stopped.done():
                 outputs: list[Output] = []
                 with contextlib.suppress(TimeoutError):
-                    outputs = await asyncio.wait_for(outbox.get(), _PING_INTERVAL_S)
+                    async with asyncio.timeout(_PING_INTERVAL_S):
+                        outputs = await outbox.get()
                 while not outbox.empty():
                     outputs += outbox.get_nowait()
                 yield _response(outputs)  # empty: a sign of life

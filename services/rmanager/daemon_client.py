@@ -83,7 +83,8 @@ class DaemonSession:
         granted: asyncio.Future[Opened] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._keep(granted), name=f"session {self.kvdaemon_id}")
         try:
-            self.opened = await asyncio.wait_for(granted, self._call_timeout_s)
+            async with asyncio.timeout(self._call_timeout_s):
+                self.opened = await granted
         except TimeoutError:
             await self.close()
             raise PeerLostError(
@@ -177,7 +178,8 @@ class DaemonSession:
             yield pb.SessionRequest(open=self._open_request)
             while not stop.is_set():
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), interval)
+                    async with asyncio.timeout(interval):
+                        await stop.wait()
                 yield pb.SessionRequest(ping=pb.Ping())
 
         call = self._stub.Session(requests())
@@ -185,7 +187,8 @@ class DaemonSession:
         timeout = self._call_timeout_s
         try:
             while True:
-                response = await asyncio.wait_for(call.read(), timeout)
+                async with asyncio.timeout(timeout):
+                    response = await call.read()
                 if not isinstance(response, pb.SessionResponse):  # end of the call
                     break
                 if response.WhichOneof("response") == "opened":

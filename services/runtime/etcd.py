@@ -240,7 +240,9 @@ class EtcdClient:
         while (remaining := deadline - time.monotonic()) > 0:
             index = self._current
             try:
-                await asyncio.wait_for(self._channel(index).channel_ready(), min(remaining, CONNECT_TIMEOUT_S))
+                # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the result.
+                async with asyncio.timeout(min(remaining, CONNECT_TIMEOUT_S)):
+                    await self._channel(index).channel_ready()
                 return index, self._channel(index)
             except TimeoutError:
                 self.endpoint_failed(index)

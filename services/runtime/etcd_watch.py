@@ -79,8 +79,10 @@ async def _stream(store: WatchedStore, prefix: str, start_revision: int) -> Asyn
     )(metadata=REQUIRE_LEADER)
     create = pb.WatchCreateRequest(key=prefix.encode(), range_end=prefix_end(prefix), start_revision=start_revision)
     try:
-        await asyncio.wait_for(call.write(pb.WatchRequest(create_request=create)), OPEN_TIMEOUT_S)
-        created = await asyncio.wait_for(call.read(), OPEN_TIMEOUT_S)
+        # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the result.
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            await call.write(pb.WatchRequest(create_request=create))
+            created = await call.read()
         if isinstance(created, pb.WatchResponse) and created.header.revision < start_revision - 1:
             raise _HistoryLostError(
                 f"the store is at revision {created.header.revision}, we were at {start_revision - 1}"

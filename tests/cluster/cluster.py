@@ -15,6 +15,8 @@ from pathlib import Path
 
 import httpx
 
+from infinitellm import Client
+
 START_TIMEOUT_S = 120.0
 REQUEST_TIMEOUT_S = 180.0
 
@@ -127,6 +129,12 @@ class Cluster:
         result = subprocess.run(command, capture_output=True, timeout=30, check=True)
         answer: dict[str, object] = json.loads(result.stdout)
         return answer
+
+    def placements(self) -> list[dict[str, int]]:
+        """For each running request, its rBlocks by daemon; quicker than ``status``."""
+        with Client(f"127.0.0.1:{self.grpc_port}") as client:
+            requests = client.cluster_status().requests
+        return [{place.kvdaemon_id: place.num_blocks for place in request.placement} for request in requests]
 
     def pid(self, member: str) -> int:
         """Process id of a service, by its member id."""

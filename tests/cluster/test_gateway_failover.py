@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from etcd_process import EtcdProcess
 from gateway_rig import (
     Gateway,
     PlayedInstance,
@@ -25,7 +26,6 @@ from gateway_rig import (
 )
 
 from services.runtime.etcd import EtcdClient
-from tests.conftest import EtcdProcess
 
 pytestmark = pytest.mark.cluster
 

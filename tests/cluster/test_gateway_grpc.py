@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+from etcd_process import EtcdProcess
 from gateway_rig import (
     BYTES,
     CLUSTER,
@@ -32,7 +33,6 @@ from services.rmanager.heartbeat import HeartbeatSender
 from services.runtime.etcd import EtcdClient
 from services.runtime.grpc_channel import error_from_rpc, make_channel
 from services.runtime.membership import Member, Membership
-from tests.conftest import EtcdProcess
 
 pytestmark = pytest.mark.cluster
 GEOMETRY = PoolGeometry(layers=2, kv_heads=2, block_tokens=64, head_dim=32, dtype="float32")

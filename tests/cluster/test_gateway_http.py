@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import httpx
 import pytest
+from etcd_process import EtcdProcess
 from gateway_rig import (
     BYTES,
     EOS,
@@ -26,7 +27,6 @@ from gateway_rig import (
 )
 
 from services.runtime.etcd import EtcdClient
-from tests.conftest import EtcdProcess
 
 pytestmark = pytest.mark.cluster
 
