@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -12,6 +11,7 @@ import grpc
 from grpc import aio
 
 from services.core.errors import ConfigError, InfiniteLLMError
+from services.runtime.addresses import split_listen_address
 from services.runtime.grpc_errors import error_message, error_metadata, status_code
 
 log = logging.getLogger(__name__)
@@ -45,12 +45,7 @@ def bind(server: aio.Server, address: str, *, allow_insecure: bool = False) -> s
     Raises:
         ConfigError: the address is not host:port, not loopback (there is no TLS yet), or taken.
     """
-    host, port = split_address(address)
-    if not allow_insecure and not is_loopback(host):
-        raise ConfigError(
-            f"refusing to listen on {address} without TLS: anybody who reaches it could use it; "
-            "listen on 127.0.0.1, or set allow_insecure if the network is private"
-        )
+    host, port = split_listen_address(address, allow_insecure)
     try:
         bound = server.add_insecure_port(address)
     except RuntimeError as exc:
@@ -58,28 +53,6 @@ def bind(server: aio.Server, address: str, *, allow_insecure: bool = False) -> s
     if bound == 0 or (port != 0 and bound != port):
         raise ConfigError(f"cannot listen on {address}: is the port taken by another process?")
     return f"{host}:{bound}"
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """``"127.0.0.1:80"`` -> ``("127.0.0.1", 80)``; an IPv6 host stands in brackets and keeps them.
-
-    Raises:
-        ConfigError: it is not host:port.
-    """
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"{address!r} is not an address of the form host:port")
-    return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches ``host``."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class ErrorInterceptor(aio.ServerInterceptor):
