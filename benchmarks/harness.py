@@ -25,15 +25,16 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from benchmarks.machine import current_commit, describe_machine
 
 Cell = str | int | float
 Row = Mapping[str, Cell]
+P = TypeVar("P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,26 @@ class Peer:
 
     name: str
     measure: Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Every peer has its turn once. Rounds below 0 are warm-up."""
+
+    number: int
+    repetitions: int
+
+    @property
+    def recorded(self) -> bool:
+        return self.number >= 0
+
+    @property
+    def label(self) -> str:
+        return f"repetition {self.number + 1}/{self.repetitions}" if self.recorded else "warm-up"
+
+    def order(self, peers: Sequence[P]) -> Sequence[P]:
+        """Every second round goes backwards: no peer always follows the same other."""
+        return peers if self.number % 2 == 0 else peers[::-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,23 +146,26 @@ class Run:
             raise ValueError(f"target {name!r} needs either at_least or at_most")
         self._targets[name] = Target(value, goal, at_least is not None)
 
+    def rounds(self, repetitions: int, warmup: int = 1) -> Iterator[Round]:
+        """The rounds of a measurement: warm-up first. With ``--quick`` there are at most two repetitions."""
+        if self.quick:
+            repetitions, warmup = min(repetitions, 2), min(warmup, 1)
+        for number in range(-warmup, repetitions):
+            yield Round(number, repetitions)
+
     def alternate(self, peers: Sequence[Peer], repetitions: int, warmup: int = 1) -> dict[str, Samples]:
         """Measures peers in turn, so that whatever drifts in the machine meets all of them alike.
 
-        Every second round goes backwards: no peer always follows the same other. With ``--quick`` there are at most two
-        repetitions. Warm-up rounds are not recorded.
+        See ``rounds`` and ``Round.order``. Warm-up rounds are not recorded.
         """
-        if self.quick:
-            repetitions, warmup = min(repetitions, 2), min(warmup, 1)
         values: dict[str, list[float]] = {peer.name: [] for peer in peers}
         if len(values) < len(peers):
             raise ValueError(f"peers need distinct names, got {[peer.name for peer in peers]}")
-        for number in range(-warmup, repetitions):
-            label = "warm-up" if number < 0 else f"repetition {number + 1}/{repetitions}"
-            for peer in peers if number % 2 == 0 else reversed(peers):
-                self.progress.update(f"{label}: {peer.name}")
+        for turn in self.rounds(repetitions, warmup):
+            for peer in turn.order(peers):
+                self.progress.update(f"{turn.label}: {peer.name}")
                 value = peer.measure()
-                if number >= 0:
+                if turn.recorded:
                     values[peer.name].append(value)
         return {name: Samples(tuple(measured)) for name, measured in values.items()}
 

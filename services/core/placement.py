@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from services.core.blocks import PoolGeometry
+from services.core.sequence import RequestAge
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +65,17 @@ class PlacementEntry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class InstanceSnapshot:
-    """All an instance says of itself. ``placement``: request id -> daemon id -> blocks."""
+    """All an instance says of itself.
+
+    Attributes:
+        placement: request id -> daemon id -> blocks.
+        oldest_starving: the oldest request that cannot go on for want of blocks.
+    """
 
     running: int
     waiting: int
     placement: Mapping[str, Mapping[str, BlockCount]]
+    oldest_starving: RequestAge | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,7 @@ class InstanceReport:
     waiting: int
     placement: tuple[PlacementEntry, ...] = ()
     ended: tuple[str, ...] = ()
+    oldest_starving: RequestAge | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,3 +142,11 @@ class Room:
     address: str
     free_blocks: int
     total_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoomView:
+    """Where room is, emptiest first, and the oldest request of the cluster that cannot go on for want of it."""
+
+    rooms: tuple[Room, ...] = ()
+    oldest_starving: RequestAge | None = None

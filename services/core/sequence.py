@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
+
+
+class RequestAge(NamedTuple):
+    """Orders requests, the same everywhere in the cluster: the smaller, the older.
+
+    Attributes:
+        arrival_time: Unix seconds, as the gateway saw it.
+    """
+
+    arrival_time: float
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +91,8 @@ class Sequence:
         return self.request.request_id
 
     @property
-    def age(self) -> tuple[float, str]:
-        """Orders requests: the smaller, the older; the same in every instance."""
-        return (self.request.arrival_time, self.request.request_id)
+    def age(self) -> RequestAge:
+        return RequestAge(self.request.arrival_time, self.request.request_id)
 
     @property
     def generated(self) -> int:

@@ -26,6 +26,7 @@ from services.dataplane.transport import (
     Received,
     ReleaseHook,
     Transport,
+    message_bytes,
 )
 
 _RELEASED = memoryview(b"")
@@ -64,11 +65,8 @@ class LoopbackConnection(Connection, ReleaseHook):
         self._charged = 0
 
     def send(self, parts: Sequence[Buffer]) -> None:
+        message_bytes(parts, self.limits, self.peer)
         data = bytearray().join(parts)
-        if len(data) > self.limits.max_message_bytes:
-            raise ValueError(
-                f"a message of {len(data)} bytes to {self.peer}: at most {self.limits.max_message_bytes} are allowed"
-            )
         with self._lock:
             if self.other is None:
                 raise PeerLostError(f"the connection to {self.peer} has ended")

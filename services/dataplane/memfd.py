@@ -75,7 +75,11 @@ def map_foreign_memfd(fd: int, size: int) -> mmap.mmap:
 
 
 def available_bytes() -> int:
-    """Memory this process can still take: the machine's, and that of every cgroup (version 2) above the process."""
+    """Memory this process can still take: the machine's, and that of every cgroup (version 2) above the process.
+
+    Raises:
+        ConfigError: the system does not tell.
+    """
     available = _meminfo_available()
     root = Path("/sys/fs/cgroup")
     group = root / _own_cgroup().lstrip("/")
@@ -110,7 +114,11 @@ def _populate_huge(fd: int, size: int) -> None:
 
 
 def _meminfo_available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError as error:  # for want of a file descriptor
+        raise ConfigError(f"cannot tell how much memory is available: /proc/meminfo: {error.strerror}") from error
+    for line in lines:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise ConfigError("/proc/meminfo names no MemAvailable: a Linux kernel of 3.14 or newer is needed")

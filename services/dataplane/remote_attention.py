@@ -30,11 +30,14 @@ class PeerShare:
     Attributes:
         rows: [n] int64, the batch's rows that its segments hold, ascending; segments lie in the same order.
         segments: the step's segments there, with blocks that are new to it.
+        distance: from any row back to the nearest key of its sequence there, at least: a layer whose window is not
+            longer sees nothing there, and the daemon is not asked.
     """
 
     kvdaemon_id: str
     rows: Tensor
     segments: Sequence[PlanSegment]
+    distance: int
 
 
 class RemoteAttention:
@@ -54,11 +57,6 @@ class RemoteAttention:
         self._shares: list[tuple[Peer, PeerShare]] = []
         self._waiting: list[tuple[Peer, int, Tensor]] = []  # (peer, sequence, rows) of the layer under way
         self._forgotten: dict[str, list[int]] = {}
-
-    @property
-    def active(self) -> bool:
-        """Whether this step has remote parts."""
-        return bool(self._shares)
 
     def forget(self, kvdaemon_id: str, segment_handle: int) -> None:
         """The segment will not be used again; the daemon is told with its next plan."""
@@ -87,13 +85,15 @@ class RemoteAttention:
         if gone:
             raise PeerLostError(f"no data connection to kvdaemon {', '.join(gone)}")
 
-    def submit(self, params: LayerParams, q: Tensor) -> None:
-        """Sends the layer's queries.
+    def submit(self, params: LayerParams, q: Tensor) -> bool:
+        """Sends the layer's queries; answers whether there is anything to collect.
 
         Args:
             q: [rows of the batch, q_heads, head_dim], contiguous, on the CPU.
         """
         for peer, share in self._shares:
+            if 0 < params.window <= share.distance:
+                continue
             part = q if len(share.rows) == len(q) else q.index_select(0, share.rows)
             header = Header(
                 Kind.QUERY,
@@ -111,6 +111,7 @@ class RemoteAttention:
             sequence = peer.send(header, [part.view(torch.uint8).numpy().data.cast("B")])
             peer.expected.add(sequence)
             self._waiting.append((peer, sequence, share.rows))
+        return bool(self._waiting)
 
     def collect(self, out: Tensor, lse: Tensor) -> None:
         """Waits for the layer's partial states and merges them.

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from services.core.errors import ConfigError, PeerLostError
 from services.dataplane.memfd import create_memfd, map_foreign_memfd, map_memfd
+from services.dataplane.reception import Guest
 from services.dataplane.shm_ring import RingLayout
 from services.dataplane.transport import MAX_HELLO_BYTES, Limits
 
@@ -59,21 +60,15 @@ def offer(sock: socket.socket, hello: bytes, limits: Limits) -> SharedRings:
     return SharedRings(memory, layout)
 
 
-class Guest:
-    """A peer that has connected and whose greeting has not arrived in full."""
+class ShmGuest(Guest[SharedRings]):
+    """Collects a greeting and the memfd that comes with it; answers the mapped memory."""
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self.sock = sock
-        self.deadline = deadline  # time.monotonic()
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
         self._greeting = b""
         self._fd = -1
 
     def receive(self) -> SharedRings | None:
-        """Reads on; answers the mapped memory once the greeting is complete.
-
-        Raises:
-            PeerLostError: the peer hung up, or its greeting or memory is not acceptable.
-        """
         wanted = _GREETING.size - len(self._greeting)
         try:
             data, fds, _, _ = socket.recv_fds(self.sock, wanted, 1, socket.MSG_CMSG_CLOEXEC)
@@ -102,8 +97,8 @@ class Guest:
             raise PeerLostError(f"a guest asks for impossible limits: {error}") from error
         return SharedRings(map_foreign_memfd(self._fd, layout.total_bytes), layout)
 
-    def close_memory(self) -> None:
-        """Closes the memfd, which a mapping does not need. Idempotent."""
+    def discard(self) -> None:
+        """Closes the memfd, which a mapping does not need."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

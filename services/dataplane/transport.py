@@ -48,6 +48,20 @@ class Limits:
             )
 
 
+def message_bytes(parts: Sequence[Buffer], limits: Limits, peer: str) -> int:
+    """Size of a message.
+
+    Raises:
+        ValueError: it is longer than the limits allow.
+    """
+    size = 0
+    for part in parts:
+        size += part.nbytes if type(part) is memoryview else len(part)
+    if size > limits.max_message_bytes:
+        raise ValueError(f"a message of {size} bytes to {peer}: at most {limits.max_message_bytes} are allowed")
+    return size
+
+
 class Connection(ABC):
     """One peer. Created by ``Transport.connect`` or announced by ``Accepted``."""
 

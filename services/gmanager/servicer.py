@@ -21,6 +21,7 @@ from services.core.placement import (
     PoolStats,
     Report,
 )
+from services.core.sequence import RequestAge
 from services.gmanager.view import ClusterView, InstanceInfo, KvDaemonInfo, RequestInfo
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class GManagerServicer(gmanager_pb2_grpc.GManagerServiceServicer):
         rooms = self._view.find_room(
             geometry, request.block_bytes or geometry.block_bytes, frozenset(request.exclude_kvdaemon_ids)
         )
+        starving = self._view.oldest_starving()
         return gmanager_pb2.FindRoomResponse(
             rooms=[
                 gmanager_pb2.Room(
@@ -97,7 +99,10 @@ class GManagerServicer(gmanager_pb2_grpc.GManagerServiceServicer):
                     total_blocks=room.total_blocks,
                 )
                 for room in rooms
-            ]
+            ],
+            oldest_starving=gmanager_pb2.RequestAge(arrival_time=starving.arrival_time, request_id=starving.request_id)
+            if starving is not None
+            else None,
         )
 
     async def WatchInstances(
@@ -135,6 +140,11 @@ def heartbeat_from_proto(message: gmanager_pb2.HeartbeatRequest) -> Heartbeat:
                 for entry in message.instance.placement
             ),
             ended=tuple(message.instance.ended_request_ids),
+            oldest_starving=RequestAge(
+                message.instance.oldest_starving.arrival_time, message.instance.oldest_starving.request_id
+            )
+            if message.instance.HasField("oldest_starving")
+            else None,
         )
     elif kind == "kvdaemon":
         stats = message.kvdaemon.stats

@@ -25,6 +25,7 @@ from services.core.placement import (
     PoolStats,
     Room,
 )
+from services.core.sequence import RequestAge
 from services.runtime.membership import Member
 
 
@@ -186,6 +187,14 @@ class ClusterView:
             if total > 0:
                 rooms.append(Room(member_id, member.address, free, total))
         return tuple(sorted(rooms, key=lambda room: (-room.free_blocks, room.kvdaemon_id)))
+
+    def oldest_starving(self) -> RequestAge | None:
+        """The oldest request of the cluster that cannot go on for want of blocks."""
+        reporters = (self._reporters.get(f"instance/{member_id}") for member_id in self._instances)
+        reports = (reporter.instance for reporter in reporters if reporter is not None)
+        return min(
+            (r.oldest_starving for r in reports if r is not None and r.oldest_starving is not None), default=None
+        )
 
     def _instance_info(self, member: Member, now: float) -> InstanceInfo:
         reporter = self._reporters.get(f"instance/{member.member_id}")

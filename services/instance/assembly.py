@@ -12,7 +12,7 @@ from services.core.placement import BlockCount, InstanceSnapshot
 from services.dataplane.peers import PeerSet
 from services.dataplane.pool_socket import MappedPool
 from services.dataplane.remote_attention import RemoteAttention
-from services.dataplane.shm import ShmTransport
+from services.dataplane.select import connecting_transport
 from services.dataplane.transport import Limits
 from services.instance.config import InstanceConfig
 from services.instance.control import Order
@@ -75,7 +75,7 @@ class SnapshotBoard:
             }
             for request_id, blocks in latest.placement
         }
-        return InstanceSnapshot(latest.running, latest.waiting, placement)
+        return InstanceSnapshot(latest.running, latest.waiting, placement, latest.oldest_starving)
 
 
 class _OrderDesk:
@@ -113,7 +113,7 @@ def assemble(
     tensor = pool.as_tensor(geometry)
     attention_kernels = kernels.load("cpu", config.num_threads)
     query_room, limits = _limits(config, model, geometry)
-    peers = PeerSet(ShmTransport(), limits, query_room)
+    peers = PeerSet(connecting_transport(config.transport, config.link), limits, query_room)
     remote = RemoteAttention(
         peers, attention_kernels, "float32" if config.ship_float32 else config.dtype, config.transfer_timeout_s
     )
@@ -122,7 +122,7 @@ def assemble(
     desk = _OrderDesk()
     keys = BlockKeySpace(shape.fingerprint, config.dtype, (0, shape.kv_heads))
     memory = BlockMemory(
-        geometry, keys, tensor, workspace, local.kvdaemon_id, local.opened.session_id, peers, remote, desk
+        geometry, keys, model.rotary, tensor, workspace, local.kvdaemon_id, local.opened.session_id, peers, remote, desk
     )
     scheduler = Scheduler(max_num_seqs, config.max_batch_tokens)
     board = SnapshotBoard(local.kvdaemon_id)

@@ -14,6 +14,7 @@ from kernels import AttentionPlan
 from services.dataplane.remote_attention import PeerShare
 from services.dataplane.wire import PlanSegment
 from services.instance.dist_attention import StepTensors
+from services.instance.rotary import RotaryRegimes
 from services.instance.scheduler import Scheduled
 from services.rmanager.block_table import BlockTable
 
@@ -27,6 +28,7 @@ class Batch:
         step: the plan for the local pool.
         shares: what each daemon computes.
         logit_rows: [n] int64, last row of each sequence that is sampled, in batch order.
+        long_rows: [rows] bool, rows of the long rotary regime; None where there are none.
     """
 
     token_ids: Tensor
@@ -34,9 +36,10 @@ class Batch:
     step: StepTensors
     shares: tuple[PeerShare, ...]
     logit_rows: Tensor
+    long_rows: Tensor | None
 
 
-def build_batch(scheduled: SequenceOf[Scheduled], tables: SequenceOf[BlockTable]) -> Batch:
+def build_batch(scheduled: SequenceOf[Scheduled], tables: SequenceOf[BlockTable], rotary: RotaryRegimes) -> Batch:
     """Makes the tensors of a step; ``tables`` belong to ``scheduled``, one each, with blocks for all rows.
 
     Remote segments' new blocks count as sent from here on: a batch that was built is a batch whose plan is sent, or the
@@ -72,7 +75,15 @@ def build_batch(scheduled: SequenceOf[Scheduled], tables: SequenceOf[BlockTable]
         step=StepTensors(torch.from_numpy(np.concatenate(slots)), plan),
         shares=_shares(scheduled, tables, starts),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        long_rows=_long_rows(scheduled, rotary),
     )
+
+
+def _long_rows(scheduled: SequenceOf[Scheduled], rotary: RotaryRegimes) -> Tensor | None:
+    long = [rotary.is_long(item.sequence.request) for item in scheduled]
+    if not any(long):
+        return None
+    return torch.tensor(long).repeat_interleave(torch.tensor([item.count for item in scheduled]))
 
 
 def _slots(table: BlockTable, first: int, end: int) -> NDArray[np.int64]:
@@ -89,6 +100,7 @@ def _shares(
 ) -> tuple[PeerShare, ...]:
     rows: dict[str, list[NDArray[np.int64]]] = {}
     segments: dict[str, list[PlanSegment]] = {}
+    distances: dict[str, int] = {}
     for at, (item, table) in enumerate(zip(scheduled, tables, strict=True)):
         for kvdaemon_id, segment in table.segments.items():
             rows.setdefault(kvdaemon_id, []).append(np.arange(starts[at], starts[at + 1]))
@@ -96,7 +108,12 @@ def _shares(
             plan = PlanSegment(segment.handle, item.count, item.sequence.computed, segment.sent, new)
             segments.setdefault(kvdaemon_id, []).append(plan)
             segment.sent = segment.blocks.count
+            newest_key = int(segment.blocks.rows[-1, 2]) + table.block_tokens - 1
+            distance = item.sequence.computed - newest_key
+            distances[kvdaemon_id] = min(distance, distances.get(kvdaemon_id, distance))
     return tuple(
-        PeerShare(kvdaemon_id, torch.from_numpy(np.concatenate(rows[kvdaemon_id])), tuple(plans))
+        PeerShare(
+            kvdaemon_id, torch.from_numpy(np.concatenate(rows[kvdaemon_id])), tuple(plans), distances[kvdaemon_id]
+        )
         for kvdaemon_id, plans in segments.items()
     )

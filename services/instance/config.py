@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from services.core.errors import ConfigError
+from services.dataplane.link_spec import parse_link
+from services.dataplane.select import Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class InstanceConfig:
         socket_dir: directory for Unix sockets, shared with the local daemon.
         dtype: element type of weights and KV cache.
         transport: data plane to other daemons.
+        link: emulate such a link to every daemon, as in "25gbit,50us"; the daemons must be told the same.
         max_model_len: longest context in tokens; the checkpoint's own limit where not given.
         max_num_seqs: sequences in one batch at most.
         max_batch_tokens: tokens computed in one step at most; the size of a prefill chunk.
@@ -43,7 +46,8 @@ class InstanceConfig:
     socket_dir: Path
     listen: str = "127.0.0.1:0"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    transport: Literal["shm"] = "shm"
+    transport: Scheme = "shm"
+    link: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_batch_tokens: int = 1024
@@ -71,3 +75,5 @@ class InstanceConfig:
         for name in ("transfer_timeout_s", "call_timeout_s", "startup_timeout_s", "heartbeat_interval_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"instance config: {name} must be positive, got {getattr(self, name)}")
+        if self.link is not None:
+            parse_link(self.link)

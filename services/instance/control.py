@@ -11,7 +11,7 @@ from typing import Protocol
 
 from services.core.blocks import BlockHandle, BlockRef
 from services.core.errors import InfiniteLLMError
-from services.core.sequence import Request
+from services.core.sequence import Request, RequestAge
 
 # ---------------------------------------------------------------- orders: engine -> rManager
 
@@ -27,7 +27,7 @@ class ReservePrompt:
         max_blocks: blocks that the request can need in the end; more than the cluster has is refused for good.
     """
 
-    request_id: str
+    age: RequestAge
     attempt: int
     keys: tuple[bytes, ...]
     full_blocks: int
@@ -142,10 +142,15 @@ class LocalSealed:
 
 @dataclass(frozen=True, slots=True)
 class Replenished:
-    """Answer to Replenish; both are empty where there is no room anywhere."""
+    """Answer to Replenish; both are empty where there is no room anywhere.
+
+    Attributes:
+        oldest_starving: the oldest request of the cluster that cannot go on for want of blocks, if that was asked.
+    """
 
     local: tuple[BlockHandle, ...]
     remote: tuple[BlockRef, ...]
+    oldest_starving: RequestAge | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,18 +13,23 @@ builds no mask for an attention function it does not know, so nothing quadratic 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kernels import AttentionKernels, AttentionPlan, LayerParams
+from services.core.errors import UnsupportedModelError
 from services.dataplane.remote_attention import RemoteAttention
 
 ATTENTION_NAME = "infinite_llm_dist_attention"
 _CONTEXT = (
     "_infinite_llm_dist_attention"  # attribute of the attention modules; some models drop custom keyword arguments
 )
+_HARMLESS_TENSORS = ("position_ids", "cache_position")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +45,33 @@ class StepTensors:
     local: AttentionPlan
 
 
-class DistAttention:
+class AttentionContext(ABC):
+    """Serves the attention calls of one model. Used by the thread that runs the model."""
+
+    def attach_to(self, model: nn.Module) -> None:
+        """Makes this object serve all attention modules of a model or part (those with a layer index)."""
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                setattr(module, _CONTEXT, self)
+
+    @abstractmethod
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, params: LayerParams, sinks: Tensor | None) -> Tensor:
+        """One layer's attention.
+
+        Args:
+            q: [rows, q_heads, key_dim]; k: [rows, kv_heads, key_dim]; v: [rows, kv_heads, value_dim].
+            sinks: [q_heads] scores of attention sinks, or None.
+
+        Returns:
+            [rows, q_heads, value_dim] in q's dtype.
+        """
+
+
+class DistAttention(AttentionContext):
     """Computes attention for one engine. Used by the engine thread.
+
+    Where keys or values are narrower than a block's head_dim (latent attention has keys wider than values), zeros fill
+    them up: they add nothing to a score, and what they give in the output is cut off.
 
     Args:
         pool: [num_blocks, layers, kv_heads, 2, block_tokens, head_dim], the mapped local pool.
@@ -55,33 +85,17 @@ class DistAttention:
         self._step: StepTensors | None = None
         self.calls = 0
 
-    def attach_to(self, model: nn.Module) -> None:
-        """Makes this object serve all attention modules of a model (those with a layer index)."""
-        for module in model.modules():
-            if hasattr(module, "layer_idx"):
-                setattr(module, _CONTEXT, self)
-
     def begin_step(self, step: StepTensors) -> None:
         self._step = step
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, params: LayerParams, sinks: Tensor | None) -> Tensor:
-        """One layer's attention.
-
-        Args:
-            q: [rows, q_heads, head_dim]; k, v: [rows, kv_heads, head_dim].
-            sinks: [q_heads] scores of attention sinks, or None.
-
-        Returns:
-            [rows, q_heads, head_dim] in q's dtype.
-        """
         step = self._step
         assert step is not None, "begin_step comes before the model's forward"
         self.calls += 1
+        value_dim, dtype = v.shape[2], q.dtype
+        q, k, v = self._fit(q), self._fit(k), self._fit(v)
         self._kernels.store_kv(k, v, self._pool, step.slots, params.layer)
-        q = q.contiguous()
-        remote = self._remote if self._remote is not None and self._remote.active else None
-        if remote is not None:
-            remote.submit(params, q)
+        remote = self._remote if self._remote is not None and self._remote.submit(params, q) else None
         merging = remote is not None or sinks is not None
         out = torch.empty(q.shape, dtype=torch.float32 if merging else q.dtype)
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
@@ -90,7 +104,12 @@ class DistAttention:
             remote.collect(out, lse)
         if sinks is not None:
             self._kernels.merge_sinks(out, lse, sinks)
-        return out.to(q.dtype)
+        return out[..., :value_dim].to(dtype)
+
+    def _fit(self, x: Tensor) -> Tensor:
+        """[rows, heads, dim] as [rows, heads, the pool's head_dim], contiguous, in the pool's dtype."""
+        missing = self._pool.shape[-1] - x.shape[-1]
+        return (functional.pad(x, (0, missing)) if missing else x).to(self._pool.dtype).contiguous()
 
 
 def dist_attention_forward(
@@ -104,18 +123,26 @@ def dist_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: object,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """The function registered with transformers; the signature is transformers' contract.
 
     Args:
-        query: [1, q_heads, rows, head_dim]; key, value: [1, kv_heads, rows, head_dim].
+        query: [1, q_heads, rows, key_dim]; key: [1, kv_heads, rows, key_dim]; value: [1, kv_heads, rows, value_dim].
+        others: position_ids and the switches of the forward call.
 
     Returns:
-        [1, rows, q_heads, head_dim], and no weights.
+        [1, rows, q_heads, value_dim], and no weights.
+
+    Raises:
+        UnsupportedModelError: the layer passes something that decides about its attention and is not known here.
     """
-    context = getattr(module, _CONTEXT)
-    assert isinstance(context, DistAttention)
+    context = getattr(module, _CONTEXT, None)
+    if not isinstance(context, AttentionContext):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no layer_idx, so its KV cache has no place in a block"
+        )
+    _refuse_unknown(module, attention_mask, others)
     params = LayerParams(
         layer=int(module.layer_idx),  # type: ignore[arg-type]
         scale=float(scaling) if scaling is not None else float(query.shape[-1]) ** -0.5,
@@ -124,3 +151,15 @@ def dist_attention_forward(
     )
     out = context(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), params, s_aux)
     return out.unsqueeze(0), None
+
+
+def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, others: Mapping[str, object]) -> None:
+    """A mask of the layer's own, biases of scores, chosen keys: whatever comes as a tensor would be left out."""
+    tensors = [name for name, value in others.items() if isinstance(value, Tensor) and name not in _HARMLESS_TENSORS]
+    if attention_mask is not None:
+        tensors.append("attention_mask")
+    if tensors:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} passes {', '.join(tensors)} to its attention function; DistAttention knows "
+            "causal attention with windows, soft-caps and sinks only"
+        )

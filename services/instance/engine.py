@@ -8,6 +8,7 @@ discarded; sequences with blocks on that daemon are computed anew from their tok
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections import deque
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.core.errors import InfiniteLLMError, PeerLostError, TransferTimeoutError
-from services.core.sequence import Sequence, SequenceState
+from services.core.sequence import RequestAge, Sequence, SequenceState
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import RemoteAttention
 from services.instance.batch import build_batch
@@ -45,6 +46,8 @@ _log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.5  # longest wait for an event; only bounds how late a missed wake-up would be noticed
 _RESERVING_AT_ONCE = 8  # prompts whose blocks are reserved at the same time
 _RETRY_S = 0.1  # between attempts to reserve a prompt for which there was no room
+_YIELD_S = 0.5  # a request that gave way lets others reserve first
+_PATIENCE_S = (5.0, 15.0)  # between these, stuck with nobody known to give way to, the youngest gives way all the same
 _PUBLISH_IDLE_S = 0.2  # how old the snapshot may get while nothing happens
 
 
@@ -94,11 +97,13 @@ class EngineSnapshot:
 
     Attributes:
         placement: for each running request, its blocks on each daemon.
+        oldest_starving: the oldest request that cannot go on for want of blocks.
     """
 
     running: int = 0
     waiting: int = 0
     placement: tuple[tuple[str, dict[str, int]], ...] = ()
+    oldest_starving: RequestAge | None = None
 
 
 class Engine:
@@ -135,6 +140,8 @@ class Engine:
         self._reserving: dict[int, Sequence] = {}  # by attempt
         self._attempts = 0
         self._reserve_at = 0.0  # monotonic: not before
+        self._stuck_since: float | None = None  # monotonic: nobody could take a step for want of blocks
+        self._patience_s = 0.0
         self._short_of_room = False  # a prompt found no room: nobody younger may take what comes free
         self._steps = 0
         self._outputs: list[Output] = []
@@ -155,6 +162,7 @@ class Engine:
             self._reserve()
             batch = self._scheduler.schedule(self._memory.grow)
             if batch:
+                self._stuck_since = None
                 self._step(batch)
             else:
                 self._make_room()
@@ -164,12 +172,13 @@ class Engine:
 
     def _step(self, scheduled: list[Scheduled]) -> None:
         """One transaction: plan, forward, sample, commit."""
-        batch = build_batch(scheduled, [self._memory.table(item.sequence) for item in scheduled])
+        tables = [self._memory.table(item.sequence) for item in scheduled]
+        batch = build_batch(scheduled, tables, self._model.rotary)
         self._steps += 1
         try:
             self._remote.begin_step(self._steps, batch.shares)
             self._attention.begin_step(batch.step)
-            logits = self._model.forward(batch.token_ids, batch.positions, batch.logit_rows)
+            logits = self._model.forward(batch.token_ids, batch.positions, batch.logit_rows, batch.long_rows)
         except (PeerLostError, TransferTimeoutError) as error:
             _log.warning("step discarded", extra={"step": self._steps, "why": str(error)})
             return
@@ -241,7 +250,7 @@ class Engine:
             longest = min(len(sequence.tokens) + remaining, self._model.shape.max_model_len)
             self._control.order(
                 ReservePrompt(
-                    sequence.request_id,
+                    sequence.age,
                     self._attempts,
                     self._memory.prompt_keys(sequence),
                     len(sequence.tokens) // geometry.block_tokens,
@@ -286,13 +295,25 @@ class Engine:
             self._outputs.append(FailOutput(event.request_id, sequence.request.stream_id, event.error))
 
     def _make_room(self) -> None:
-        """Nobody could take a step. If that is for want of blocks and none will come free, the youngest gives way."""
-        running = self._scheduler.running
-        if len(running) > 1 and self._memory.starved and not self._memory.settling:
-            youngest = running[-1]
+        """Nobody here could take a step. If that is for want of blocks and none will come free, the youngest gives way.
+
+        The last one here gives way only to an older request elsewhere that starves as well; so of all requests in the
+        cluster that wait for each other's blocks, the oldest goes on. Where no gManager says who that is, patience ends
+        at a random time, so that one of them gives way first.
+        """
+        running, now = self._scheduler.running, time.monotonic()
+        if not (running and self._memory.starved) or self._memory.settling:
+            return
+        if self._stuck_since is None:
+            self._stuck_since, self._patience_s = now, random.uniform(*_PATIENCE_S)
+        youngest, older = running[-1], self._memory.oldest_starving
+        gives_way = len(running) > 1 or (older is not None and older < youngest.age)
+        if gives_way or now - self._stuck_since > self._patience_s:
             _log.info("request preempted", extra={"request_id": youngest.request_id, "tokens": len(youngest.tokens)})
             self._memory.release(youngest)
             self._scheduler.preempt(youngest)
+            self._stuck_since = None
+            self._reserve_at = now + _YIELD_S
 
     def _settle_peers(self) -> None:
         """Sequences with blocks on a lost daemon are computed anew from their tokens."""
@@ -370,4 +391,14 @@ class Engine:
             self._snapshot_at = now
             running = self._scheduler.running
             placement = tuple((s.request_id, self._memory.placement(s)) for s in running)
-            self._publish_snapshot(EngineSnapshot(len(running), len(self._scheduler.waiting), placement))
+            waiting = self._scheduler.waiting
+            self._publish_snapshot(EngineSnapshot(len(running), len(waiting), placement, self._oldest_starving()))
+
+    def _oldest_starving(self) -> RequestAge | None:
+        """The oldest request that cannot go on for want of blocks: a running one, or a prompt that found no room."""
+        starving = []
+        if self._stuck_since is not None:
+            starving.append(self._scheduler.running[0].age)
+        if self._short_of_room and self._scheduler.waiting:
+            starving.append(self._scheduler.waiting[0].age)
+        return min(starving, default=None)

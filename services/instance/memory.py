@@ -15,16 +15,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from services.core.blocks import BlockHandle, BlockKeySpace, BlockRef, PoolGeometry, next_block_key
-from services.core.sequence import Sequence
+from services.core.sequence import RequestAge, Sequence
 from services.dataplane.peers import PeerSet, Sealed
 from services.dataplane.remote_attention import RemoteAttention
 from services.instance.control import Control, LocalSealed, PromptReserved, Release, Replenish, Replenished, SealLocal
+from services.instance.rotary import RotaryRegimes
 from services.rmanager.block_table import BlockTable, Home
 
 _STARVED_PAUSE_S = 0.1  # before asking again for room that was nowhere
@@ -80,6 +81,7 @@ class BlockMemory:
         self,
         geometry: PoolGeometry,
         keys: BlockKeySpace,
+        rotary: RotaryRegimes,
         pool: Tensor,
         workspace: Iterable[BlockHandle],
         local_kvdaemon_id: str,
@@ -90,6 +92,7 @@ class BlockMemory:
     ) -> None:
         self.geometry = geometry
         self._key_space = keys
+        self._rotary = rotary
         self._pool_bytes = pool.view(torch.uint8).view(pool.shape[0], geometry.block_bytes).numpy()
         self._free = list(workspace)
         self._target = self._held = len(self._free)
@@ -107,6 +110,7 @@ class BlockMemory:
         self._replenishing = False
         self._replenish_at = 0.0  # monotonic clock, not before
         self.starved = False  # the last attempt to replenish found no room anywhere
+        self.oldest_starving: RequestAge | None = None  # in the cluster, as known when we starved last
 
     @property
     def settling(self) -> bool:
@@ -230,6 +234,7 @@ class BlockMemory:
         self._held += len(event.local)
         self._free.extend(event.local)
         self.starved = not event.local
+        self.oldest_starving = event.oldest_starving
         unused = _Releases()
         for ref in event.remote:
             victim = self._oldest_block_of_longest()
@@ -351,10 +356,9 @@ class BlockMemory:
         """Key of a full block; keys are hashed once, as tokens never change."""
         keys, size = sequence.keys, self.geometry.block_tokens
         if not keys:
-            space = self._key_space
-            salt = sequence.request.cache_salt
-            root = BlockKeySpace(space.model, space.dtype, space.kv_heads, space.rotary, salt).root()
-            keys.append(next_block_key(root, sequence.tokens[:size]))
+            request = sequence.request
+            space = replace(self._key_space, rotary=self._rotary.name(request), salt=request.cache_salt)
+            keys.append(next_block_key(space.root(), sequence.tokens[:size]))
         while len(keys) <= index:
             start = len(keys) * size
             keys.append(next_block_key(keys[-1], sequence.tokens[start : start + size]))

@@ -15,11 +15,12 @@ from transformers.modeling_utils import AttentionInterface
 
 from services.core.blocks import PoolGeometry
 from services.core.errors import ConfigError, UnsupportedModelError
+from services.instance.architecture import AttentionShape, observe, refuse_unknown_layers, set_attention
 from services.instance.dist_attention import ATTENTION_NAME, dist_attention_forward
+from services.instance.rotary import RotaryRegimes, install, short_positions
 
 _log = logging.getLogger(__name__)
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_ROTARY_THAT_DEPENDS_ON_LENGTH = ("dynamic", "longrope")
 
 AttentionInterface.register(ATTENTION_NAME, dist_attention_forward)
 
@@ -33,37 +34,58 @@ class ModelShape:
     """
 
     name: str
-    layers: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
+    attention: AttentionShape
     vocab_size: int
     max_model_len: int
     fingerprint: str
 
+    @property
+    def q_heads(self) -> int:
+        return self.attention.q_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.attention.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention.head_dim
+
     def geometry(self, block_tokens: int, dtype: str) -> PoolGeometry:
-        return PoolGeometry(self.layers, self.kv_heads, block_tokens, self.head_dim, dtype)
+        return PoolGeometry(self.attention.layers, self.kv_heads, block_tokens, self.head_dim, dtype)
 
 
 class Model:
-    """A decoder-only language model. Used by the engine thread."""
+    """A decoder-only language model. Used by the engine thread.
 
-    def __init__(self, module: nn.Module, shape: ModelShape) -> None:
+    Attributes:
+        attention_modules: of each layer, the one that calls the attention function.
+    """
+
+    def __init__(
+        self, module: nn.Module, attention_modules: tuple[nn.Module, ...], shape: ModelShape, rotary: RotaryRegimes
+    ) -> None:
         self.module = module
+        self.attention_modules = attention_modules
         self.shape = shape
+        self.rotary = rotary
 
     @torch.inference_mode()
-    def forward(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor, long_rows: Tensor | None = None
+    ) -> Tensor:
         """Computes one step; attention modules find their plan in the DistAttention that is attached to them.
 
         Args:
             token_ids: [rows] int64.
             positions: [rows] int64.
             logit_rows: [n] int64, the rows whose logits are wanted.
+            long_rows: [rows] bool, rows of the long rotary regime; None where there are none.
 
         Returns:
             [n, vocab_size] float32 logits.
         """
+        self.rotary.long_rows = long_rows
         output = self.module(
             input_ids=token_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
@@ -81,13 +103,17 @@ def load_model(path: Path, dtype: str, max_model_len: int | None) -> Model:
         ConfigError: the directory holds no such checkpoint, or max_model_len exceeds what the model was made for.
         UnsupportedModelError: its architecture cannot be served exactly; the message says why.
     """
-    shape, config = read_shape(path, max_model_len)
+    config, weights = _read_config(path)
+    text = config.get_text_config(decoder=True)
+    refuse_unknown_layers(path.name, text)
+    short = short_positions(path.name, text)
+    length = _model_len(path.name, text, max_model_len)
     try:
         module = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=TORCH_DTYPES[dtype],
-            attn_implementation=ATTENTION_NAME,
+            attn_implementation="eager",
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -96,12 +122,18 @@ def load_model(path: Path, dtype: str, max_model_len: int | None) -> Model:
         raise UnsupportedModelError(f"{path}: transformers cannot load this checkpoint: {error}") from error
     module.eval()
     module.requires_grad_(False)
+    set_attention(module)
+    rotary = RotaryRegimes(short, length)
+    if short is not None:
+        install(module, short, rotary)
+    observed = observe(module, int(text.num_hidden_layers))
+    shape = ModelShape(path.name, observed.shape, int(text.vocab_size), length, _fingerprint(path, weights))
     _log.info("model loaded", extra={"model": shape.name, "parameters": sum(p.numel() for p in module.parameters())})
-    return Model(module, shape)
+    return Model(module, observed.modules, shape, rotary)
 
 
-def read_shape(path: Path, max_model_len: int | None) -> tuple[ModelShape, PretrainedConfig]:
-    """Reads the checkpoint's configuration. Raises as ``load_model``."""
+def _read_config(path: Path) -> tuple[PretrainedConfig, list[Path]]:
+    """The checkpoint's configuration and its weight files. Raises as ``load_model``."""
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path}: no config.json there; give the directory of a transformers checkpoint")
     weights = sorted(path.glob("*.safetensors"))
@@ -111,38 +143,21 @@ def read_shape(path: Path, max_model_len: int | None) -> tuple[ModelShape, Pretr
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise UnsupportedModelError(f"{path}: transformers cannot read config.json: {error}") from error
-    text = config.get_text_config(decoder=True)
-    _refuse_length_dependent_rotary(path, text)
-    q_heads = int(text.num_attention_heads)
-    limit = int(text.max_position_embeddings)
-    if max_model_len is not None and max_model_len > limit:
+    return config, weights
+
+
+def _model_len(name: str, config: PretrainedConfig, wanted: int | None) -> int:
+    """Longest context: what is wanted, within what the model was made for."""
+    limit = getattr(config, "max_position_embeddings", None)
+    length = wanted or limit
+    if length is None:
+        raise ConfigError(f"{name}: config.json names no max_position_embeddings; set max_model_len")
+    if limit is not None and length > int(limit):
         raise ConfigError(
-            f"max_model_len {max_model_len} exceeds the {limit} positions that {path.name} was made for "
+            f"max_model_len {wanted} exceeds the {limit} positions that {name} was made for "
             "(max_position_embeddings in config.json)"
         )
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // q_heads
-    shape = ModelShape(
-        name=path.name,
-        layers=int(text.num_hidden_layers),
-        q_heads=q_heads,
-        kv_heads=int(getattr(text, "num_key_value_heads", None) or q_heads),
-        head_dim=int(head_dim),
-        vocab_size=int(text.vocab_size),
-        max_model_len=max_model_len or limit,
-        fingerprint=_fingerprint(path, weights),
-    )
-    return shape, config
-
-
-def _refuse_length_dependent_rotary(path: Path, config: PretrainedConfig) -> None:
-    rope = getattr(config, "rope_parameters", None) or {}
-    variants = [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
-    for variant in variants:
-        if variant.get("rope_type") in _ROTARY_THAT_DEPENDS_ON_LENGTH:
-            raise UnsupportedModelError(
-                f"{path.name}: rotary type {variant['rope_type']!r} changes the frequencies with the longest position "
-                "in a batch, so keys that are stored once would be wrong later"
-            )
+    return int(length)
 
 
 def _fingerprint(path: Path, weights: list[Path]) -> str:

@@ -1,24 +1,54 @@
 """The probe at load: does this checkpoint compute the same with DistAttention as with transformers' eager attention?
 
-transformers knows hundreds of architectures, and some never call the attention function, or put something into a mask
-that DistAttention does not see. So every checkpoint is tried once before it serves: two sequences, longer than any
-sliding window up to a bound, packed and computed in chunks, must call the attention function once per layer and chunk
-and give eager's logits.
+transformers knows hundreds of architectures, and some put something into a mask that DistAttention does not see. So
+every checkpoint is tried once before it serves: two sequences, longer than any sliding window up to a bound, packed and
+computed in chunks, must call the attention function once per layer and chunk, and every layer's attention must give
+what eager attention gives. Where a model has two rotary regimes, one sequence is of each.
+
+Each layer is handed on eager's output once its own has been compared. So all layers are compared on the same input:
+rounding does not add up (nor send tokens to other experts), and the message can say which layer is wrong.
+
+A window beyond the bound is not reached; there the windows that the layers ask for must be those of the configuration.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import AttentionKernels, AttentionPlan
 from services.core.errors import UnsupportedModelError
-from services.instance.dist_attention import ATTENTION_NAME, DistAttention, StepTensors
+from services.instance.architecture import declared_windows, set_attention
+from services.instance.dist_attention import DistAttention, StepTensors
 from services.instance.model import TORCH_DTYPES, Model
 
 _LENGTHS = (150, 70)
 _CHUNK = 64
-_LONGEST = 1200  # a window longer than this is not exceeded by the probe
+_BEYOND = 2 * _CHUNK  # so that in some chunk every row has keys outside the window
+_LONGEST = 1280  # positions in the probe; a longer window is not exceeded
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of the expected values' own spread
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """One of the probe's sequences, in eager attention's hands.
+
+    Attributes:
+        tokens: [length].
+        attention: of each layer, the attention module's output, [length, hidden].
+        logits: [length, vocab_size].
+        first_block: in the probe's pool; the others follow it.
+    """
+
+    tokens: Tensor
+    long_rotary: bool
+    attention: tuple[Tensor, ...]
+    logits: Tensor
+    first_block: int
 
 
 @torch.inference_mode()
@@ -28,53 +58,100 @@ def probe(model: Model, kernels: AttentionKernels, block_tokens: int, dtype: str
     Raises:
         UnsupportedModelError: they differ; the message says where.
     """
-    name = type(model.module).__name__
-    lengths = _lengths(model)
-    generator = torch.Generator().manual_seed(7)
-    sequences = [torch.randint(0, model.shape.vocab_size, (length,), generator=generator) for length in lengths]
-    expected = [_eager(model, tokens) for tokens in sequences]
-    blocks = [-(-length // block_tokens) for length in lengths]
-    pool = torch.zeros(sum(blocks), *model.shape.geometry(block_tokens, dtype).block_shape, dtype=TORCH_DTYPES[dtype])
+    _check_long_windows(model)
+    sequences: list[_Sequence] = []
+    blocks = 0
+    for number, length in enumerate(_lengths(model)):
+        sequences.append(_by_eager(model, length, number == 0, blocks))
+        blocks += -(-length // block_tokens)
+    pool = torch.zeros(blocks, *model.shape.geometry(block_tokens, dtype).block_shape, dtype=TORCH_DTYPES[dtype])
     attention = DistAttention(kernels, pool, None)
     attention.attach_to(model.module)
-    for start in range(0, max(lengths), _CHUNK):
-        rows: list[int] = []  # rows of the packed batch by sequence
-        tokens: list[Tensor] = []
-        alive = [s for s, length in enumerate(lengths) if start < length]
-        for s in alive:
-            part = sequences[s][start : start + _CHUNK]
-            tokens.append(part)
-            rows.append(len(part))
-        first_block = [sum(blocks[:s]) for s in alive]
-        plan, slots, positions = _plan(start, rows, first_block, block_tokens)
-        attention.calls = 0
-        attention.begin_step(StepTensors(slots, plan))
-        logits = model.forward(torch.cat(tokens), positions, torch.arange(sum(rows)))
-        if attention.calls != model.shape.layers:
-            raise UnsupportedModelError(
-                f"{name} called the attention function {attention.calls} times for {model.shape.layers} layers; "
-                "its attention does not go through transformers' AttentionInterface"
-            )
-        at = 0
-        for s, count in zip(alive, rows, strict=True):
-            _compare(name, logits[at : at + count], expected[s][start : start + count], s, start, dtype)
-            at += count
+    for start in range(0, max(len(s.tokens) for s in sequences), _CHUNK):
+        alive = [s for s in sequences if start < len(s.tokens)]
+        _try_chunk(model, attention, alive, start, block_tokens, _TOLERANCE[dtype])
 
 
-def _lengths(model: Model) -> tuple[int, int]:
-    config = model.module.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
-    window = int(getattr(config, "sliding_window", None) or 0)
-    longest = max(_LENGTHS[0], min(window + 40, _LONGEST))
-    return min(longest, model.shape.max_model_len), min(_LENGTHS[1], model.shape.max_model_len)
+def _try_chunk(
+    model: Model, attention: DistAttention, alive: list[_Sequence], start: int, block_tokens: int, tolerance: float
+) -> None:
+    name = type(model.module).__name__
+    chunks = [slice(start, min(start + _CHUNK, len(s.tokens))) for s in alive]
+    counts = [chunk.stop - start for chunk in chunks]
+    plan, slots, positions = _plan(start, counts, [s.first_block for s in alive], block_tokens)
+    expected = [
+        [s.attention[layer][chunk] for s, chunk in zip(alive, chunks, strict=True)]
+        for layer in range(model.shape.attention.layers)
+    ]
+    got: list[Tensor] = []
+    attention.calls = 0
+    attention.begin_step(StepTensors(slots, plan))
+    tokens = torch.cat([s.tokens[chunk] for s, chunk in zip(alive, chunks, strict=True)])
+    long_rows = torch.tensor([s.long_rotary for s in alive]).repeat_interleave(torch.tensor(counts))
+    with _attention_outputs(model, got, [torch.cat(parts) for parts in expected]):
+        logits = model.forward(tokens, positions, torch.arange(sum(counts)), long_rows)
+    if attention.calls != model.shape.attention.layers:
+        raise UnsupportedModelError(
+            f"{name} called the attention function {attention.calls} times for {model.shape.attention.layers} layers; "
+            "its attention does not go through transformers' AttentionInterface"
+        )
+    for layer, parts in enumerate(expected):
+        _compare(f"{name}: the attention of layer {layer}", got[layer], parts, start, tolerance)
+    by_eager = [s.logits[chunk] for s, chunk in zip(alive, chunks, strict=True)]
+    _compare(f"{name}: the logits", logits, by_eager, start, 2 * tolerance)
 
 
-def _eager(model: Model, tokens: Tensor) -> Tensor:
-    """[length, vocab_size] float32 logits by transformers' own eager attention."""
-    model.module.set_attn_implementation("eager")  # type: ignore[operator]
+@contextmanager
+def _attention_outputs(model: Model, outputs: list[Tensor], instead: Sequence[Tensor] | None) -> Iterator[None]:
+    """Takes down every layer's [rows, hidden] attention output in a forward, and may put another in its place."""
+
+    def hook(_: nn.Module, __: object, output: object) -> object:
+        first = output[0] if isinstance(output, tuple) else output
+        assert isinstance(first, Tensor)
+        outputs.append(first[0].clone())
+        if instead is None:
+            return None
+        replaced = instead[len(outputs) - 1].unsqueeze(0)
+        return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
+
+    handles = [module.register_forward_hook(hook) for module in model.attention_modules]
     try:
-        return model.forward(tokens, torch.arange(len(tokens)), torch.arange(len(tokens)))
+        yield
     finally:
-        model.module.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+        for handle in handles:
+            handle.remove()
+
+
+def _check_long_windows(model: Model) -> None:
+    asked = model.shape.attention.windows
+    declared = declared_windows(model.module.config.get_text_config(decoder=True))  # type: ignore[operator,union-attr]
+    if asked != declared and max(asked + declared) > _LONGEST - _BEYOND:
+        layer = next(i for i, (a, b) in enumerate(zip(asked, declared, strict=True)) if a != b)
+        raise UnsupportedModelError(
+            f"{type(model.module).__name__} asks for a window of {asked[layer]} tokens in layer {layer}; its "
+            f"configuration says {declared[layer]} (0: none). Windows that long are not tried at load, so the two must "
+            "agree"
+        )
+
+
+def _lengths(model: Model) -> tuple[int, ...]:
+    windows = [window for window in model.shape.attention.windows if window <= _LONGEST - _BEYOND]
+    longest = max(_LENGTHS[0], *(window + _BEYOND for window in windows)) if windows else _LENGTHS[0]
+    return tuple(min(length, model.shape.max_model_len) for length in (longest, _LENGTHS[1]))
+
+
+def _by_eager(model: Model, length: int, long_rotary: bool, first_block: int) -> _Sequence:
+    """A sequence of random tokens, computed at once by transformers' own eager attention."""
+    tokens = torch.randint(0, model.shape.vocab_size, (length,), generator=torch.Generator().manual_seed(length))
+    rows = torch.arange(length)
+    outputs: list[Tensor] = []
+    set_attention(model.module, "eager")
+    try:
+        with _attention_outputs(model, outputs, None):
+            logits = model.forward(tokens, rows, rows, torch.full((length,), long_rotary))
+    finally:
+        set_attention(model.module)
+    return _Sequence(tokens, long_rotary, tuple(outputs), logits, first_block)
 
 
 def _plan(
@@ -104,14 +181,16 @@ def _starts(counts: Tensor) -> Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(torch.int32)
 
 
-def _compare(name: str, got: Tensor, expected: Tensor, sequence: int, start: int, dtype: str) -> None:
-    """Logits may differ by rounding: measured against their own spread over the vocabulary."""
-    tolerance = 2e-3 if dtype == "float32" else 8e-2
-    spread = float(expected.std()) or 1.0
-    worst = float((got - expected).abs().max()) / spread
-    if not worst <= tolerance:  # also catches NaN
-        raise UnsupportedModelError(
-            f"{name} gives other logits with DistAttention than with eager attention: off by {worst:.3g} of their "
-            f"standard deviation in sequence {sequence} at positions {start}-{start + len(got)} (allowed "
-            f"{tolerance:g}); something of its attention happens outside transformers' AttentionInterface"
-        )
+def _compare(what: str, got: Tensor, expected: Sequence[Tensor], start: int, tolerance: float) -> None:
+    """``expected``: rows of each sequence. The median row of a sequence counts: a token between two experts may differ
+    much by rounding alone, while what is left out of an attention shows in most rows of some chunk."""
+    for part, right in zip(torch.split(got, [len(right) for right in expected]), expected, strict=True):
+        difference, wanted = (part - right).float(), right.float()
+        errors = difference.pow(2).mean(1).sqrt() / wanted.std(1).clamp_min(1e-30)
+        typical = float(errors.median())
+        if not typical <= tolerance:  # also catches NaN
+            raise UnsupportedModelError(
+                f"{what} at positions {start}-{start + len(right)} differs from eager attention's, typically by "
+                f"{typical:.3g} of its standard deviation (allowed {tolerance:g}); something about it does not go "
+                "through transformers' AttentionInterface"
+            )

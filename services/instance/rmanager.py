@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 from services.core.blocks import BlockHandle, BlockRef, PoolGeometry
 from services.core.errors import ContextTooLongError, InfiniteLLMError, UnavailableError
-from services.core.placement import Room
+from services.core.placement import Room, RoomView
 from services.dataplane.peers import PeerSet
 from services.instance.control import (
     EndSession,
@@ -37,6 +38,7 @@ from services.rmanager.daemon_client import DaemonSession
 from services.rmanager.gmanager_client import GManagerClient
 
 _log = logging.getLogger(__name__)
+_FRESH_S = 0.1  # a view of the cluster this old is good enough to begin a prompt with
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,8 @@ class RManager:
         self._loop = asyncio.get_running_loop()
         self._sessions: dict[str, DaemonSession] = {}
         self._opening: dict[str, asyncio.Task[DaemonSession | None]] = {}
-        self._rooms: tuple[Room, ...] = ()  # the last answer of a gManager
+        self._view = RoomView()  # the last answer of a gManager
+        self._viewed_at = -math.inf  # monotonic
         self._tasks: set[asyncio.Task[None]] = set()
 
     def order(self, order: Order) -> None:
@@ -151,33 +154,38 @@ class RManager:
         """Answers with PromptReserved, PromptDeferred or PromptRefused, whatever happens."""
         held: list[_Hold] = []
         try:
-            refusal = await self._too_long(order)
+            await self._look(_FRESH_S)
+            older = self._view.oldest_starving
+            if older is not None and older < order.age:  # what comes free is not for us
+                self._post(PromptDeferred(order.age.request_id, order.attempt))
+                return
+            refusal = self._too_long(order)
             if refusal is not None:
-                self._post(PromptRefused(order.request_id, order.attempt, refusal))
+                self._post(PromptRefused(order.age.request_id, order.attempt, refusal))
                 return
             attached = await self._attach(order.keys, held)
             missing = order.full_blocks - len(attached)
-            local = await self._local.reserve(missing, 0, request_id=order.request_id) if missing else []
+            local = await self._local.reserve(missing, 0, request_id=order.age.request_id) if missing else []
             held += [_Hold(self._local, handle) for handle in local]
             missing -= len(local)
-            remote = await self._borrow(missing, order.request_id) if missing else []
+            remote = await self._borrow(missing, order.age.request_id) if missing else []
             held += remote
             if len(remote) == missing:
                 held = []
                 refs = [tuple(hold.ref for hold in holds) for holds in (attached, remote)]
-                self._post(PromptReserved(order.request_id, order.attempt, refs[0], tuple(local), refs[1]))
+                self._post(PromptReserved(order.age.request_id, order.attempt, refs[0], tuple(local), refs[1]))
                 return
         except InfiniteLLMError as error:
-            _log.warning("reservation interrupted", extra={"request_id": order.request_id, "why": str(error)})
+            _log.warning("reservation interrupted", extra={"request_id": order.age.request_id, "why": str(error)})
         await self._give_back(held)
-        self._post(PromptDeferred(order.request_id, order.attempt))
+        self._post(PromptDeferred(order.age.request_id, order.attempt))
 
-    async def _too_long(self, order: ReservePrompt) -> ContextTooLongError | None:
+    def _too_long(self, order: ReservePrompt) -> ContextTooLongError | None:
         """Why this request can never be served, if so: it needs more blocks than can ever be free for it."""
         own = self._local.opened.total_blocks - self._settings.workspace
         if order.max_blocks <= own:
             return None
-        rooms = await self._find_rooms()
+        rooms = self._view.rooms
         available = own + sum(room.total_blocks for room in rooms)
         if order.max_blocks <= available:
             return None
@@ -218,7 +226,8 @@ class RManager:
             if len(local) < blocks:
                 remote = await self._borrow(blocks - len(local), "")
         finally:
-            self._post(Replenished(tuple(local), tuple(hold.ref for hold in remote)))
+            starving = self._view.oldest_starving
+            self._post(Replenished(tuple(local), tuple(hold.ref for hold in remote), starving))
 
     async def _give_back(self, holds: Sequence[_Hold]) -> None:
         by_session: dict[DaemonSession, list[BlockHandle]] = {}
@@ -232,7 +241,8 @@ class RManager:
 
     async def _borrow(self, blocks: int, request_id: str) -> list[_Hold]:
         """Up to ``blocks`` blocks reserved on other daemons, in proportion to their room, interleaved."""
-        rooms = [room for room in await self._find_rooms() if room.free_blocks]
+        await self._look(0.0)
+        rooms = [room for room in self._view.rooms if room.free_blocks]
         free = sum(room.free_blocks for room in rooms)
         if not free:
             return []
@@ -263,13 +273,19 @@ class RManager:
             return []
         return [_Hold(session, handle) for handle in handles]
 
-    async def _find_rooms(self) -> tuple[Room, ...]:
-        """Who has room, by the gManager's view; without one, by its last answer."""
+    async def _look(self, max_age_s: float) -> None:
+        """Asks the gManager who has room and who starves, unless that is known well enough.
+
+        Without a gManager the last view stays in use, but for who starves: that request may long be done.
+        """
+        if time.monotonic() - self._viewed_at <= max_age_s:
+            return
         try:
-            self._rooms = await self._gmanager.find_room(self._settings.geometry, exclude=(self._local.kvdaemon_id,))
+            self._view = await self._gmanager.find_room(self._settings.geometry, exclude=(self._local.kvdaemon_id,))
+            self._viewed_at = time.monotonic()
         except UnavailableError as error:
-            _log.warning("no gManager: using its last view", extra={"why": str(error), "rooms": len(self._rooms)})
-        return self._rooms
+            self._view = RoomView(self._view.rooms)
+            _log.warning("no gManager: using its last view", extra={"why": str(error), "rooms": len(self._view.rooms)})
 
     def _session(self, kvdaemon_id: str) -> DaemonSession | None:
         if kvdaemon_id == self._local.kvdaemon_id:

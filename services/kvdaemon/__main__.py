@@ -25,7 +25,7 @@ from services.core.errors import InfiniteLLMError
 from services.core.placement import KvDaemonSnapshot
 from services.dataplane.kv_pool import KvPool
 from services.dataplane.pool_socket import PoolSocketServer
-from services.dataplane.shm import ShmTransport
+from services.dataplane.select import listening_transport
 from services.kvdaemon.config import KvDaemonConfig
 from services.kvdaemon.pool_view import PoolView
 from services.kvdaemon.server import KvDaemonServicer, SessionTerms
@@ -65,15 +65,16 @@ async def serve(config: KvDaemonConfig) -> None:
 
     pool = KvPool(config.pool_bytes)
     shared = SharedLedger(Ledger(config.pool_bytes, lambda: secrets.randbits(64)))
-    transport = ShmTransport(config.data_socket)
-    data_address = transport.listen()
-    worker = Worker(transport, shared, PoolView(pool, kernels.load("cpu", config.num_threads)))
+    data_plane = listening_transport(config.transports, config.dataplane, config.link)
+    worker = Worker(data_plane.transport, shared, PoolView(pool, kernels.load("cpu", config.num_threads)))
     sessions = Sessions(shared, worker.sessions_ended)
     pool_socket = PoolSocketServer(config.pool_socket, pool, sessions.may_map, sessions.hung_up)
-    terms = SessionTerms((data_address,), str(config.pool_socket), config.ping_interval_s, config.session_timeout_s)
+    terms = SessionTerms(
+        data_plane.addresses, str(config.pool_socket), config.ping_interval_s, config.session_timeout_s
+    )
     server = make_server()
     add_KvDaemonServiceServicer_to_server(KvDaemonServicer(shared, sessions, terms), server)
-    address = bind(server, config.listen)
+    address = bind(server, config.listen, allow_insecure=config.allow_insecure)
 
     thread = threading.Thread(target=_run, args=(worker,), name="worker", daemon=True)
     thread.start()
@@ -89,7 +90,9 @@ async def serve(config: KvDaemonConfig) -> None:
     registration = await membership.register(
         Member(kind="kvdaemon", member_id=config.member_id, address=address, epoch=time.time_ns())
     )
-    _log.info("serving", extra={"address": address, "data_address": data_address, "pool_mib": config.pool_mib})
+    _log.info(
+        "serving", extra={"address": address, "data_addresses": data_plane.addresses, "pool_mib": config.pool_mib}
+    )
 
     await stop.wait()
     _log.info("stopping")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from services.core.errors import ConfigError
+from services.dataplane.link_spec import parse_link
+from services.dataplane.select import ListenOptions, Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,11 @@ class KvDaemonConfig:
         socket_dir: directory of the Unix sockets for local instances; the path must be short.
         listen: control address; port 0 takes a free one.
         transports: data planes to listen on.
+        dataplane_listen: address of the tcp data plane; port 0 takes a free one.
+        dataplane_advertise: numeric host that peers of the tcp data plane are told, where it is another than that of
+            ``dataplane_listen``.
+        allow_insecure: listen on addresses that other hosts reach, without TLS.
+        link: emulate such a link to every instance, as in "25gbit,50us"; the instances must be told the same.
         num_threads: threads of the attention kernels.
         session_timeout_s: silence of a client after which its session ends.
         heartbeat_interval_s: between reports to the gManager.
@@ -32,7 +38,11 @@ class KvDaemonConfig:
     pool_mib: int
     socket_dir: Path
     listen: str = "127.0.0.1:0"
-    transports: tuple[Literal["shm"], ...] = ("shm",)
+    transports: tuple[Scheme, ...] = ("shm",)
+    dataplane_listen: str = "127.0.0.1:0"
+    dataplane_advertise: str | None = None
+    allow_insecure: bool = False
+    link: str | None = None
     num_threads: int = 1
     session_timeout_s: float = 5.0
     heartbeat_interval_s: float = 0.25
@@ -44,10 +54,12 @@ class KvDaemonConfig:
         for name in ("session_timeout_s", "heartbeat_interval_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"kvdaemon config: {name} must be positive, got {getattr(self, name)}")
-        if len(self.transports) != 1:
+        if not self.transports or len(set(self.transports)) < len(self.transports):
             raise ConfigError(
-                f"kvdaemon config: transports must name exactly one data plane, got {len(self.transports)}"
+                f"kvdaemon config: transports must name at least one data plane and each once, got {self.transports}"
             )
+        if self.link is not None:
+            parse_link(self.link)
 
     @property
     def pool_bytes(self) -> int:
@@ -67,3 +79,7 @@ class KvDaemonConfig:
     def data_socket(self) -> Path:
         """The shm transport's."""
         return self.socket_dir / f"{self.member_id}.data"
+
+    @property
+    def dataplane(self) -> ListenOptions:
+        return ListenOptions(self.data_socket, self.dataplane_listen, self.dataplane_advertise, self.allow_insecure)

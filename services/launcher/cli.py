@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+import infinitellm
 from services.core.errors import ConfigError, InfiniteLLMError
 from services.launcher.demo import DEFAULT_TOKENS, DemoOptions, demo
 from services.launcher.options import ClusterOptions
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"infinite-llm {options.command}: {error}", file=sys.stderr)
         return 2
-    except InfiniteLLMError as error:
+    except (InfiniteLLMError, infinitellm.InfiniteLLMError) as error:
         print(f"infinite-llm {options.command}: {error}", file=sys.stderr)
         return 1
 
@@ -71,7 +72,14 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         default=default.dtype,
         help="of weights and KV cache (default %(default)s)",
     )
-    command.add_argument("--transport", choices=("shm",), default=default.transport, help="data plane")
+    command.add_argument(
+        "--transport", choices=("shm", "tcp"), default=default.transport, help="data plane (default %(default)s)"
+    )
+    command.add_argument(
+        "--link",
+        metavar="RATE,LATENCY",
+        help="emulate such a link on the data plane, as in 25gbit,50us (default: none)",
+    )
     command.add_argument(
         "--max-model-len", type=int, metavar="N", help="longest context in tokens (default: the checkpoint's own)"
     )
@@ -131,6 +139,7 @@ def _cluster_options(options: argparse.Namespace) -> ClusterOptions:
         http_port=options.http_port,
         grpc_port=options.grpc_port,
         transport=options.transport,
+        link=options.link,
         max_model_len=options.max_model_len,
         overlay={} if options.config is None else read_overlay(options.config),
         run_dir=options.run_dir,

@@ -19,9 +19,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.core.errors import ConfigError, InfiniteLLMError
+from infinitellm import AsyncClient, Finished, InfiniteLLMError, Progress, RequestStatus, Tokens
+from services.core.errors import ConfigError
 from services.launcher.checkpoint_info import inspect_checkpoint
-from services.launcher.client import Finished, GatewayClient, Progress, RequestStatus, Tokens
 from services.launcher.cluster import LocalCluster
 from services.launcher.console import Console
 from services.launcher.needle.spec import Preset, needle_spec
@@ -143,13 +143,16 @@ async def _ask(cluster: LocalCluster, console: Console, task: NeedleTask, option
     )
     token_ids: list[int] = []
     finished: Finished | None = None
-    async with GatewayClient(cluster.grpc_address) as client:
+    async with AsyncClient(cluster.grpc_address) as client:
         watcher = _PlacementWatcher(client)
         watching = asyncio.create_task(watcher.run())
         prefill = _PrefillProgress(console)
         max_tokens = len(task.expected_token_ids) + 8
         try:
-            async for event in client.generate(task.prompt_text, max_tokens, _ANSWER_TIMEOUT_S):
+            events = client.generate(
+                task.prompt_text, max_tokens=max_tokens, progress=True, timeout_s=_ANSWER_TIMEOUT_S
+            )
+            async for event in events:
                 watcher.request_id = event.request_id
                 if isinstance(event, Progress):
                     prefill.show(event, watcher.latest)
@@ -160,7 +163,7 @@ async def _ask(cluster: LocalCluster, console: Console, task: NeedleTask, option
                         if watcher.latest is not None:
                             console.line(placement_text(watcher.latest))
                         console.write("\nanswer: ")
-                    token_ids += event.token_ids
+                    token_ids += event.ids
                     console.write(event.text)
                 else:
                     finished = event
@@ -170,7 +173,7 @@ async def _ask(cluster: LocalCluster, console: Console, task: NeedleTask, option
     console.line()
     eos = task.expected_token_ids[-1]
     answer = token_ids[:-1] if token_ids[-1:] == [eos] else token_ids
-    right = finished is not None and finished.stopped and tuple(answer) == task.expected_token_ids[:-1]
+    right = finished is not None and finished.reason == "stop" and tuple(answer) == task.expected_token_ids[:-1]
     console.line("right" if right else f"WRONG: the value is {task.expected_text}, then the text ends")
     return right
 
@@ -178,7 +181,7 @@ async def _ask(cluster: LocalCluster, console: Console, task: NeedleTask, option
 class _PlacementWatcher:
     """Asks the cluster now and then where the blocks of one request lie."""
 
-    def __init__(self, client: GatewayClient) -> None:
+    def __init__(self, client: AsyncClient) -> None:
         self.request_id = ""
         self.latest: RequestStatus | None = None
         self._client = client
@@ -190,7 +193,7 @@ class _PlacementWatcher:
 
     async def look(self) -> None:
         try:
-            state = await self._client.status(_STATUS_INTERVAL_S * 4)
+            state = await self._client.cluster_status(_STATUS_INTERVAL_S * 4)
         except InfiniteLLMError:
             return  # the placement is only shown; the answer does not depend on it
         for request in state.requests:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.core.errors import ConfigError
+from services.dataplane.link_spec import parse_link
 
 # The kinds of services that a --config file may add keys to.
 SERVICE_KINDS = ("gmanager", "kvdaemon", "instance", "gateway")
@@ -22,6 +23,8 @@ class ClusterOptions:
         kvdaemons: further KV daemons, which lend memory only.
         pool_mib: memory of each daemon's pool.
         http_port, grpc_port: of the gateway; 0 takes a free one.
+        transport: data plane between instances and daemons.
+        link: emulate such a link between each instance and daemon, as in "25gbit,50us"; None: as fast as it goes.
         max_model_len: longest context in tokens; None: the checkpoint's own.
         overlay: further keys of the services' configuration files, by kind of service.
         run_dir: None takes a new temporary directory.
@@ -36,6 +39,7 @@ class ClusterOptions:
     http_port: int = 8000
     grpc_port: int = 50051
     transport: str = "shm"
+    link: str | None = None
     max_model_len: int | None = None
     overlay: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     run_dir: Path | None = None
@@ -57,5 +61,7 @@ class ClusterOptions:
                 raise ConfigError(f"{option} must be at most 65535, got {port}")
         if self.http_port == self.grpc_port != 0:
             raise ConfigError(f"--http-port and --grpc-port must differ, both are {self.http_port}")
+        if self.link is not None:
+            parse_link(self.link)
         if self.start_timeout_s <= 0:
             raise ConfigError(f"--start-timeout must be positive, got {self.start_timeout_s}")

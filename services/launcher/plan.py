@@ -90,6 +90,7 @@ def make_plan(options: ClusterOptions, checkpoint: CheckpointInfo, around: Surro
             listen="127.0.0.1:0",
             pool_mib=options.pool_mib,
             transports=[options.transport],
+            link=options.link,
             socket_dir=str(around.sockets),
             num_threads=num_threads,
         )
@@ -104,6 +105,7 @@ def make_plan(options: ClusterOptions, checkpoint: CheckpointInfo, around: Surro
             dtype=options.dtype,
             local_kvdaemon_id=daemon,
             transport=options.transport,
+            link=options.link,
             socket_dir=str(around.sockets),
             max_model_len=options.max_model_len,
             num_threads=num_threads,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 
-from services.launcher.client import ClusterStatus, GatewayClient, RequestStatus
+from infinitellm import Client, ClusterStatus, RequestStatus
 from services.launcher.console import table
 
 _TIMEOUT_S = 5.0
@@ -14,14 +13,10 @@ _TIMEOUT_S = 5.0
 
 def status(grpc_address: str, *, as_json: bool) -> int:
     """Prints the cluster's state; answers the exit code."""
-    state = asyncio.run(_fetch(grpc_address))
+    with Client(grpc_address) as client:
+        state = client.cluster_status(_TIMEOUT_S)
     print(json.dumps(dataclasses.asdict(state), indent=2) if as_json else status_text(state))
     return 0
-
-
-async def _fetch(grpc_address: str) -> ClusterStatus:
-    async with GatewayClient(grpc_address) as client:
-        return await client.status(_TIMEOUT_S)
 
 
 def status_text(state: ClusterStatus) -> str:

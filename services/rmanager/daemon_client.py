@@ -22,6 +22,7 @@ from infinitellm.internal.v1 import kvdaemon_pb2_grpc as rpc
 from infinitellm.internal.v1 import pool_pb2
 from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, PoolGeometry
 from services.core.errors import InfiniteLLMError, PeerLostError, PoolExhaustedError
+from services.rmanager.gmanager_client import geometry_to_proto
 from services.runtime.grpc_channel import error_from_rpc, make_channel
 
 _log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class DaemonSession:
     ) -> None:
         self.kvdaemon_id = kvdaemon_id
         self._open_request = pb.OpenSession(
-            instance_id=instance_id, epoch=epoch, geometry=_geometry_to_proto(geometry), mapped=mapped
+            instance_id=instance_id, epoch=epoch, geometry=geometry_to_proto(geometry), mapped=mapped
         )
         self._on_lost = on_lost
         self._call_timeout_s = call_timeout_s
@@ -220,16 +221,6 @@ def _opened(message: pb.SessionOpened) -> Opened:
         message.pool_socket,
         message.ping_interval_s,
         message.session_timeout_s,
-    )
-
-
-def _geometry_to_proto(geometry: PoolGeometry) -> pool_pb2.PoolGeometry:
-    return pool_pb2.PoolGeometry(
-        layers=geometry.layers,
-        kv_heads=geometry.kv_heads,
-        block_tokens=geometry.block_tokens,
-        head_dim=geometry.head_dim,
-        dtype=geometry.dtype,
     )
 
 

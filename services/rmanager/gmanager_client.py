@@ -14,7 +14,8 @@ import grpc.aio
 from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc, pool_pb2
 from services.core.blocks import PoolGeometry
 from services.core.errors import UnavailableError
-from services.core.placement import Heartbeat, InstanceReport, KvDaemonReport, PoolStats, Room
+from services.core.placement import Heartbeat, InstanceReport, KvDaemonReport, PoolStats, Room, RoomView
+from services.core.sequence import RequestAge
 from services.runtime.grpc_channel import error_from_rpc, make_channel
 
 AddressSource = Callable[[], Awaitable[str | None]]
@@ -57,8 +58,8 @@ class GManagerClient:
 
     async def find_room(
         self, geometry: PoolGeometry, exclude: Collection[str] = (), timeout_s: float = 2.0
-    ) -> tuple[Room, ...]:
-        """Daemons with room for blocks of this geometry, emptiest first; a hint, not a reservation.
+    ) -> RoomView:
+        """Daemons that can hold blocks of this geometry, emptiest first; a hint, not a reservation.
 
         Args:
             exclude: ids of daemons that are not wanted in the answer.
@@ -77,9 +78,9 @@ class GManagerClient:
         except TimeoutError as exc:
             await self.close()
             raise UnavailableError(f"the gManager did not say within {timeout_s:g} s where room is") from exc
-        return tuple(
-            Room(room.kvdaemon_id, room.address, room.free_blocks, room.total_blocks) for room in response.rooms
-        )
+        rooms = (Room(room.kvdaemon_id, room.address, room.free_blocks, room.total_blocks) for room in response.rooms)
+        starving = response.oldest_starving if response.HasField("oldest_starving") else None
+        return RoomView(tuple(rooms), starving and RequestAge(starving.arrival_time, starving.request_id))
 
     async def close(self) -> None:
         channel, self._channel, self._address = self._channel, None, None
@@ -110,6 +111,9 @@ def heartbeat_to_proto(heartbeat: Heartbeat) -> gmanager_pb2.HeartbeatRequest:
                 local=entry.local,
             )
         message.instance.ended_request_ids.extend(report.ended)
+        if report.oldest_starving is not None:
+            message.instance.oldest_starving.arrival_time = report.oldest_starving.arrival_time
+            message.instance.oldest_starving.request_id = report.oldest_starving.request_id
     elif isinstance(report, KvDaemonReport):
         message.kvdaemon.stats.CopyFrom(stats_to_proto(report.stats))
         if report.geometry is not None:

@@ -45,13 +45,20 @@ class ReportDiff:
         else:
             # A deep copy: the caller may go on changing its own mappings.
             kept = InstanceSnapshot(
-                snapshot.running, snapshot.waiting, {rid: dict(where) for rid, where in snapshot.placement.items()}
+                snapshot.running,
+                snapshot.waiting,
+                {rid: dict(where) for rid, where in snapshot.placement.items()},
+                snapshot.oldest_starving,
             )
             if kept == self._last:
                 return None
             before: Placement = self._last.placement if isinstance(self._last, InstanceSnapshot) else {}
             report = InstanceReport(
-                kept.running, kept.waiting, changed_entries(before, kept.placement), ended(before, kept.placement)
+                kept.running,
+                kept.waiting,
+                changed_entries(before, kept.placement),
+                ended(before, kept.placement),
+                kept.oldest_starving,
             )
         self._last = kept
         return self._stamp(report)

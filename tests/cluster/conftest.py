@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_llama import write_random_llama
+from transformers import LlamaForCausalLM
 
 from services.launcher.needle.checkpoint import write_checkpoint
 from services.launcher.needle.spec import needle_spec
@@ -15,23 +16,9 @@ from services.launcher.needle.spec import needle_spec
 
 @pytest.fixture(scope="session")
 def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float32 Llama with random weights and no tokenizer; its logits are spread enough that ties are rare."""
+    """See random_llama.py."""
     path = tmp_path_factory.mktemp("models") / "random-llama"
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        head_dim=32,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        eos_token_id=None,
-        bos_token_id=None,
-        initializer_range=0.15,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    write_random_llama(path)
     return path
 
 

@@ -213,7 +213,7 @@ async def use_remote(session: DaemonSession) -> PeerSet:
     rows = [(sealed[index].block, sealed[index].generation, index * GEOMETRY.block_tokens) for index in range(2)]
     segment = PlanSegment(1, 3, 29, 0, np.array(rows, np.uint32))
     for step in range(2):
-        remote.begin_step(step, [PeerShare("kv-0", torch.arange(3), [segment])])
+        remote.begin_step(step, [PeerShare("kv-0", torch.arange(3), [segment], distance=0)])
         segment = segment._replace(known=2, blocks=np.empty((0, 3), np.uint32))
         for layer in range(GEOMETRY.layers):
             q = torch.randn(3, 4, GEOMETRY.head_dim)

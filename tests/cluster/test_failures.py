@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from cluster_process import Cluster
 from test_serving import SMALL_ENGINE, prompt_of
 
 pytestmark = pytest.mark.cluster

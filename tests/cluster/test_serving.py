@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from cluster_process import Cluster
 
 from services.launcher.needle.spec import needle_spec
 from services.launcher.needle.task import make_task

@@ -6,11 +6,8 @@ import mmap
 import os
 import random
 import resource
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -19,7 +16,7 @@ import pytest
 import torch
 
 from services.core.errors import ConfigError, PeerLostError
-from services.dataplane import shm
+from services.dataplane import reception
 from services.dataplane.memfd import available_bytes, create_memfd
 from services.dataplane.shm import ShmTransport
 from services.dataplane.shm_handshake import offer
@@ -27,122 +24,13 @@ from services.dataplane.shm_ring import RingLayout
 from services.dataplane.transport import Accepted, Connected, Limits, Lost, Received
 
 LIMITS = Limits(max_message_bytes=64 << 10, window_bytes=256 << 10)
-PEER = Path(__file__).with_name("shm_peer.py")
 GREETING = struct.Struct("<8sQQI")
-
-
-@pytest.fixture
-def start(directory):
-    """Starts a peer process and answers it with its address."""
-    processes = []
-
-    def start(name, mode):
-        process = subprocess.Popen(
-            [sys.executable, PEER, directory / name, mode], stdout=subprocess.PIPE, text=True, env=peer_environment()
-        )
-        processes.append(process)
-        return process, process.stdout.readline().strip()
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.wait(10)
-        process.stdout.close()
-
-
-def peer_environment():
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-
-def connect(net, client, address):
-    connection = client.transport.connect(address, b"test", LIMITS)
-    net.pump(lambda: client.of(Connected, connection))
-    return connection
-
-
-def echo(net, client, connection, content=b"echo"):
-    connection.send([content])
-    net.pump(lambda: client.messages(connection))
-    assert client.take(connection) == [content]
 
 
 def resources():
     """Open file descriptors and mappings of shared memory of this process."""
     maps = Path("/proc/self/maps").read_text()
     return len(os.listdir("/proc/self/fd")), maps.count("infinite-llm-rings")
-
-
-def test_a_killed_peer_is_lost_in_the_middle_of_a_transfer(shm_net, start):
-    client = shm_net.station("client")
-    process, address = start("peer", "flood")
-    connection = connect(shm_net, client, address)
-    shm_net.pump(lambda: len(client.messages(connection)) > 5)
-    process.kill()
-    shm_net.lost(client, connection)
-    assert all(content == b"flood" * 1000 for content in client.take(connection))
-    with pytest.raises(PeerLostError):
-        connection.send([b"x"])
-
-
-def test_a_peer_killed_before_it_accepts_is_lost(shm_net, start):
-    client = shm_net.station("client")
-    process, address = start("peer", "echo")
-    process.send_signal(signal.SIGSTOP)
-    connection = client.transport.connect(address, b"", LIMITS)
-    connection.send([b"x"])
-    process.kill()
-    shm_net.lost(client, connection)
-    assert client.of(Connected) == []
-
-
-def test_a_stopped_peer_disturbs_nobody(shm_net, start):
-    client = shm_net.station("client")
-    stopped, stopped_address = start("stopped", "echo")
-    _, address = start("other", "echo")
-    silent = connect(shm_net, client, stopped_address)
-    other = connect(shm_net, client, address)
-    echo(shm_net, client, silent)
-    stopped.send_signal(signal.SIGSTOP)
-    for i in range(100):
-        if i < 50:
-            silent.send([bytes(5000)])
-        echo(shm_net, client, other, b"%d" % i * 100)
-    late = client.transport.connect(stopped_address, b"", LIMITS)  # only its accept can take forever
-    late.send([b"late"])
-    assert client.messages(silent) == []
-    stopped.send_signal(signal.SIGCONT)
-    shm_net.pump(lambda: len(client.messages(silent)) == 50 and client.messages(late))
-    assert client.of(Lost) == []
-
-
-def test_the_window_of_a_stopped_peer_ends_the_connection_only(shm_net, start):
-    client = shm_net.station("client")
-    stopped, address = start("stopped", "echo")
-    connection = connect(shm_net, client, address)
-    stopped.send_signal(signal.SIGSTOP)
-    with pytest.raises(PeerLostError, match="window"):
-        shm_net.send_until_lost(client, connection, bytes(LIMITS.max_message_bytes), 100)
-    shm_net.lost(client, connection)
-    stopped.send_signal(signal.SIGCONT)
-    echo(shm_net, client, connect(shm_net, client, address))
-
-
-def test_late_data_for_a_connection_given_up_reaches_nobody(shm_net, start):
-    client = shm_net.station("client")
-    flooding, flood_address = start("flood", "flood")
-    given_up = connect(shm_net, client, flood_address)
-    shm_net.pump(lambda: client.messages(given_up))
-    view = client.messages(given_up)[0].data
-    flooding.send_signal(signal.SIGSTOP)
-    given_up.close()
-    client.events.clear()
-    _, address = start("echo", "echo")
-    fresh = connect(shm_net, client, address)
-    flooding.send_signal(signal.SIGCONT)
-    for i in range(50):
-        echo(shm_net, client, fresh, random.Random(i).randbytes(5000))
-    assert all(event.connection is fresh for event in client.events)
-    assert bytes(view[:5]) == b"flood"  # memory of the connection given up, still mapped and nobody else's
 
 
 def test_views_outlive_the_connection(shm_net):
@@ -340,7 +228,7 @@ def test_a_greeting_in_pieces(shm_net):
 
 
 def test_a_silent_guest_is_dropped(shm_net, monkeypatch):
-    monkeypatch.setattr(shm, "_GREETING_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(reception, "_GREETING_TIMEOUT_S", 0.0)
     server = shm_net.station("server")
     with socket.socket(socket.AF_UNIX) as guest:
         guest.connect(server.address.removeprefix("shm:"))
@@ -386,7 +274,7 @@ def test_a_peer_that_writes_garbage_is_lost(shm_net, seed):
 
 
 def test_running_out_of_file_descriptors_pauses_the_listener(shm_net, monkeypatch):
-    monkeypatch.setattr(shm, "_ACCEPT_PAUSE_S", 0.05)
+    monkeypatch.setattr(reception, "_ACCEPT_PAUSE_S", 0.05)
     server = shm_net.station("server")
     client = shm_net.station("client")
     near = client.transport.connect(server.address, b"", LIMITS)

@@ -9,6 +9,7 @@ import itertools
 import threading
 import time
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from services.dataplane.loopback import LoopbackHub, LoopbackTransport
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import RemoteAttention
 from services.dataplane.transport import Limits
+from services.dataplane.wire import Header
 from services.instance.control import (
     Abort,
     EndSession,
@@ -43,13 +45,43 @@ from services.instance.dist_attention import DistAttention
 from services.instance.engine import Engine, EngineSnapshot, FailOutput, FinishOutput, Output, TokenOutput
 from services.instance.memory import BlockMemory
 from services.instance.model import load_model
+from services.instance.probe import probe
 from services.instance.scheduler import Scheduler
 from services.kvdaemon.pool_view import PoolView
+from services.kvdaemon.segments import StepPlan
 from services.kvdaemon.sessions import SharedLedger
 from services.kvdaemon.worker import Worker
 from services.rmanager.ledger import Ledger
 
 LIMITS = Limits(1 << 20, 8 << 20)
+
+
+@dataclass(frozen=True)
+class Query:
+    """One QUERY that a daemon answered.
+
+    Attributes:
+        rows: of the longest segment; 1 in decode.
+        distance: from the first row of any segment back to the last key of its blocks there, at least.
+    """
+
+    layer: int
+    window: int
+    rows: int
+    distance: int
+
+
+class _RecordingPoolView(PoolView):
+    def __init__(self, pool: KvPool, queries: list[Query]) -> None:
+        super().__init__(pool, kernels.load("cpu"))
+        self._queries = queries
+
+    def attend(self, query: Header, payload: memoryview, plan: StepPlan, max_answer_bytes: int):
+        attention = plan.attention
+        last = attention.block_pos[attention.block_start[1:].long() - 1] + self._geometry.block_tokens - 1
+        distance = int((attention.query_pos - last).min())
+        self._queries.append(Query(query.layer, query.window, attention.max_query_len, distance))
+        return super().attend(query, payload, plan, max_answer_bytes)
 
 
 class Daemon:
@@ -66,7 +98,8 @@ class Daemon:
         self.session_id = self.open_session()
         self._transport = LoopbackTransport(hub, name)
         self.address = self._transport.listen()
-        self.worker = Worker(self._transport, self.shared, PoolView(self.pool, kernels.load("cpu")))
+        self.queries: list[Query] = []
+        self.worker = Worker(self._transport, self.shared, _RecordingPoolView(self.pool, self.queries))
         self._thread = threading.Thread(target=self.worker.run, daemon=True)
         self._thread.start()
 
@@ -101,24 +134,28 @@ class EngineRig:
         max_num_seqs: int = 4,
         max_batch_tokens: int = 128,
         block_tokens: int = 64,
+        dtype: str = "float32",
     ) -> None:
         torch.set_num_threads(1)
         hub = LoopbackHub()
-        self.model = load_model(model, "float32", None)
-        geometry = self.model.shape.geometry(block_tokens, "float32")
+        attention_kernels = kernels.load("cpu")
+        self.model = load_model(model, dtype, None)
+        probe(self.model, attention_kernels, block_tokens, dtype)
+        geometry = self.model.shape.geometry(block_tokens, dtype)
         self.local = Daemon(hub, "local", geometry, local_blocks, mapped=True)
         self.lenders = [Daemon(hub, f"lender-{n}", geometry, blocks, False) for n, blocks in enumerate(lenders)]
         self._opened: set[str] = set()
         peers = PeerSet(LoopbackTransport(hub, "instance"), LIMITS, query_room=1 << 20)
-        attention_kernels = kernels.load("cpu")
-        remote = RemoteAttention(peers, attention_kernels, "float32", timeout_s=20.0)
+        remote = RemoteAttention(peers, attention_kernels, dtype, timeout_s=20.0)
         pool = self.local.pool.as_tensor(geometry)
         attention = DistAttention(attention_kernels, pool, remote)
         attention.attach_to(self.model.module)
         with self.local.shared as ledger:
             blocks = ledger.reserve(self.local.session_id, workspace, workspace, workspace=True)
-        space = BlockKeySpace("m", "float32", (0, geometry.kv_heads))
-        memory = BlockMemory(geometry, space, pool, blocks, "local", self.local.session_id, peers, remote, self)
+        space = BlockKeySpace("m", dtype, (0, geometry.kv_heads))
+        memory = BlockMemory(
+            geometry, space, self.model.rotary, pool, blocks, "local", self.local.session_id, peers, remote, self
+        )
         scheduler = Scheduler(max_num_seqs, max_batch_tokens)
         self.outputs: list[Output] = []
         self.engine = Engine(
@@ -227,7 +264,7 @@ class EngineRig:
     def _reserve(self, order: ReservePrompt) -> PromptReserved | PromptDeferred | PromptRefused:
         capacity = sum(s.total - s.workspace for s in self.stats())
         if order.max_blocks > capacity:
-            return PromptRefused(order.request_id, order.attempt, ContextTooLongError("too long for this rig"))
+            return PromptRefused(order.age.request_id, order.attempt, ContextTooLongError("too long for this rig"))
         attached: list[BlockRef] = []
         with self.local.shared as ledger:
             found = dict(ledger.attach(self.local.session_id, order.keys))
@@ -240,14 +277,14 @@ class EngineRig:
         local = self._take(self.local, missing, workspace=False)
         remote = self._borrow(missing - len(local))
         if len(local) + len(remote) == missing:
-            return PromptReserved(order.request_id, order.attempt, tuple(attached), tuple(local), tuple(remote))
+            return PromptReserved(order.age.request_id, order.attempt, tuple(attached), tuple(local), tuple(remote))
         with self.local.shared as ledger:
             ledger.release(self.local.session_id, [*local, *(ref.handle for ref in attached)])
         for ref in remote:
             daemon = self._daemon(ref.kvdaemon_id)
             with daemon.shared as ledger:
                 ledger.release(daemon.session_id, [ref.handle])
-        return PromptDeferred(order.request_id, order.attempt)
+        return PromptDeferred(order.age.request_id, order.attempt)
 
     def _take(self, daemon: Daemon, count: int, workspace: bool):
         try:

@@ -43,6 +43,16 @@ def test_quick_measures_at_most_twice():
     assert len(calls) == 3
 
 
+def test_rounds_know_their_order_and_whether_they_count():
+    rounds = []
+    run_of(lambda run: rounds.extend(run.rounds(2)))
+    assert [(turn.label, turn.recorded, turn.order("ab")) for turn in rounds] == [
+        ("warm-up", False, "ba"),
+        ("repetition 1/2", True, "ab"),
+        ("repetition 2/2", True, "ba"),
+    ]
+
+
 def test_peers_of_one_name_are_refused():
     with pytest.raises(ValueError, match="distinct names"):
         run_of(lambda run: run.alternate([Peer("a", float), Peer("a", float)], repetitions=1))

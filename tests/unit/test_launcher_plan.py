@@ -74,6 +74,7 @@ def test_the_default_cluster() -> None:
         "listen": "127.0.0.1:0",
         "pool_mib": 64,
         "transports": ["shm"],
+        "link": None,
         "socket_dir": "/run/sockets",
         "num_threads": 1,
     }
@@ -86,6 +87,7 @@ def test_the_default_cluster() -> None:
         "dtype": "bfloat16",
         "local_kvdaemon_id": "kvdaemon-1",
         "transport": "shm",
+        "link": None,
         "socket_dir": "/run/sockets",
         "max_model_len": None,
         "num_threads": 1,
@@ -131,6 +133,7 @@ def test_overlay_adds_keys_to_every_service_of_a_kind() -> None:
         ({"pool_mib": 0}, "--pool-mib must be at least 1"),
         ({"http_port": 70000}, "--http-port must be at most 65535"),
         ({"http_port": 9, "grpc_port": 9}, "must differ"),
+        ({"link": "25gbit"}, "25gbit,50us"),
     ],
 )
 def test_impossible_options(options: dict[str, object], message: str) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from infinitellm.internal.v1 import pool_pb2 as infinitellm_dot_internal_dot_v1_dot_pool__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&infinitellm/internal/v1/gmanager.proto\x12\x17infinitellm.internal.v1\x1a\"infinitellm/internal/v1/pool.proto\"\xc6\x01\n\x10HeartbeatRequest\x12\x0e\n\x06member\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0c\n\x04\x66ull\x18\x03 \x01(\x08\x12;\n\x08instance\x18\x04 \x01(\x0b\x32\'.infinitellm.internal.v1.InstanceReportH\x00\x12;\n\x08kvdaemon\x18\x05 \x01(\x0b\x32\'.infinitellm.internal.v1.KvDaemonReportH\x00\x42\x08\n\x06report\"\xa2\x01\n\x0eInstanceReport\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x41\n\tplacement\x18\x03 \x03(\x0b\x32..infinitellm.internal.v1.RequestPlacementEntry\x12\x19\n\x11\x65nded_request_ids\x18\x04 \x03(\t\"c\n\x15RequestPlacementEntry\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bkvdaemon_id\x18\x02 \x01(\t\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\r\n\x05local\x18\x04 \x01(\x08\"|\n\x0eKvDaemonReport\x12\x31\n\x05stats\x18\x01 \x01(\x0b\x32\".infinitellm.internal.v1.PoolStats\x12\x37\n\x08geometry\x18\x02 \x01(\x0b\x32%.infinitellm.internal.v1.PoolGeometry\"\x13\n\x11HeartbeatResponse\"}\n\x0f\x46indRoomRequest\x12\x37\n\x08geometry\x18\x01 \x01(\x0b\x32%.infinitellm.internal.v1.PoolGeometry\x12\x13\n\x0b\x62lock_bytes\x18\x02 \x01(\x04\x12\x1c\n\x14\x65xclude_kvdaemon_ids\x18\x03 \x03(\t\"@\n\x10\x46indRoomResponse\x12,\n\x05rooms\x18\x01 \x03(\x0b\x32\x1d.infinitellm.internal.v1.Room\"W\n\x04Room\x12\x13\n\x0bkvdaemon_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\r\"\x17\n\x15WatchInstancesRequest\"R\n\x16WatchInstancesResponse\x12\x38\n\tinstances\x18\x01 \x03(\x0b\x32%.infinitellm.internal.v1.InstanceView\"\xdd\x01\n\x0cInstanceView\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x19\n\x11local_kvdaemon_id\x18\x05 \x01(\t\x12\x18\n\x10running_requests\x18\x06 \x01(\r\x12\x18\n\x10waiting_requests\x18\x07 \x01(\r\x12\x19\n\x11local_free_blocks\x18\x08 \x01(\r\x12\x17\n\x0fheartbeat_age_s\x18\t \x01(\x01\"\x17\n\x15GetClusterViewRequest\"\xc4\x01\n\x16GetClusterViewResponse\x12\x38\n\tinstances\x18\x01 \x03(\x0b\x32%.infinitellm.internal.v1.InstanceView\x12\x38\n\tkvdaemons\x18\x02 \x03(\x0b\x32%.infinitellm.internal.v1.KvDaemonView\x12\x36\n\x08requests\x18\x03 \x03(\x0b\x32$.infinitellm.internal.v1.RequestView\"\x80\x01\n\x0cKvDaemonView\x12\x13\n\x0bkvdaemon_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x31\n\x05stats\x18\x03 \x01(\x0b\x32\".infinitellm.internal.v1.PoolStats\x12\x17\n\x0fheartbeat_age_s\x18\x04 \x01(\x01\"y\n\x0bRequestView\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x41\n\tplacement\x18\x03 \x03(\x0b\x32..infinitellm.internal.v1.RequestPlacementEntry2\xc0\x03\n\x0fGManagerService\x12\x64\n\tHeartbeat\x12).infinitellm.internal.v1.HeartbeatRequest\x1a*.infinitellm.internal.v1.HeartbeatResponse(\x01\x12_\n\x08\x46indRoom\x12(.infinitellm.internal.v1.FindRoomRequest\x1a).infinitellm.internal.v1.FindRoomResponse\x12s\n\x0eWatchInstances\x12..infinitellm.internal.v1.WatchInstancesRequest\x1a/.infinitellm.internal.v1.WatchInstancesResponse0\x01\x12q\n\x0eGetClusterView\x12..infinitellm.internal.v1.GetClusterViewRequest\x1a/.infinitellm.internal.v1.GetClusterViewResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&infinitellm/internal/v1/gmanager.proto\x12\x17infinitellm.internal.v1\x1a\"infinitellm/internal/v1/pool.proto\"\xc6\x01\n\x10HeartbeatRequest\x12\x0e\n\x06member\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0c\n\x04\x66ull\x18\x03 \x01(\x08\x12;\n\x08instance\x18\x04 \x01(\x0b\x32\'.infinitellm.internal.v1.InstanceReportH\x00\x12;\n\x08kvdaemon\x18\x05 \x01(\x0b\x32\'.infinitellm.internal.v1.KvDaemonReportH\x00\x42\x08\n\x06report\"\xe0\x01\n\x0eInstanceReport\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x41\n\tplacement\x18\x03 \x03(\x0b\x32..infinitellm.internal.v1.RequestPlacementEntry\x12\x19\n\x11\x65nded_request_ids\x18\x04 \x03(\t\x12<\n\x0foldest_starving\x18\x05 \x01(\x0b\x32#.infinitellm.internal.v1.RequestAge\"6\n\nRequestAge\x12\x14\n\x0c\x61rrival_time\x18\x01 \x01(\x01\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"c\n\x15RequestPlacementEntry\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0bkvdaemon_id\x18\x02 \x01(\t\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\r\n\x05local\x18\x04 \x01(\x08\"|\n\x0eKvDaemonReport\x12\x31\n\x05stats\x18\x01 \x01(\x0b\x32\".infinitellm.internal.v1.PoolStats\x12\x37\n\x08geometry\x18\x02 \x01(\x0b\x32%.infinitellm.internal.v1.PoolGeometry\"\x13\n\x11HeartbeatResponse\"}\n\x0f\x46indRoomRequest\x12\x37\n\x08geometry\x18\x01 \x01(\x0b\x32%.infinitellm.internal.v1.PoolGeometry\x12\x13\n\x0b\x62lock_bytes\x18\x02 \x01(\x04\x12\x1c\n\x14\x65xclude_kvdaemon_ids\x18\x03 \x03(\t\"~\n\x10\x46indRoomResponse\x12,\n\x05rooms\x18\x01 \x03(\x0b\x32\x1d.infinitellm.internal.v1.Room\x12<\n\x0foldest_starving\x18\x02 \x01(\x0b\x32#.infinitellm.internal.v1.RequestAge\"W\n\x04Room\x12\x13\n\x0bkvdaemon_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0b\x66ree_blocks\x18\x03 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\r\"\x17\n\x15WatchInstancesRequest\"R\n\x16WatchInstancesResponse\x12\x38\n\tinstances\x18\x01 \x03(\x0b\x32%.infinitellm.internal.v1.InstanceView\"\xdd\x01\n\x0cInstanceView\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x19\n\x11local_kvdaemon_id\x18\x05 \x01(\t\x12\x18\n\x10running_requests\x18\x06 \x01(\r\x12\x18\n\x10waiting_requests\x18\x07 \x01(\r\x12\x19\n\x11local_free_blocks\x18\x08 \x01(\r\x12\x17\n\x0fheartbeat_age_s\x18\t \x01(\x01\"\x17\n\x15GetClusterViewRequest\"\xc4\x01\n\x16GetClusterViewResponse\x12\x38\n\tinstances\x18\x01 \x03(\x0b\x32%.infinitellm.internal.v1.InstanceView\x12\x38\n\tkvdaemons\x18\x02 \x03(\x0b\x32%.infinitellm.internal.v1.KvDaemonView\x12\x36\n\x08requests\x18\x03 \x03(\x0b\x32$.infinitellm.internal.v1.RequestView\"\x80\x01\n\x0cKvDaemonView\x12\x13\n\x0bkvdaemon_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x31\n\x05stats\x18\x03 \x01(\x0b\x32\".infinitellm.internal.v1.PoolStats\x12\x17\n\x0fheartbeat_age_s\x18\x04 \x01(\x01\"y\n\x0bRequestView\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x41\n\tplacement\x18\x03 \x03(\x0b\x32..infinitellm.internal.v1.RequestPlacementEntry2\xc0\x03\n\x0fGManagerService\x12\x64\n\tHeartbeat\x12).infinitellm.internal.v1.HeartbeatRequest\x1a*.infinitellm.internal.v1.HeartbeatResponse(\x01\x12_\n\x08\x46indRoom\x12(.infinitellm.internal.v1.FindRoomRequest\x1a).infinitellm.internal.v1.FindRoomResponse\x12s\n\x0eWatchInstances\x12..infinitellm.internal.v1.WatchInstancesRequest\x1a/.infinitellm.internal.v1.WatchInstancesResponse0\x01\x12q\n\x0eGetClusterView\x12..infinitellm.internal.v1.GetClusterViewRequest\x1a/.infinitellm.internal.v1.GetClusterViewResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,33 +35,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEARTBEATREQUEST']._serialized_start=104
   _globals['_HEARTBEATREQUEST']._serialized_end=302
   _globals['_INSTANCEREPORT']._serialized_start=305
-  _globals['_INSTANCEREPORT']._serialized_end=467
-  _globals['_REQUESTPLACEMENTENTRY']._serialized_start=469
-  _globals['_REQUESTPLACEMENTENTRY']._serialized_end=568
-  _globals['_KVDAEMONREPORT']._serialized_start=570
-  _globals['_KVDAEMONREPORT']._serialized_end=694
-  _globals['_HEARTBEATRESPONSE']._serialized_start=696
-  _globals['_HEARTBEATRESPONSE']._serialized_end=715
-  _globals['_FINDROOMREQUEST']._serialized_start=717
-  _globals['_FINDROOMREQUEST']._serialized_end=842
-  _globals['_FINDROOMRESPONSE']._serialized_start=844
-  _globals['_FINDROOMRESPONSE']._serialized_end=908
-  _globals['_ROOM']._serialized_start=910
-  _globals['_ROOM']._serialized_end=997
-  _globals['_WATCHINSTANCESREQUEST']._serialized_start=999
-  _globals['_WATCHINSTANCESREQUEST']._serialized_end=1022
-  _globals['_WATCHINSTANCESRESPONSE']._serialized_start=1024
-  _globals['_WATCHINSTANCESRESPONSE']._serialized_end=1106
-  _globals['_INSTANCEVIEW']._serialized_start=1109
-  _globals['_INSTANCEVIEW']._serialized_end=1330
-  _globals['_GETCLUSTERVIEWREQUEST']._serialized_start=1332
-  _globals['_GETCLUSTERVIEWREQUEST']._serialized_end=1355
-  _globals['_GETCLUSTERVIEWRESPONSE']._serialized_start=1358
-  _globals['_GETCLUSTERVIEWRESPONSE']._serialized_end=1554
-  _globals['_KVDAEMONVIEW']._serialized_start=1557
-  _globals['_KVDAEMONVIEW']._serialized_end=1685
-  _globals['_REQUESTVIEW']._serialized_start=1687
-  _globals['_REQUESTVIEW']._serialized_end=1808
-  _globals['_GMANAGERSERVICE']._serialized_start=1811
-  _globals['_GMANAGERSERVICE']._serialized_end=2259
+  _globals['_INSTANCEREPORT']._serialized_end=529
+  _globals['_REQUESTAGE']._serialized_start=531
+  _globals['_REQUESTAGE']._serialized_end=585
+  _globals['_REQUESTPLACEMENTENTRY']._serialized_start=587
+  _globals['_REQUESTPLACEMENTENTRY']._serialized_end=686
+  _globals['_KVDAEMONREPORT']._serialized_start=688
+  _globals['_KVDAEMONREPORT']._serialized_end=812
+  _globals['_HEARTBEATRESPONSE']._serialized_start=814
+  _globals['_HEARTBEATRESPONSE']._serialized_end=833
+  _globals['_FINDROOMREQUEST']._serialized_start=835
+  _globals['_FINDROOMREQUEST']._serialized_end=960
+  _globals['_FINDROOMRESPONSE']._serialized_start=962
+  _globals['_FINDROOMRESPONSE']._serialized_end=1088
+  _globals['_ROOM']._serialized_start=1090
+  _globals['_ROOM']._serialized_end=1177
+  _globals['_WATCHINSTANCESREQUEST']._serialized_start=1179
+  _globals['_WATCHINSTANCESREQUEST']._serialized_end=1202
+  _globals['_WATCHINSTANCESRESPONSE']._serialized_start=1204
+  _globals['_WATCHINSTANCESRESPONSE']._serialized_end=1286
+  _globals['_INSTANCEVIEW']._serialized_start=1289
+  _globals['_INSTANCEVIEW']._serialized_end=1510
+  _globals['_GETCLUSTERVIEWREQUEST']._serialized_start=1512
+  _globals['_GETCLUSTERVIEWREQUEST']._serialized_end=1535
+  _globals['_GETCLUSTERVIEWRESPONSE']._serialized_start=1538
+  _globals['_GETCLUSTERVIEWRESPONSE']._serialized_end=1734
+  _globals['_KVDAEMONVIEW']._serialized_start=1737
+  _globals['_KVDAEMONVIEW']._serialized_end=1865
+  _globals['_REQUESTVIEW']._serialized_start=1867
+  _globals['_REQUESTVIEW']._serialized_end=1988
+  _globals['_GMANAGERSERVICE']._serialized_start=1991
+  _globals['_GMANAGERSERVICE']._serialized_end=2439
 # @@protoc_insertion_point(module_scope)

@@ -65,6 +65,7 @@ class InstanceReport(_message.Message):
     WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
     ENDED_REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    OLDEST_STARVING_FIELD_NUMBER: _builtins.int
     running_requests: _builtins.int
     waiting_requests: _builtins.int
     @_builtins.property
@@ -75,6 +76,10 @@ class InstanceReport(_message.Message):
     def ended_request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Requests that ended."""
 
+    @_builtins.property
+    def oldest_starving(self) -> Global___RequestAge:
+        """The oldest request that cannot go on for want of blocks; absent where there is none."""
+
     def __init__(
         self,
         *,
@@ -82,14 +87,40 @@ class InstanceReport(_message.Message):
         waiting_requests: _builtins.int = ...,
         placement: _abc.Iterable[Global___RequestPlacementEntry] | None = ...,
         ended_request_ids: _abc.Iterable[_builtins.str] | None = ...,
+        oldest_starving: Global___RequestAge | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_starving", b"oldest_starving"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_request_ids", b"ended_request_ids", "placement", b"placement", "running_requests", b"running_requests", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_request_ids", b"ended_request_ids", "oldest_starving", b"oldest_starving", "placement", b"placement", "running_requests", b"running_requests", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InstanceReport: _TypeAlias = InstanceReport  # noqa: Y015
+
+@_typing.final
+class RequestAge(_message.Message):
+    """What orders requests: the earlier arrival is the older one, the id breaks ties."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARRIVAL_TIME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    arrival_time: _builtins.float
+    """Unix seconds, as the gateway saw it."""
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        arrival_time: _builtins.float = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_time", b"arrival_time", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestAge: _TypeAlias = RequestAge  # noqa: Y015
 
 @_typing.final
 class RequestPlacementEntry(_message.Message):
@@ -196,16 +227,24 @@ class FindRoomResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ROOMS_FIELD_NUMBER: _builtins.int
+    OLDEST_STARVING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def rooms(self) -> _containers.RepeatedCompositeFieldContainer[Global___Room]: ...
+    @_builtins.property
+    def oldest_starving(self) -> Global___RequestAge:
+        """The oldest request of the cluster that cannot go on for want of blocks. Younger ones take no new blocks meanwhile,
+        and those that cannot go on either give theirs up.
+        """
+
     def __init__(
         self,
         *,
         rooms: _abc.Iterable[Global___Room] | None = ...,
+        oldest_starving: Global___RequestAge | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_starving", b"oldest_starving"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rooms", b"rooms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["oldest_starving", b"oldest_starving", "rooms", b"rooms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

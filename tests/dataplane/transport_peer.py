@@ -1,4 +1,6 @@
-"""A process at the other end of a shm connection: ``shm_peer.py SOCKET_PATH MODE``.
+"""A process at the other end of a connection: ``transport_peer.py LISTEN_AT MODE [PEER_TIMEOUT_S]``.
+
+LISTEN_AT is ``shm:/path/of/socket`` or ``tcp:HOST:PORT``.
 
 It prints its address once it listens. ``echo`` sends every message back; ``flood`` sends to everyone who connects until
 that breaks the window.
@@ -10,11 +12,16 @@ from pathlib import Path
 
 from services.core.errors import PeerLostError
 from services.dataplane.shm import ShmTransport
+from services.dataplane.tcp import TcpTransport
 from services.dataplane.transport import Accepted, Received
 
 
-def main(path, mode):
-    transport = ShmTransport(Path(path))
+def main(listen_at, mode, peer_timeout_s="10"):
+    scheme, _, place = listen_at.partition(":")
+    if scheme == "shm":
+        transport = ShmTransport(Path(place))
+    else:
+        transport = TcpTransport(place, allow_insecure=True, peer_timeout_s=float(peer_timeout_s))
     print(transport.listen(), flush=True)
     guests = []
     while True:

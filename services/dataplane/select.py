@@ -1,0 +1,74 @@
+"""Builds a process's data plane from its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from services.dataplane.composite import CompositeTransport
+from services.dataplane.link import EmulatedLink
+from services.dataplane.link_spec import parse_link
+from services.dataplane.shm import ShmTransport
+from services.dataplane.socket_transport import WaitableTransport
+from services.dataplane.tcp import TcpTransport
+from services.dataplane.transport import Transport
+
+Scheme = Literal["shm", "tcp"]
+
+
+@dataclass(frozen=True, slots=True)
+class ListenOptions:
+    """Where a daemon's data planes listen.
+
+    Attributes:
+        shm_socket: path of the shm transport's Unix socket.
+        tcp_address: host:port of the tcp transport; port 0 takes a free one.
+        tcp_advertise: host that peers are told, where it is another than that of ``tcp_address``.
+        allow_insecure: whether ``tcp_address`` may be reachable from other hosts.
+    """
+
+    shm_socket: Path
+    tcp_address: str
+    tcp_advertise: str | None
+    allow_insecure: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """A transport and all addresses that it listens at."""
+
+    transport: Transport
+    addresses: tuple[str, ...]
+
+
+def connecting_transport(scheme: Scheme, link: str | None) -> Transport:
+    """A transport that only connects.
+
+    Args:
+        link: emulates such a link, as in "25gbit,50us".
+    """
+    transport: Transport = ShmTransport() if scheme == "shm" else TcpTransport()
+    return _over_link(transport, link)
+
+
+def listening_transport(schemes: tuple[Scheme, ...], options: ListenOptions, link: str | None) -> Listening:
+    """Listens on one data plane for each scheme.
+
+    Raises:
+        ConfigError: an address is impossible or taken.
+    """
+    transports = [_listening(scheme, options) for scheme in schemes]
+    addresses = tuple(transport.listen() for transport in transports)
+    transport: Transport = transports[0] if len(transports) == 1 else CompositeTransport(transports)
+    return Listening(_over_link(transport, link), addresses)
+
+
+def _listening(scheme: Scheme, options: ListenOptions) -> WaitableTransport:
+    if scheme == "shm":
+        return ShmTransport(options.shm_socket)
+    return TcpTransport(options.tcp_address, options.tcp_advertise, options.allow_insecure)
+
+
+def _over_link(transport: Transport, link: str | None) -> Transport:
+    return transport if link is None else EmulatedLink(transport, parse_link(link))

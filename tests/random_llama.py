@@ -1,0 +1,32 @@
+"""A checkpoint for tests of the whole system: a small Llama with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCAB_SIZE = 512
+
+
+def write_random_llama(path: Path) -> None:
+    """A float32 Llama without a tokenizer; its logits are spread enough that ties are rare.
+
+    One rBlock is 128 KiB: 4 layers, 2 KV heads, K and V, 64 tokens, head_dim 32.
+    """
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        head_dim=32,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        eos_token_id=None,
+        bos_token_id=None,
+        initializer_range=0.15,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
