@@ -136,19 +136,30 @@ class Cluster:
             requests = client.cluster_status().requests
         return [{place.kvdaemon_id: place.num_blocks for place in request.placement} for request in requests]
 
-    def pid(self, member: str) -> int:
-        """Process id of a service, by its member id."""
+    def pids(self) -> dict[str, int]:
+        """The launcher's living children: "etcd", "redis", and the services by their member ids."""
+        found = {}
         for process in Path("/proc").iterdir():
             if not process.name.isdecimal():
                 continue
             try:
-                command = (process / "cmdline").read_bytes().split(b"\0")
+                parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+                command = (process / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
             except OSError:
                 continue
-            wanted = [str(self.run_dir).encode(), member.encode()]
-            if b"--config" in command and all(any(part in word for word in command) for part in wanted):
-                return int(process.name)
-        raise AssertionError(f"no process of {member} in {self.run_dir}")
+            if int(parent) != self._process.pid:
+                continue
+            if "--config" in command:
+                found[Path(command[-1]).stem] = int(process.name)
+            elif name := Path(command[0].partition(" ")[0]).name:  # Redis writes its address behind its name
+                found[name.removesuffix("-server")] = int(process.name)
+        return found
+
+    def pid(self, member: str) -> int:
+        """Process id of a service, by its member id."""
+        pids = self.pids()
+        assert member in pids, f"no process of {member} in {self.run_dir}"
+        return pids[member]
 
     def signal(self, member: str, signum: signal.Signals) -> None:
         os.kill(self.pid(member), signum)

@@ -17,9 +17,10 @@ from services.dataplane.transport import Limits
 from services.instance.config import InstanceConfig
 from services.instance.control import Order
 from services.instance.dist_attention import DistAttention
-from services.instance.engine import Engine, EngineSnapshot, Output
+from services.instance.engine import Engine
 from services.instance.memory import BlockMemory
 from services.instance.model import Model
+from services.instance.outputs import EngineSnapshot, Output
 from services.instance.rmanager import RManager, RManagerSettings
 from services.instance.scheduler import Scheduler
 from services.rmanager.daemon_client import DaemonSession

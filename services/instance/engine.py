@@ -13,9 +13,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from services.core.errors import InfiniteLLMError, PeerLostError, TransferTimeoutError
+from services.core.errors import PeerLostError, TransferTimeoutError
 from services.core.sequence import RequestAge, Sequence, SequenceState
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import RemoteAttention
@@ -39,7 +38,8 @@ from services.instance.control import (
 from services.instance.dist_attention import DistAttention
 from services.instance.memory import BlockMemory
 from services.instance.model import Model
-from services.instance.sampler import Sample, TokenLogprobs, sample
+from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, Output, ProgressOutput, TokenOutput
+from services.instance.sampler import Sample, sample
 from services.instance.scheduler import Scheduled, Scheduler
 
 _log = logging.getLogger(__name__)
@@ -49,61 +49,6 @@ _RETRY_S = 0.1  # between attempts to reserve a prompt for which there was no ro
 _YIELD_S = 0.5  # a request that gave way lets others reserve first
 _PATIENCE_S = (5.0, 15.0)  # between these, stuck with nobody known to give way to, the youngest gives way all the same
 _PUBLISH_IDLE_S = 0.2  # how old the snapshot may get while nothing happens
-
-
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
-    """A token was drawn for a request."""
-
-    request_id: str
-    stream_id: int
-    token_id: int
-    logprobs: TokenLogprobs | None
-
-
-@dataclass(frozen=True, slots=True)
-class ProgressOutput:
-    request_id: str
-    stream_id: int
-    computed_tokens: int
-    total_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class FinishOutput:
-    """A request ended with its last token: reason "stop" or "length"."""
-
-    request_id: str
-    stream_id: int
-    reason: str
-    cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class FailOutput:
-    """A request that cannot be served."""
-
-    request_id: str
-    stream_id: int
-    error: InfiniteLLMError
-
-
-Output = TokenOutput | ProgressOutput | FinishOutput | FailOutput
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSnapshot:
-    """What the outside may know of the engine.
-
-    Attributes:
-        placement: for each running request, its blocks on each daemon.
-        oldest_starving: the oldest request that cannot go on for want of blocks.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    placement: tuple[tuple[str, dict[str, int]], ...] = ()
-    oldest_starving: RequestAge | None = None
 
 
 class Engine:

@@ -38,6 +38,7 @@ from services.rmanager.daemon_client import DaemonSession
 from services.rmanager.gmanager_client import GManagerClient
 
 _log = logging.getLogger(__name__)
+_BLIND_S = 2.0  # a gManager that did not answer is not asked again before
 _FRESH_S = 0.1  # a view of the cluster this old is good enough to begin a prompt with
 
 
@@ -97,6 +98,7 @@ class RManager:
         self._opening: dict[str, asyncio.Task[DaemonSession | None]] = {}
         self._view = RoomView()  # the last answer of a gManager
         self._viewed_at = -math.inf  # monotonic
+        self._look_again_at = -math.inf  # monotonic
         self._tasks: set[asyncio.Task[None]] = set()
 
     def order(self, order: Order) -> None:
@@ -278,13 +280,15 @@ class RManager:
 
         Without a gManager the last view stays in use, but for who starves: that request may long be done.
         """
-        if time.monotonic() - self._viewed_at <= max_age_s:
+        now = time.monotonic()
+        if now - self._viewed_at <= max_age_s or now < self._look_again_at:
             return
         try:
             self._view = await self._gmanager.find_room(self._settings.geometry, exclude=(self._local.kvdaemon_id,))
             self._viewed_at = time.monotonic()
         except UnavailableError as error:
             self._view = RoomView(self._view.rooms)
+            self._look_again_at = time.monotonic() + _BLIND_S
             _log.warning("no gManager: using its last view", extra={"why": str(error), "rooms": len(self._view.rooms)})
 
     def _session(self, kvdaemon_id: str) -> DaemonSession | None:

@@ -14,7 +14,8 @@ from infinitellm.internal.v1 import instance_pb2_grpc as rpc
 from services.core.errors import ContextTooLongError, InfiniteLLMError, InvalidRequestError, ShuttingDownError
 from services.core.sequence import Request, SamplingParams
 from services.instance.control import Abort, AbortStream, Submit
-from services.instance.engine import Engine, FailOutput, FinishOutput, Output, ProgressOutput, TokenOutput
+from services.instance.engine import Engine
+from services.instance.outputs import FailOutput, FinishOutput, Output, ProgressOutput, TokenOutput
 
 if TYPE_CHECKING:
     import grpc

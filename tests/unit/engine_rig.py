@@ -42,9 +42,10 @@ from services.instance.control import (
     Submit,
 )
 from services.instance.dist_attention import DistAttention
-from services.instance.engine import Engine, EngineSnapshot, FailOutput, FinishOutput, Output, TokenOutput
+from services.instance.engine import Engine
 from services.instance.memory import BlockMemory
 from services.instance.model import load_model
+from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, Output, TokenOutput
 from services.instance.probe import probe
 from services.instance.scheduler import Scheduler
 from services.kvdaemon.pool_view import PoolView

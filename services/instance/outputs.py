@@ -1,0 +1,64 @@
+"""What the engine tells the outside: the outputs of a step, and a snapshot of what runs where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.core.errors import InfiniteLLMError
+from services.core.sequence import RequestAge
+from services.instance.sampler import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """A token was drawn for a request."""
+
+    request_id: str
+    stream_id: int
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressOutput:
+    request_id: str
+    stream_id: int
+    computed_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FinishOutput:
+    """A request ended with its last token: reason "stop" or "length"."""
+
+    request_id: str
+    stream_id: int
+    reason: str
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailOutput:
+    """A request that cannot be served."""
+
+    request_id: str
+    stream_id: int
+    error: InfiniteLLMError
+
+
+Output = TokenOutput | ProgressOutput | FinishOutput | FailOutput
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """What the outside may know of the engine.
+
+    Attributes:
+        placement: for each running request, its blocks on each daemon.
+        oldest_starving: the oldest request that cannot go on for want of blocks.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    placement: tuple[tuple[str, dict[str, int]], ...] = ()
+    oldest_starving: RequestAge | None = None

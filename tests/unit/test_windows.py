@@ -1,0 +1,98 @@
+"""Sliding windows: daemons are not asked for what no row sees, and the probe notices what a layer leaves out."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from architectures import VOCAB_SIZE, WINDOW, Architecture, served
+from engine_rig import EngineRig, Query
+from torch import Tensor
+
+from kernels import AttentionPlan, LayerParams
+from kernels.reference import ReferenceKernels
+from services.core.errors import UnsupportedModelError
+from services.instance.model import load_model
+from services.instance.probe import probe
+
+PROMPT = random.Random(1).choices(range(VOCAB_SIZE), k=600)
+
+
+def queries_of(path: Path, max_tokens: int) -> list[Query]:
+    """What lenders are asked while a prompt of nine blocks, four of them on lenders, is computed and continued."""
+    with EngineRig(path, local_blocks=13, lenders=(3, 2)) as rig:
+        rig.submit("r", PROMPT, max_tokens)
+        rig.wait("r")
+        assert len(rig.tokens("r")) == max_tokens
+        rig.check_nothing_held()
+        assert [stats.cached for stats in rig.stats()[1:]] == [3, 1]
+        return [query for daemon in rig.lenders for query in daemon.queries]
+
+
+def test_nobody_is_asked_beyond_the_window(tmp_path: Path):
+    """Blocks on lenders lie at the prompt's beginning: prefill may read some of them, decode none."""
+    queries = queries_of(served("mistral").write(tmp_path / "mistral"), 30)
+    assert all(query.window == WINDOW and query.distance < WINDOW for query in queries)
+    assert not [query for query in queries if query.rows == 1]
+
+
+def test_layers_without_a_window_ask_at_every_step(tmp_path: Path):
+    queries = queries_of(served("gemma2").write(tmp_path / "gemma2"), 30)
+    decode = [query for query in queries if query.rows == 1]
+    assert {(query.layer, query.window) for query in decode} == {(1, 0)}
+    assert len(decode) == 2 * 29  # both lenders; the first token comes from prefill
+    assert all(query.distance < WINDOW for query in queries if query.window)
+
+
+class LeavesOut(ReferenceKernels):
+    """Kernels that do not know one of a layer's parameters."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def micro_attention(
+        self, q: Tensor, pool: Tensor, plan: AttentionPlan, params: LayerParams, out: Tensor, lse: Tensor
+    ) -> None:
+        wrong = {"window": replace(params, window=0), "softcap": replace(params, softcap=0.0)}
+        super().micro_attention(q, pool, plan, wrong.get(self._what, params), out, lse)
+
+    def merge_sinks(self, out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+        if self._what != "sinks":
+            super().merge_sinks(out, lse, sinks)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "what"), [("gemma2", "window"), ("gemma2", "softcap"), ("gpt-oss", "sinks"), ("gpt-oss", "window")]
+)
+def test_the_probe_notices_what_is_left_out(name: str, what: str, dtype: str, tmp_path: Path):
+    model = load_model(served(name).write(tmp_path / name), dtype, None)
+    probe(model, LeavesOut("nothing"), 64, dtype)
+    with pytest.raises(UnsupportedModelError, match="differs from eager attention"):
+        probe(model, LeavesOut(what), 64, dtype)
+
+
+def test_a_layer_that_does_not_ask_for_its_window_is_noticed(tmp_path: Path):
+    model = load_model(served("gemma2").write(tmp_path / "gemma2"), "float32", None)
+    model.module.model.layers[2].self_attn.sliding_window = None  # type: ignore[union-attr,index]
+    with pytest.raises(UnsupportedModelError, match="differs from eager attention"):
+        probe(model, ReferenceKernels(), 64, "float32")
+
+
+def test_a_window_too_long_to_try_must_be_the_declared_one(tmp_path: Path):
+    settings = {"sliding_window": 4096, "max_position_embeddings": 8192}
+    model = load_model(Architecture("long", "MistralConfig", settings).write(tmp_path / "long"), "float32", None)
+    probe(model, ReferenceKernels(), 64, "float32")
+    model.module.config.sliding_window = None  # type: ignore[union-attr]
+    with pytest.raises(UnsupportedModelError, match="asks for a window of 4096 tokens in layer 0"):
+        probe(model, ReferenceKernels(), 64, "float32")
+
+
+def test_keys_wider_than_values_are_kept_in_blocks_of_the_wider(tmp_path: Path):
+    model = load_model(served("deepseek-v3").write(tmp_path / "deepseek"), "float32", None)
+    assert (model.shape.head_dim, model.shape.kv_heads) == (24, 4)
+    model = load_model(served("gemma4").write(tmp_path / "gemma4"), "float32", None)
+    assert model.shape.head_dim == 32
+    assert model.shape.attention.windows == (WINDOW, WINDOW, 0)
