@@ -31,7 +31,7 @@ class Answer:
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
         assert len(tokens) == len(self.tokens)
-        assert self.exact >= len(self.tokens) // 2, "margins too small to show anything; choose another seed"
+        assert self.exact >= min(40, len(self.tokens) // 2), "margins too small to show anything; choose another seed"
         assert list(tokens[: self.exact]) == self.tokens[: self.exact]
 
     def check_logprobs(self, position: int, ids: Sequence[int], logprobs: Sequence[float]) -> None:
