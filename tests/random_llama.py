@@ -10,10 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 VOCAB_SIZE = 512
 
 
-def write_random_llama(path: Path) -> None:
+def write_random_llama(path: Path, logit_scale: float = 1.0) -> None:
     """A float32 Llama without a tokenizer; its logits are spread enough that ties are rare.
 
     One rBlock is 128 KiB: 4 layers, 2 KV heads, K and V, 64 tokens, head_dim 32.
+
+    Args:
+        logit_scale: spreads them further.
     """
     torch.manual_seed(3)
     config = LlamaConfig(
@@ -29,4 +32,7 @@ def write_random_llama(path: Path) -> None:
         bos_token_id=None,
         initializer_range=0.15,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(logit_scale)
+    model.save_pretrained(path)

@@ -13,9 +13,15 @@ from torch import Tensor
 
 from kernels import AttentionPlan, LayerParams
 from kernels.reference import ReferenceKernels
+from services.core.blocks import BlockHandle, BlockRef
 from services.core.errors import UnsupportedModelError
+from services.core.sequence import Request, SamplingParams, Sequence
+from services.instance.batch import build_batch
 from services.instance.model import load_model
 from services.instance.probe import probe
+from services.instance.rotary import RotaryRegimes
+from services.instance.scheduler import Scheduled
+from services.rmanager.block_table import BlockTable, Home
 
 PROMPT = random.Random(1).choices(range(VOCAB_SIZE), k=600)
 
@@ -44,6 +50,26 @@ def test_layers_without_a_window_ask_at_every_step(tmp_path: Path):
     assert {(query.layer, query.window) for query in decode} == {(1, 0)}
     assert len(decode) == 2 * 29  # both lenders; the first token comes from prefill
     assert all(query.distance < WINDOW for query in queries if query.window)
+
+
+def test_the_nearest_key_of_any_sequence_decides():
+    """Two sequences with blocks on one daemon; a window asks it if it is longer than the smaller distance."""
+    request = Request("r", (1,) * 700, 700, SamplingParams(0.0, 0, 1), 0.0, 1)
+    scheduled, tables = [], []
+    for computed, last_remote in ((640, 1), (576, 3)):
+        sequence = Sequence(request)
+        sequence.computed = computed
+        table = BlockTable(64)
+        for index in range(computed // 64 + 1):
+            handle = BlockHandle(index, 1)
+            if index <= last_remote:
+                table.append_remote(BlockRef("lender", handle), segment_handle=computed)
+            else:
+                table.append_local(handle, Home.WORKSPACE)
+        scheduled.append(Scheduled(sequence, 2))
+        tables.append(table)
+    (share,) = build_batch(scheduled, tables, RotaryRegimes(None, 1000)).shares
+    assert share.distance == min(640 - (2 * 64 - 1), 576 - (4 * 64 - 1))
 
 
 class LeavesOut(ReferenceKernels):

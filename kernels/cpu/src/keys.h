@@ -13,11 +13,17 @@ typedef struct {
     int32_t oldest, newest; /* positions outside oldest < pos <= newest are skipped */
 } key_cursor;
 
-/* Keys of list entries entry .. end that any query at a position first_pos .. last_pos sees. */
+/* Keys of list entries entry .. end that any query at a position first_pos .. last_pos sees. Blocks before the window
+ * are passed over by halving, as the entries' positions ascend: a window's cost does not grow with the context. */
 INLINE key_cursor key_cursor_at(
     const attention_call *call, int32_t entry, int32_t end, int32_t first_pos, int32_t last_pos
 ) {
     int32_t oldest = call->window > 0 && first_pos >= call->window ? first_pos - call->window : -1;
+    for (int32_t high = end; oldest >= 0 && entry < high;) {
+        int32_t middle = entry + (high - entry) / 2;
+        if ((int64_t)call->block_pos[middle] + call->pool.block_tokens - 1 > oldest) high = middle;
+        else entry = middle + 1;
+    }
     return (key_cursor){.call = call, .entry = entry, .end = end, .oldest = oldest, .newest = last_pos};
 }
 
