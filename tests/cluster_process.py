@@ -48,7 +48,11 @@ class Cluster:
             command += ["--config", str(overlay)]
         self._log = (run_dir.parent / f"{run_dir.name}-up.log").open("wb")
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.http_port}", timeout=REQUEST_TIMEOUT_S)
+        self.http = httpx.Client(  # used by many threads: each request has a connection of its own
+            base_url=f"http://127.0.0.1:{self.http_port}",
+            timeout=REQUEST_TIMEOUT_S,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+        )
         self.model_name = model.name
 
     def __enter__(self) -> Cluster:

@@ -26,7 +26,7 @@ from gateway_rig import (
 from infinitellm.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 from services.core.blocks import PoolGeometry
 from services.core.errors import ContextTooLongError, InvalidRequestError, ModelNotFoundError, UnavailableError
-from services.core.placement import BlockCount, InstanceSnapshot, KvDaemonSnapshot, PoolStats, Room
+from services.core.placement import BlockCount, InstanceSnapshot, KvDaemonSnapshot, PoolStats, Room, RoomView
 from services.rmanager.gmanager_client import GManagerClient
 from services.rmanager.gmanager_locator import GManagerLocator
 from services.rmanager.heartbeat import HeartbeatSender
@@ -185,9 +185,9 @@ def test_cluster_status(rig: Rig) -> None:
             assert (place.kvdaemon_id, place.num_blocks, place.local) == ("kv-0", 4, True)
 
             rooms = GManagerClient(locator.address)
-            (room,) = await rooms.find_room(GEOMETRY)
+            (room,) = (await rooms.find_room(GEOMETRY)).rooms
             assert room == Room("kv-0", "127.0.0.1:9", free_blocks=16, total_blocks=20)
-            assert await rooms.find_room(GEOMETRY, exclude=("kv-0",)) == ()
+            assert await rooms.find_room(GEOMETRY, exclude=("kv-0",)) == RoomView()
 
             # Changes follow, and a request that ended is gone.
             placement["cmpl-1"] = {"kv-0": BlockCount(7, True)}
