@@ -72,18 +72,22 @@ class RemoteAttention:
         self._abandon()
         self._step = step
         self._shares = []
-        gone = [share.kvdaemon_id for share in shares if not self._peers.is_connected(share.kvdaemon_id)]
-        for share in shares:
-            if share.kvdaemon_id in gone:
-                continue
-            peer = self._peers.get(share.kvdaemon_id)
-            forgotten = self._forgotten.pop(share.kvdaemon_id, [])
-            if forgotten:
-                peer.send(Header(Kind.FORGET, rows=len(forgotten)), [wire.pack_handles(forgotten)])
-            peer.send(Header(Kind.PLAN, step=step, rows=len(share.segments)), wire.pack_plan(share.segments))
-            self._shares.append((peer, share))
+        gone = []
+        for share in shares:  # all of them: what a plan has named once counts as known from then on
+            try:
+                self._send_plan(share)
+            except PeerLostError:
+                gone.append(share.kvdaemon_id)
         if gone:
             raise PeerLostError(f"no data connection to kvdaemon {', '.join(gone)}")
+
+    def _send_plan(self, share: PeerShare) -> None:
+        peer = self._peers.get(share.kvdaemon_id)
+        forgotten = self._forgotten.pop(share.kvdaemon_id, [])
+        if forgotten:
+            peer.send(Header(Kind.FORGET, rows=len(forgotten)), [wire.pack_handles(forgotten)])
+        peer.send(Header(Kind.PLAN, step=self._step, rows=len(share.segments)), wire.pack_plan(share.segments))
+        self._shares.append((peer, share))
 
     def submit(self, params: LayerParams, q: Tensor) -> bool:
         """Sends the layer's queries; answers whether there is anything to collect.

@@ -89,7 +89,7 @@ class GManagerServicer(gmanager_pb2_grpc.GManagerServiceServicer):
         rooms = self._view.find_room(
             geometry, request.block_bytes or geometry.block_bytes, frozenset(request.exclude_kvdaemon_ids)
         )
-        starving = self._view.oldest_starving()
+        starving = self._view.oldest_starving(self._clock())
         return gmanager_pb2.FindRoomResponse(
             rooms=[
                 gmanager_pb2.Room(

@@ -28,6 +28,8 @@ from services.core.placement import (
 from services.core.sequence import RequestAge
 from services.runtime.membership import Member
 
+STARVING_HEARTBEAT_AGE_S = 5.0  # heartbeats come every second at least
+
 
 @dataclass(frozen=True, slots=True)
 class InstanceInfo:
@@ -188,10 +190,17 @@ class ClusterView:
                 rooms.append(Room(member_id, member.address, free, total))
         return tuple(sorted(rooms, key=lambda room: (-room.free_blocks, room.kvdaemon_id)))
 
-    def oldest_starving(self) -> RequestAge | None:
-        """The oldest request of the cluster that cannot go on for want of blocks."""
+    def oldest_starving(self, now: float) -> RequestAge | None:
+        """The oldest request of the cluster that cannot go on for want of blocks.
+
+        Everybody younger waits for it, so who has not been heard of lately does not count: its requests may be gone.
+        """
         reporters = (self._reporters.get(f"instance/{member_id}") for member_id in self._instances)
-        reports = (reporter.instance for reporter in reporters if reporter is not None)
+        reports = (
+            reporter.instance
+            for reporter in reporters
+            if reporter is not None and now - reporter.last_heartbeat <= STARVING_HEARTBEAT_AGE_S
+        )
         return min(
             (r.oldest_starving for r in reports if r is not None and r.oldest_starving is not None), default=None
         )

@@ -84,12 +84,17 @@ class Control(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Submit:
+    """A request; one of the same id is replaced, unless it came by a later stream."""
+
     request: Request
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
+    """The gateway has no more use for a request that it sent by this stream."""
+
     request_id: str
+    stream_id: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -286,16 +286,19 @@ class Engine:
     def _take(self, event: EngineEvent) -> None:
         match event:
             case Submit(request):
-                # A gateway that gave up on its stream may submit a request again before we know of it.
-                earlier = self._sequences.get(request.request_id)
-                if earlier is not None:
-                    self._drop(earlier)
+                # A gateway that gave up on its stream may submit a request again before we know of it, and what was
+                # sent by the old stream may be read after that.
+                known = self._sequences.get(request.request_id)
+                if known is not None:
+                    if known.request.stream_id > request.stream_id:
+                        return
+                    self._drop(known)
                 sequence = Sequence(request)
                 self._sequences[request.request_id] = sequence
                 self._scheduler.add(sequence)
-            case Abort(request_id):
+            case Abort(request_id, stream_id):
                 aborted = self._sequences.get(request_id)
-                if aborted is not None:
+                if aborted is not None and aborted.request.stream_id == stream_id:
                     self._drop(aborted)
                     _log.info("request aborted", extra={"request_id": request_id})
             case AbortStream(stream_id):

@@ -19,6 +19,7 @@ from services.core.blocks import BlockHandle, BlockRef, PoolGeometry
 from services.core.errors import ContextTooLongError, InfiniteLLMError, UnavailableError
 from services.core.placement import Room, RoomView
 from services.dataplane.peers import PeerSet
+from services.instance.capacity import Capacity
 from services.instance.control import (
     EndSession,
     EngineEvent,
@@ -98,6 +99,7 @@ class RManager:
         self._opening: dict[str, asyncio.Task[DaemonSession | None]] = {}
         self._view = RoomView()  # the last answer of a gManager
         self._viewed_at = -math.inf  # monotonic
+        self._capacity = Capacity(time.monotonic())
         self._look_again_at = -math.inf  # monotonic
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -172,7 +174,9 @@ class RManager:
             missing -= len(local)
             remote = await self._borrow(missing, order.age.request_id) if missing else []
             held += remote
-            if len(remote) == missing:
+            # A session that is alive has no successor: the engine hears of these blocks before it hears of one, and
+            # cannot take them for blocks of the same daemon's next session.
+            if len(remote) == missing and all(hold.session.alive for hold in held):
                 held = []
                 refs = [tuple(hold.ref for hold in holds) for holds in (attached, remote)]
                 self._post(PromptReserved(order.age.request_id, order.attempt, refs[0], tuple(local), refs[1]))
@@ -187,15 +191,14 @@ class RManager:
         own = self._local.opened.total_blocks - self._settings.workspace
         if order.max_blocks <= own:
             return None
-        rooms = self._view.rooms
-        available = own + sum(room.total_blocks for room in rooms)
-        if order.max_blocks <= available:
+        others = self._capacity.limit(time.monotonic())
+        if others is None or order.max_blocks <= own + others:
             return None
         size = self._settings.geometry.block_tokens
         return ContextTooLongError(
             f"the request needs up to {order.max_blocks * size} tokens of KV cache ({order.max_blocks} rBlocks, "
-            f"prompt and max_tokens together); the cluster has {available * size} ({available} rBlocks in "
-            f"{len(rooms) + 1} KV daemons): shorten the prompt, lower max_tokens, or add KV daemons"
+            f"prompt and max_tokens together); the cluster has {(own + others) * size} ({own + others} rBlocks in "
+            f"{len(self._view.rooms) + 1} KV daemons): shorten the prompt, lower max_tokens, or add KV daemons"
         )
 
     async def _attach(self, keys: Sequence[bytes], held: list[_Hold]) -> list[_Hold]:
@@ -229,7 +232,8 @@ class RManager:
                 remote = await self._borrow(blocks - len(local), "")
         finally:
             starving = self._view.oldest_starving
-            self._post(Replenished(tuple(local), tuple(hold.ref for hold in remote), starving))
+            refs = tuple(hold.ref for hold in remote if hold.session.alive)  # as for prompts
+            self._post(Replenished(tuple(local), refs, starving))
 
     async def _give_back(self, holds: Sequence[_Hold]) -> None:
         by_session: dict[DaemonSession, list[BlockHandle]] = {}
@@ -286,6 +290,7 @@ class RManager:
         try:
             self._view = await self._gmanager.find_room(self._settings.geometry, exclude=(self._local.kvdaemon_id,))
             self._viewed_at = time.monotonic()
+            self._capacity.see(sum(room.total_blocks for room in self._view.rooms), self._viewed_at)
         except UnavailableError as error:
             self._view = RoomView(self._view.rooms)
             self._look_again_at = time.monotonic() + _BLIND_S

@@ -95,7 +95,7 @@ class InstanceServicer(rpc.InstanceServiceServicer):
                     except InfiniteLLMError as error:
                         outbox.put_nowait([FailOutput(message.submit.request_id, stream_id, error)])
                 case "abort":
-                    engine.post(Abort(message.abort.request_id))
+                    engine.post(Abort(message.abort.request_id, stream_id))
 
     def _request(self, message: pb.SubmitRequest, stream_id: int) -> Request:
         """Checks a submission; the gateway has done so before, but a wrong id here would end the engine."""

@@ -23,7 +23,7 @@ from infinitellm.internal.v1 import pool_pb2
 from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, PoolGeometry
 from services.core.errors import InfiniteLLMError, PeerLostError, PoolExhaustedError
 from services.rmanager.gmanager_client import geometry_to_proto
-from services.runtime.grpc_channel import error_from_rpc, make_channel
+from services.runtime.grpc_channel import call_was_given_up, error_from_rpc, make_channel
 
 _log = logging.getLogger(__name__)
 _Response = TypeVar("_Response")
@@ -161,6 +161,10 @@ class DaemonSession:
                 if not isinstance(failure, PoolExhaustedError):
                     self._end(f"{failure.reason}: {failure}")
                 raise failure from None
+            except asyncio.CancelledError:
+                if call_was_given_up():  # ``close`` cancels whatever is under way
+                    raise PeerLostError(f"the session with kvdaemon {self.kvdaemon_id} was closed") from None
+                raise
 
     def _end(self, reason: str) -> None:
         if not self._lost:

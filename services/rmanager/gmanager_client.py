@@ -16,7 +16,7 @@ from services.core.blocks import PoolGeometry
 from services.core.errors import UnavailableError
 from services.core.placement import Heartbeat, InstanceReport, KvDaemonReport, PoolStats, Room, RoomView
 from services.core.sequence import RequestAge
-from services.runtime.grpc_channel import error_from_rpc, make_channel
+from services.runtime.grpc_channel import call_was_given_up, error_from_rpc, make_channel
 
 AddressSource = Callable[[], Awaitable[str | None]]
 
@@ -78,6 +78,10 @@ class GManagerClient:
         except TimeoutError as exc:
             await self.close()
             raise UnavailableError(f"the gManager did not say within {timeout_s:g} s where room is") from exc
+        except asyncio.CancelledError:
+            if call_was_given_up():  # another question failed, and closed the channel that all share
+                raise UnavailableError("the connection to the gManager was given up") from None
+            raise
         rooms = (Room(room.kvdaemon_id, room.address, room.free_blocks, room.total_blocks) for room in response.rooms)
         starving = response.oldest_starving if response.HasField("oldest_starving") else None
         return RoomView(tuple(rooms), starving and RequestAge(starving.arrival_time, starving.request_id))

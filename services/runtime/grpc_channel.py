@@ -6,12 +6,14 @@ does not do it: the first unanswered ping is covered by ``grpc.http2.ping_timeou
 
 from __future__ import annotations
 
+import asyncio
+
 from grpc import aio
 
 from services.runtime.grpc_errors import error_from_rpc
 from services.runtime.grpc_server import MAX_MESSAGE_BYTES
 
-__all__ = ["error_from_rpc", "make_channel"]
+__all__ = ["call_was_given_up", "error_from_rpc", "make_channel"]
 
 PING_INTERVAL_MS = 2_000
 PING_TIMEOUT_MS = 3_000
@@ -37,3 +39,12 @@ CHANNEL_OPTIONS = (
 def make_channel(address: str) -> aio.Channel:
     """A channel to a service of the project at ``host:port``. Whoever makes it closes it."""
     return aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+def call_was_given_up() -> bool:
+    """Asked about a ``CancelledError``: whether it stands for the call and not for the task that waits for it.
+
+    Whoever closes a channel cancels all its calls, those of other tasks too; these must fail like any call, not vanish.
+    """
+    task = asyncio.current_task()
+    return task is not None and not task.cancelling()

@@ -183,7 +183,7 @@ class EngineRig:
         self.engine.post(Submit(Request(name, tuple(tokens), len(tokens), params, time.time(), 1)))
 
     def abort(self, name: str) -> None:
-        self.engine.post(Abort(name))
+        self.engine.post(Abort(name, 1))
 
     def wait(self, *names: str, timeout_s: float = 60.0) -> None:
         """Until these requests have ended."""
