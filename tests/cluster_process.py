@@ -28,7 +28,8 @@ class Completion:
     text: str
     token_ids: list[int]
     finish_reason: str
-    top_logprobs: list[dict[str, float]]  # by position; empty where none were asked for
+    token_logprobs: list[float]  # of the drawn tokens; empty where none were asked for
+    top_logprobs: list[dict[str, float]]  # by position; likewise
     request_id: str
 
 
@@ -96,6 +97,7 @@ class Cluster:
             choice["text"],
             choice["token_ids"],
             choice["finish_reason"],
+            logprobs.get("token_logprobs") or [],
             logprobs.get("top_logprobs") or [],
             body["id"],
         )

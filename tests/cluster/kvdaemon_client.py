@@ -172,7 +172,7 @@ async def run_client(address: str, instance: str, kind: str) -> None:
         on_lost=on_lost,
     )
     await session.open()
-    kept = await (use_mapped(session) if kind == "mapped" else use_remote(session))
+    kept = await {"mapped": use_mapped, "remote": use_remote, "late": use_late}[kind](session)
     print("ready", flush=True)
     await lost.wait()
     await asyncio.Event().wait()  # a client that has lost its session may go on living
@@ -225,6 +225,37 @@ async def use_remote(session: DaemonSession) -> PeerSet:
             torch.testing.assert_close(out, expected_out)
             torch.testing.assert_close(lse, expected_lse)
     return peers
+
+
+async def use_late(session: DaemonSession) -> threading.Thread:
+    """Leaves 1 sealed and 3 reserved blocks, and a thread that writes into them when this process has been stopped."""
+    handles = await session.reserve(4, 4)
+    peers = PeerSet(ShmTransport(), Limits(1 << 20, 1 << 22), query_room=1 << 16)
+    peers.connect("kv-0", session.opened.dataplane_addresses[0], session.opened.session_id)
+    garbage = torch.full(GEOMETRY.block_shape, 100.0).view(-1).view(torch.uint8).numpy().data
+    peers.write_block("kv-0", 0, handles[0], os.urandom(16), garbage)
+    deadline = time.monotonic() + DEADLINE_S
+    while not peers.take_sealed():
+        assert time.monotonic() < deadline
+        peers.poll(0.1)
+
+    def write_when_continued() -> None:
+        then = time.monotonic()
+        while (now := time.monotonic()) - then < 1.0:
+            then = now
+            time.sleep(0.05)
+        for tag, handle in enumerate(handles):  # by the connection it has, as in the middle of a step; then by new ones
+            peers.write_block("kv-0", tag, handle, os.urandom(16), garbage)
+            while not (lost := peers.take_lost()):
+                peers.poll(0.1)
+            assert not peers.take_sealed()
+            print(f"refused: {lost[0].reason}", flush=True)
+            peers.connect("kv-0", session.opened.dataplane_addresses[0], session.opened.session_id)
+        print("harmless", flush=True)
+
+    thread = threading.Thread(target=write_when_continued, daemon=True)
+    thread.start()
+    return thread
 
 
 def reference(q: Tensor, contents: Tensor, params: LayerParams) -> tuple[Tensor, Tensor]:
