@@ -28,7 +28,7 @@ from services.runtime.grpc_channel import error_from_rpc, make_channel
 
 logger = logging.getLogger(__name__)
 
-Outgoing = asyncio.Queue[instance_pb2.ServeRequest]
+Outgoing = asyncio.Queue[instance_pb2.ServeRequest | None]  # None: the stream is over
 Call = grpc.aio.StreamStreamCall[instance_pb2.ServeRequest, instance_pb2.ServeResponse]
 
 PING_INTERVAL_S = 1.0
@@ -179,6 +179,7 @@ class InstanceClient:
             finally:
                 watchdog.cancel()
                 call.cancel()
+                outgoing.put_nowait(None)
 
     async def _watch(self, call: Call, outgoing: Outgoing) -> None:
         """Pings, and cancels the call when the instance has been silent for too long."""
@@ -229,8 +230,8 @@ class InstanceClient:
 
 
 async def _drain(outgoing: Outgoing) -> AsyncIterator[instance_pb2.ServeRequest]:
-    while True:
-        yield await outgoing.get()
+    while (message := await outgoing.get()) is not None:
+        yield message
 
 
 def _submission(request: GenerationRequest, generated: Sequence[int]) -> instance_pb2.SubmitRequest:

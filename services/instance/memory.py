@@ -109,13 +109,18 @@ class BlockMemory:
         self._next_segment = 1
         self._replenishing = False
         self._replenish_at = 0.0  # monotonic clock, not before
-        self.starved = False  # the last attempt to replenish found no room anywhere
+        self._found_no_room = False  # the last attempt to replenish
         self.oldest_starving: RequestAge | None = None  # in the cluster, as known when we starved last
 
     @property
     def settling(self) -> bool:
         """Whether blocks are under way that will come free without anybody's doing."""
         return bool(self._shipping or self._to_ship or self._sealing or self._replenishing)
+
+    @property
+    def starved(self) -> bool:
+        """Whether the workspace is short of blocks and there is no room anywhere, as far as is known."""
+        return self._found_no_room and self._held < self._target
 
     def prompt_keys(self, sequence: Sequence) -> tuple[bytes, ...]:
         """Keys of the blocks that may be attached to: the last token is always computed."""
@@ -233,7 +238,7 @@ class BlockMemory:
         self._replenishing = False
         self._held += len(event.local)
         self._free.extend(event.local)
-        self.starved = not event.local
+        self._found_no_room = not event.local
         self.oldest_starving = event.oldest_starving
         unused = _Releases()
         for ref in event.remote:
@@ -241,13 +246,13 @@ class BlockMemory:
             if victim is None or not self._peers.is_connected(ref.kvdaemon_id):
                 unused.add(ref.kvdaemon_id, ref.handle)
                 continue
-            self.starved = False
+            self._found_no_room = False
             memory, index = victim
             entry = memory.table.entries[index]
             assert entry.local is not None
             entry.busy = True
             self._to_ship.append(_Transition(memory, index, entry.local, entry.home, ref))
-        if self.starved:
+        if self._found_no_room:
             self._replenish_at = time.monotonic() + _STARVED_PAUSE_S
         self._send(unused)
 

@@ -63,11 +63,11 @@ async def hold_everything(daemon: KvDaemonProcess, late: ClientProcess) -> None:
     peers = PeerSet(ShmTransport(), Limits(1 << 20, 1 << 22), query_room=1 << 16)
     peers.connect("kv-0", opened.dataplane_addresses[0], opened.session_id)
     contents = torch.randn(BLOCKS, *GEOMETRY.block_shape, generator=torch.Generator().manual_seed(1))
-    write(peers, handles, contents)
+    await asyncio.to_thread(write, peers, handles, contents)  # the session's pings go on meanwhile
 
     late.signal(signal.SIGCONT)
     await asyncio.to_thread(late.wait_line, "harmless")
-    compare(peers, handles, contents)
+    await asyncio.to_thread(compare, peers, handles, contents)
     assert not daemon.pool().violations
     assert daemon.log().count("SESSION_REVOKED") >= 4, "all of its connections were refused by name"
     peers.close()

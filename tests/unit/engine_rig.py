@@ -178,12 +178,14 @@ class EngineRig:
         assert self.failure is None, self.failure
         assert not self._thread.is_alive()
 
-    def submit(self, name: str, tokens: SequenceOf[int], max_tokens: int, **sampling: object) -> None:
+    def submit(
+        self, name: str, tokens: SequenceOf[int], max_tokens: int, stream_id: int = 1, **sampling: object
+    ) -> None:
         params = SamplingParams(**{"temperature": 0.0, "seed": 1, "max_tokens": max_tokens, **sampling})  # type: ignore[arg-type]
-        self.engine.post(Submit(Request(name, tuple(tokens), len(tokens), params, time.time(), 1)))
+        self.engine.post(Submit(Request(name, tuple(tokens), len(tokens), params, time.time(), stream_id)))
 
-    def abort(self, name: str) -> None:
-        self.engine.post(Abort(name, 1))
+    def abort(self, name: str, stream_id: int = 1) -> None:
+        self.engine.post(Abort(name, stream_id))
 
     def wait(self, *names: str, timeout_s: float = 60.0) -> None:
         """Until these requests have ended."""

@@ -203,3 +203,15 @@ def test_what_can_never_fit_is_refused(model: Path):
         rig.wait("r")
         assert [type(output) for output in rig.outputs] == [FailOutput]
         rig.check_nothing_held()
+
+
+def test_what_an_old_stream_still_says_changes_nothing(model: Path, reference):
+    """The gateway gave its first stream up and sent the request by a second one; the first one is read afterwards."""
+    prompt = prompt_of(30, 90)
+    with EngineRig(model) as rig:
+        rig.submit("r", prompt, 60, stream_id=2)
+        rig.submit("r", prompt, 60, stream_id=1)
+        rig.abort("r", stream_id=1)
+        rig.wait("r")
+        assert {output.stream_id for output in rig.outputs} == {2}
+        assert_same_tokens(rig.tokens("r"), reference(prompt, 60))

@@ -13,6 +13,7 @@ from services.core.placement import (
     PlacementEntry,
     PoolStats,
 )
+from services.core.sequence import RequestAge
 from services.gmanager.view import ClusterView
 from services.runtime.membership import Member
 
@@ -169,3 +170,14 @@ def test_version_grows_with_what_gateways_see() -> None:
     before = view.load_version
     report(view, "instance/a", None, sequence=1)
     assert view.load_version == before
+
+
+def test_who_is_silent_does_not_starve_the_others() -> None:
+    view = ClusterView()
+    view.set_instances({"a": instance("a"), "b": instance("b")}, 0.0)
+    old, young = RequestAge(1.0, "old"), RequestAge(2.0, "young")
+    report(view, "instance/a", InstanceReport(1, 0, oldest_starving=old))
+    report(view, "instance/b", InstanceReport(1, 0, oldest_starving=young))
+    assert view.oldest_starving(1.0) == old
+    report(view, "instance/b", None, sequence=1, now=8.0)
+    assert view.oldest_starving(9.0) == young  # a was killed or stopped: what it starved for may be done elsewhere
