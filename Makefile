@@ -8,6 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 KERNELS := $(VENV)/.kernels
+CHAOS_SCHEDULES ?= 30
+CHAOS_SEED ?= $(shell echo $$RANDOM)
+SOAK_MINUTES ?= 10
 KERNEL_SOURCES := $(wildcard kernels/cpu/src/*.c kernels/cpu/src/*.h)
 
 # $(call protoc,DIR) generates messages, stubs and their types under DIR.
@@ -16,7 +19,7 @@ protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Ipro
 # The names and checksums of all generated files in the current directory.
 generated = find infinitellm -name '*_pb2*' -type f -not -path '*/__pycache__/*' -exec sha256sum {} + | sort -k2
 
-.PHONY: help setup run test lint proto proto-check clean
+.PHONY: help setup run test test-chaos test-exact soak lint proto proto-check clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,8 +29,17 @@ setup: $(KERNELS) ## Make the virtual environment .venv and build the CPU kernel
 run: setup ## Ask a cluster on this machine for a needle in a long haystack, then serve (ONESHOT=1 ends after the answer)
 	@$(BIN)/infinite-llm demo $(if $(filter-out 0,$(ONESHOT)),--oneshot) $(ARGS)
 
-test: setup ## Run all tests (ARGS='-k name' chooses)
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## Run all tests but the random kills of test-chaos (ARGS='-k name' chooses)
+	$(BIN)/python -m pytest --ignore tests/chaos $(ARGS)
+
+test-chaos: setup ## Kill and stop processes at random while they serve (CHAOS_SCHEDULES=30 CHAOS_SEED=n)
+	CHAOS_SCHEDULES=$(CHAOS_SCHEDULES) CHAOS_SEED=$(CHAOS_SEED) $(BIN)/python -m pytest tests/chaos $(ARGS)
+
+test-exact: setup ## Hold every architecture, over every transport, against transformers with real processes
+	ALL_ARCHITECTURES=1 $(BIN)/python -m pytest tests/cluster/test_serving_architectures.py $(ARGS)
+
+soak: setup ## Serve at random for SOAK_MINUTES=10 and check that nothing grows
+	PYTHONPATH=tests $(BIN)/python tests/chaos/soak.py --minutes $(SOAK_MINUTES) $(ARGS)
 
 lint: setup proto-check ## Check style, types, import rules and generated code
 	$(BIN)/ruff check

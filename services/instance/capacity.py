@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 
 MEMORY_S = 60.0  # what the cluster had so recently it will have again
-SETTLE_S = 10.0  # who has watched it for less may not have seen all of it
+SETTLE_S = 30.0  # who has watched it for less may not have seen all of it: leases come back after an outage
 
 
 class Capacity:
