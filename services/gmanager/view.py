@@ -3,8 +3,8 @@
 Pure: no I/O and no clock; ``now`` (seconds of any monotonic clock) is passed in. The view is a cache and may be stale.
 
 Two sources feed it. Membership (etcd) says who exists; heartbeats say what they hold. Either may come first, so reports
-of a process that is not a member (yet, or any more) are kept aside and not shown. When a member goes, its report is
-dropped; if it is alive after all, its next heartbeat finds none and is answered RESYNC_REQUIRED.
+of a process that is not a member yet are kept aside and not shown. A member goes when both have gone, its entry and its
+heartbeat stream: leases are lost when etcd hangs, all at once, and the processes that held them are as well as before.
 
 Cost: ``apply`` touches the changed entries of one member only.
 """
@@ -67,6 +67,7 @@ class _Reporter:
     stream: int
     next_sequence: int
     last_heartbeat: float
+    open: bool = True  # the stream
     instance: InstanceReport | None = None
     # request id -> daemon id -> blocks; every inner mapping has at least one entry.
     placement: dict[str, dict[str, BlockCount]] = field(default_factory=dict)
@@ -77,8 +78,9 @@ class ClusterView:
     """Membership and heartbeats in, answers out. Used from one thread."""
 
     def __init__(self) -> None:
-        self._instances: Mapping[str, Member] = {}
-        self._kvdaemons: Mapping[str, Member] = {}
+        self._instances: dict[str, Member] = {}
+        self._kvdaemons: dict[str, Member] = {}
+        self._entered: dict[str, frozenset[str]] = {}  # by kind: ids that stand in etcd now
         # By heartbeat identity, "instance/<id>" or "kvdaemon/<id>".
         self._reporters: dict[str, _Reporter] = {}
         # When each member was first seen, by the same identity.
@@ -91,21 +93,28 @@ class ClusterView:
         return self._load_version
 
     def set_instances(self, members: Mapping[str, Member], now: float) -> None:
-        """The instances that exist now."""
-        self._update_members("instance", self._instances, members, now)
-        self._instances = dict(members)
+        """The instances that stand in etcd now."""
+        self._update("instance", self._instances, members, now)
 
     def set_kvdaemons(self, members: Mapping[str, Member], now: float) -> None:
-        """The KV daemons that exist now."""
-        self._update_members("kvdaemon", self._kvdaemons, members, now)
-        self._kvdaemons = dict(members)
+        """The KV daemons that stand in etcd now."""
+        self._update("kvdaemon", self._kvdaemons, members, now)
 
-    def _update_members(self, kind: str, before: Mapping[str, Member], after: Mapping[str, Member], now: float) -> None:
-        for member_id in before.keys() - after.keys():
-            self._reporters.pop(f"{kind}/{member_id}", None)
-            del self._member_since[f"{kind}/{member_id}"]
-        for member_id in after.keys() - before.keys():
+    def _update(self, kind: str, known: dict[str, Member], entered: Mapping[str, Member], now: float) -> None:
+        for member_id in known.keys() - entered.keys():
+            reporter = self._reporters.get(f"{kind}/{member_id}")
+            if reporter is None or not reporter.open:
+                self._forget(known, kind, member_id)
+        for member_id in entered.keys() - known.keys():
             self._member_since[f"{kind}/{member_id}"] = now
+        known.update(entered)
+        self._entered[kind] = frozenset(entered)
+        self._load_version += 1
+
+    def _forget(self, known: dict[str, Member], kind: str, member_id: str) -> None:
+        known.pop(member_id, None)
+        self._reporters.pop(f"{kind}/{member_id}", None)
+        self._member_since.pop(f"{kind}/{member_id}", None)
         self._load_version += 1
 
     def apply(self, stream: int, heartbeat: Heartbeat, now: float) -> None:
@@ -143,12 +152,14 @@ class ClusterView:
             _apply_placement(reporter.placement, heartbeat.report)
 
     def stream_ended(self, member: str, stream: int) -> None:
-        """Forgets the report of a process that is not a member; a member's stays until its membership ends."""
+        """Forgets a process that does not stand in etcd; the report of one that does stays until it leaves."""
         reporter = self._reporters.get(member)
+        if reporter is None or reporter.stream != stream:
+            return
+        reporter.open = False
         kind, _, member_id = member.partition("/")
-        members = self._instances if kind == "instance" else self._kvdaemons
-        if reporter is not None and reporter.stream == stream and member_id not in members:
-            del self._reporters[member]
+        if member_id not in self._entered.get(kind, ()):
+            self._forget(self._instances if kind == "instance" else self._kvdaemons, kind, member_id)
 
     def instances(self, now: float) -> tuple[InstanceInfo, ...]:
         """All instances, by id."""

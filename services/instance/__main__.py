@@ -102,10 +102,10 @@ async def serve(config: InstanceConfig, model: Model) -> None:
 
     await stop.wait()
     _log.info("stopping")
+    await heartbeat.close()  # first: who sends heartbeats counts as a member without an entry, too
     await registration.close()
     servicer.stop()
     await server.stop(grace=2.0)
-    await heartbeat.close()
     parts.engine.post(Stop())
     await asyncio.to_thread(thread.join, config.call_timeout_s)
     await parts.rmanager.close()

@@ -96,8 +96,8 @@ async def serve(config: KvDaemonConfig) -> None:
 
     await stop.wait()
     _log.info("stopping")
+    await heartbeat.close()  # first: who sends heartbeats counts as a member without an entry, too
     await registration.close()
-    await heartbeat.close()
     await locator.close()
     await etcd.close()
     await server.stop(grace=None)  # sessions last as long as their clients like: there is nothing to wait for

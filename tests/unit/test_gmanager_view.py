@@ -103,6 +103,7 @@ def test_a_member_that_goes_takes_its_entries_along() -> None:
     report(view, "kvdaemon/k0", formatted(3, 4))
     assert [info.local_free_blocks for info in view.instances(0.0)] == [7, 0]
 
+    view.stream_ended("kvdaemon/k0", 0)
     view.set_kvdaemons(daemons("k1"), 0.0)
     assert placement(view) == {("a", "r", "k1"): 7, ("b", "s", "k1"): 1}
     assert view.instances(0.0)[0].local_free_blocks == 0
@@ -111,9 +112,35 @@ def test_a_member_that_goes_takes_its_entries_along() -> None:
     assert placement(view)[("a", "r", "k0")] == 5
 
     view.set_instances({"b": instance("b")}, 0.0)
+    assert ("a", "r", "k1") in placement(view)  # it still sends heartbeats
+    view.stream_ended("instance/a", 0)
     assert placement(view) == {("b", "s", "k1"): 1}
     view.set_instances({"a": instance("a"), "b": instance("b")}, 0.0)
     assert placement(view) == {("b", "s", "k1"): 1}
+    with pytest.raises(ResyncRequiredError):
+        report(view, "instance/a", None, sequence=1)
+
+
+def test_members_without_a_lease_stay_while_they_send_heartbeats() -> None:
+    """etcd hung longer than the leases live: all entries are gone at once, and nobody is dead."""
+    view = ClusterView()
+    view.set_instances({"a": instance("a", "k0")}, 0.0)
+    view.set_kvdaemons(daemons("k0", "k1"), 0.0)
+    report(view, "instance/a", InstanceReport(1, 0, (PlacementEntry("r", "k0", 5, True),)))
+    report(view, "kvdaemon/k0", formatted(3))
+    view.set_instances({}, 1.0)
+    view.set_kvdaemons({}, 1.0)
+    assert [room.kvdaemon_id for room in view.find_room(GEOMETRY, BLOCK)] == ["k0"]
+    assert [info.member.member_id for info in view.kvdaemons(1.0)] == ["k0"]  # k1 never sent any
+    assert placement(view) == {("a", "r", "k0"): 5}
+    report(view, "kvdaemon/k0", formatted(2), sequence=1, now=2.0)
+    view.set_kvdaemons(daemons("k0"), 2.0)
+    view.stream_ended("kvdaemon/k0", 0)
+    assert [room.free_blocks for room in view.find_room(GEOMETRY, BLOCK)] == [2]  # it stands in etcd again
+    version = view.load_version
+    view.stream_ended("instance/a", 0)
+    assert view.instances(2.0) == ()
+    assert view.load_version > version
     with pytest.raises(ResyncRequiredError):
         report(view, "instance/a", None, sequence=1)
 
