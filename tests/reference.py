@@ -49,6 +49,7 @@ class Reference:
     """
 
     def __init__(self, path: Path, short_positions: int | None = None) -> None:
+        torch.set_num_threads(1)  # others compute beside it, and threads that wait for each other are slower than one
         self._short_positions = short_positions
         self._model, self._precise = (
             AutoModelForCausalLM.from_pretrained(

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
 from architectures import ORIGINAL_POSITIONS, SERVED, VOCAB_SIZE, served
 from cluster_process import Cluster, Completion
-from reference import Reference
+from reference import Answer, Reference
+
+from infinitellm import Client
 
 pytestmark = pytest.mark.cluster
 
-# An rBlock of 16 tokens is 24 KiB, so three pools of 1 MiB hold 126 of them, 16 of which are the workspace.
 CONFIG = {"instance": {"block_tokens": 16, "max_batch_tokens": 64, "max_num_seqs": 6}}
-# (tokens of the prompt, of the answer). The first six take 100 blocks and need 68 more to end.
+BLOCKS = 126  # in three pools of 1 MiB where an rBlock of 16 tokens is 24 KiB; 16 of them are the workspace
+# (tokens of the prompt, of the answer) for so many blocks. The first six take 100 of them and need 68 more to end.
 LENGTHS = (
     *((270, 180), (290, 180), (255, 180), (300, 180), (240, 180), (285, 180)),
     *((1, 40), (64, 40), (640, 40), (130, 40), (15, 40), (400, 40), (97, 40), (200, 40), (48, 40), (333, 40)),
@@ -35,17 +39,47 @@ CASES = (
 )
 
 
+def blocks_of_a_pool(cluster: Cluster) -> int:
+    """It depends on the architecture: known when the instance's own daemon has said so to the gManager."""
+    deadline = time.monotonic() + 30
+    with Client(f"127.0.0.1:{cluster.grpc_port}") as client:
+        while time.monotonic() < deadline:
+            total = max(daemon.use.total for daemon in client.cluster_status().kvdaemons)
+            if total:
+                return total
+            time.sleep(0.1)
+    raise AssertionError("no pool has a geometry")
+
+
+@cache
+def reference(name: str, directory: Path) -> Reference:
+    """One for both transports; ``directory`` is where the checkpoint is written."""
+    return Reference(served(name).write(directory / name), ORIGINAL_POSITIONS if name in LONGROPE else None)
+
+
+@cache
+def expected_answer(reference: Reference, prompt: tuple[int, ...], count: int) -> Answer:
+    return reference.generate(prompt, count)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
 @pytest.mark.parametrize(("name", "transport"), CASES)
-def test_sixteen_requests_at_once_and_one_alone(name: str, transport: str, tmp_path: Path):
-    path = served(name).write(tmp_path / name)
-    prompts = [random.Random(n).choices(range(VOCAB_SIZE), k=length) for n, (length, _) in enumerate(LENGTHS)]
-    counts = [count for _, count in LENGTHS]
+def test_sixteen_requests_at_once_and_one_alone(name: str, transport: str, models: Path, tmp_path: Path):
+    transformers = reference(name, models)
     arguments = ("--instances", "1", "--kvdaemons", "2", "--pool-mib", "1", "--dtype", "float32")
-    with Cluster(path, tmp_path / "run", *arguments, "--transport", transport, config=CONFIG) as cluster:
+    with Cluster(models / name, tmp_path / "run", *arguments, "--transport", transport, config=CONFIG) as cluster:
 
         def complete(prompt: list[int], count: int) -> Completion:
             return cluster.complete(prompt, max_tokens=count, ignore_eos=True, logprobs=1)
 
+        share = 3 * blocks_of_a_pool(cluster) / BLOCKS
+        lengths = [(min(round(length * share), 1400), round(count * share)) for length, count in LENGTHS]
+        prompts = [random.Random(n).choices(range(VOCAB_SIZE), k=length) for n, (length, _) in enumerate(lengths)]
+        counts = [count for _, count in lengths]
         with ThreadPoolExecutor(len(prompts)) as pool:
             answers = list(pool.map(complete, prompts, counts))
         prompts.append(random.Random(99).choices(range(VOCAB_SIZE), k=700))
@@ -54,9 +88,12 @@ def test_sixteen_requests_at_once_and_one_alone(name: str, transport: str, tmp_p
         cluster.wait_until_no_block_is_held()
         logs = "".join(log.read_text() for log in cluster.run_dir.rglob("*.log"))
         assert "request preempted" in logs, "memory was meant to be short"
-    reference = Reference(path, ORIGINAL_POSITIONS if name in LONGROPE else None)
+    exact = 0
     for prompt, count, answer in zip(prompts, counts, answers, strict=True):
-        expected = reference.generate(prompt, count)
-        expected.check_tokens(answer.token_ids)
+        expected = expected_answer(transformers, tuple(prompt), count)
+        assert len(answer.token_ids) == count
+        assert list(answer.token_ids[: expected.exact]) == expected.tokens[: expected.exact]
         for position in range(expected.exact):
             expected.check_logprobs(position, answer.token_ids[position:][:1], answer.token_logprobs[position:][:1])
+        exact += expected.exact
+    assert exact >= 0.7 * sum(counts), "margins too small to show much; choose another seed"
