@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sysconfig
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -82,6 +82,16 @@ class StoreCall(Structure):
     ]
 
 
+class ReadCall(Structure):
+    _fields_: ClassVar = [
+        ("data", c_void_p),
+        ("ids", c_void_p),
+        ("count", c_int64),
+        ("stride_bytes", c_int64),
+        ("run_bytes", c_int64),
+    ]
+
+
 def find_library() -> Path | None:
     """The built library beside this file, or None where it was not built for this Python."""
     path = Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
@@ -109,6 +119,8 @@ def load_library() -> ctypes.CDLL:
     library.kernels_merge_partials.restype = c_int32
     library.kernels_store_kv.argtypes = [c_void_p, POINTER(StoreCall)]
     library.kernels_store_kv.restype = c_int32
+    library.kernels_read.argtypes = [c_void_p, POINTER(ReadCall)]
+    library.kernels_read.restype = c_uint32
     return library
 
 

@@ -16,7 +16,7 @@ from kernels.cpu import CpuKernels, find_library
 from kernels.reference import ReferenceKernels
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-NAMES = ("triton",) if INTERPRETER else ("reference", "cpu", "cpu-avx2", "cpu-baseline", "cpu-threads")
+NAMES = ("triton",) if INTERPRETER else ("reference", "cpu", "cpu-avx512", "cpu-avx2", "cpu-baseline", "cpu-threads")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -48,6 +48,13 @@ def test_grouped_heads(kernels: AttentionKernels, group: int, rows: int) -> None
     check(kernels, make_case([context(100, rows)], group=group))
 
 
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 7, 8, 12])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_decoding_bfloat16(kernels: AttentionKernels, group: int, head_dim: int) -> None:
+    """Where keys and values are read as pairs: all sizes of register tiles, and a last block that is not full."""
+    check(kernels, make_case([context(150)], group=group, head_dim=head_dim, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 96, 128, 256, 20])
 @pytest.mark.parametrize("rows", [2, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -72,9 +79,11 @@ def test_block_sizes(kernels: AttentionKernels, block_tokens: int, rows: int) ->
 
 @pytest.mark.parametrize("window", [0, 100])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_long_block_lists(kernels: AttentionKernels, window: int, rows: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_block_lists(kernels: AttentionKernels, window: int, rows: int, dtype: torch.dtype) -> None:
     """Long enough to be split over threads or GPU programs, some of which see nothing of the window."""
-    check(kernels, make_case([context(600, rows, 16), context(400, 1, 16)], block_tokens=16, window=window))
+    segments = [context(600, rows, 16), context(400, 1, 16)]
+    check(kernels, make_case(segments, block_tokens=16, window=window, dtype=dtype))
 
 
 @pytest.mark.parametrize("window", [1, 5, 64, 70, 1000])
@@ -85,8 +94,9 @@ def test_sliding_window(kernels: AttentionKernels, window: int, rows: int) -> No
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
 @pytest.mark.parametrize("rows", [1, 60])
-def test_softcap(kernels: AttentionKernels, softcap: float, rows: int) -> None:
-    check(kernels, make_case([context(130, rows)], softcap=softcap))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_softcap(kernels: AttentionKernels, softcap: float, rows: int, dtype: torch.dtype) -> None:
+    check(kernels, make_case([context(130, rows)], softcap=softcap, dtype=dtype))
 
 
 @pytest.mark.parametrize("window", [0, 90])

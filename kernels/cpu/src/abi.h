@@ -63,16 +63,26 @@ typedef struct {
     int32_t dtype; /* of k and v */
 } store_call;
 
+/* Reads runs of run_bytes, at data + ids[i] * stride_bytes: the yardstick of benchmarks. */
+typedef struct {
+    const char *data;
+    const int32_t *ids;
+    int64_t count, stride_bytes, run_bytes;
+} read_call;
+
 typedef struct kernel_context kernel_context;
 
 /* A context owns its threads and scratch memory; it serves one caller at a time. NULL: no memory or no threads. */
 EXPORT kernel_context *kernels_open(int32_t num_threads);
 EXPORT void kernels_close(kernel_context *context);
-/* "avx512", "avx2" or "baseline": the processor's best, or what INFINITE_LLM_CPU_ISA names where that is lower. */
+/* "avx512-bf16", "avx512", "avx2", "neon-bf16" or "baseline": the processor's best; or what INFINITE_LLM_CPU_ISA names,
+ * and baseline if the processor does not have that. */
 EXPORT const char *kernels_isa(const kernel_context *context);
 
 EXPORT int32_t kernels_micro_attention(kernel_context *context, const attention_call *call);
 EXPORT int32_t kernels_merge_partials(const kernel_context *context, const merge_call *call);
 EXPORT int32_t kernels_store_kv(const kernel_context *context, const store_call *call);
+/* Answers a sum of what was read, shared over the threads. */
+EXPORT uint32_t kernels_read(kernel_context *context, const read_call *call);
 
 #endif

@@ -1,11 +1,17 @@
 /* The exported functions: check what would reach outside the tensors, choose the instruction set, share the work. */
 #include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "abi.h"
 #include "kernel_set.h"
 #include "threads.h"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 /* A decode segment is split over the threads in parts of at least this many blocks. */
 #define MIN_PART_BLOCKS 8
@@ -30,16 +36,22 @@ typedef struct {
     size_t worker_bytes, part_bytes;
 } work;
 
+/* Whether a set may be chosen: any if none is wanted. */
+static int allowed(const char *name, const char *wanted) { return !wanted || !*wanted || !strcmp(name, wanted); }
+
 static const kernel_set *choose_kernels(void) {
+    const char *wanted = getenv("INFINITE_LLM_CPU_ISA"); /* for tests: another set than the processor's best */
+    (void)wanted, (void)allowed;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-    const char *wanted = getenv("INFINITE_LLM_CPU_ISA"); /* for tests: a lower set than the processor's best */
-    int baseline = wanted && !strcmp(wanted, "baseline"), avx2 = wanted && !strcmp(wanted, "avx2");
     __builtin_cpu_init();
-    if (!baseline && !avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return &avx512_kernels;
-    if (!baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        return &avx2_kernels;
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && allowed("avx512-bf16", wanted)) return &avx512_bf16_kernels;
+    if (avx512 && allowed("avx512", wanted)) return &avx512_kernels;
+    if (avx2 && allowed("avx2", wanted)) return &avx2_kernels;
+#elif defined(__aarch64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+    if (getauxval(AT_HWCAP2) & HWCAP2_BF16 && allowed("neon-bf16", wanted)) return &neon_bf16_kernels;
 #endif
     return &baseline_kernels;
 }
@@ -202,4 +214,28 @@ int32_t kernels_store_kv(const kernel_context *context, const store_call *call) 
         if (call->slots[i] < 0 || call->slots[i] >= slots) return STATUS_BAD_INDEX;
     context->kernels->store(call);
     return STATUS_OK;
+}
+
+typedef struct {
+    const read_call *call;
+    const kernel_set *kernels;
+    int64_t runs; /* of a task */
+    atomic_uint sum;
+} read_work;
+
+static void read_task(void *argument, int64_t task, int32_t worker) {
+    (void)worker;
+    read_work *work = argument;
+    const read_call *call = work->call;
+    uint32_t sum = 0;
+    for (int64_t i = task * work->runs; i < call->count && i < (task + 1) * work->runs; i++)
+        sum += work->kernels->read(call->data + call->ids[i] * call->stride_bytes, call->run_bytes);
+    atomic_fetch_add(&work->sum, sum);
+}
+
+uint32_t kernels_read(kernel_context *context, const read_call *call) {
+    read_work work = {.call = call, .kernels = context->kernels};
+    work.runs = context->num_threads == 1 ? call->count : call->count / (context->num_threads * PARTS_PER_THREAD) + 1;
+    team_run(context->team, read_task, &work, work.runs ? (call->count + work.runs - 1) / work.runs : 0);
+    return work.sum;
 }

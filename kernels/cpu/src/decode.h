@@ -1,18 +1,19 @@
 /* Micro-attention for few query rows: bound by reading K and V, so every byte of them is read from memory once.
  *
- * Blocks are walked outermost and KV heads inside, in the order of memory; while one head's keys and values are used,
- * those of the next head (or of the next block's first head) are prefetched. Keys and values are used where they lie.
+ * Blocks are walked outermost and KV heads inside, in the order of memory; what will be read soon, across the ends of
+ * blocks, is prefetched a little with every step. Keys and values are used where they lie; only rows that are no whole
+ * vectors are widened first.
  */
-#define TILE_KEYS 4 /* scored together for several rows */
+INLINE int needs_widening(const pool_view *pool) { return pool->head_dim % WIDTH != 0; }
 
 /* State of all effective rows of a segment, [kv_heads][rows]; rows = query rows * group. */
 typedef struct {
     int rows, padded_dim;
-    float *q, *acc; /* [kv_heads * rows][padded_dim] */
-    row_state *states;
-    float *widened; /* [2][KEYS][padded_dim]: a run whose rows are no whole vectors */
+    float *q, *acc; /* [kv_heads * rows][padded_dim]; q is bfloat16 where keys are read as pairs */
+    float *widened; /* [2][KEYS][padded_dim]: a run that needs_widening */
     float *scores;  /* [rows][KEYS] */
-    int32_t *pos;   /* [rows] */
+    row_state *states;
+    int32_t *pos; /* [rows] */
 } decode_rows;
 
 INLINE decode_rows decode_layout(const attention_call *call, int32_t segment, const void *memory) {
@@ -24,9 +25,9 @@ INLINE decode_rows decode_layout(const attention_call *call, int32_t segment, co
     float *next = (float *)memory;
     s.q = next, next += all * s.padded_dim;
     s.acc = next, next += all * s.padded_dim;
-    s.states = (row_state *)next, next += all * (int64_t)(sizeof(row_state) / sizeof(float));
-    s.widened = next, next += call->pool.head_dim % WIDTH ? 2 * KEYS * s.padded_dim : 0;
+    s.widened = next, next += needs_widening(&call->pool) ? 2 * KEYS * s.padded_dim : 0;
     s.scores = next, next += s.rows * KEYS;
+    s.states = (row_state *)next, next += all * (int64_t)(sizeof(row_state) / sizeof(float));
     s.pos = (int32_t *)next;
     return s;
 }
@@ -36,66 +37,8 @@ static size_t decode_state(const attention_call *call, int32_t segment) {
     return (size_t)((const char *)(s.pos + s.rows) - (const char *)NULL);
 }
 
-/* Dot products of some queries with some keys; keys * rows is WIDTH. Keys beyond count repeat the last. Memory at a
- * distance of ahead bytes from the keys is prefetched; 0: none. */
-INLINE void dot_tile(
-    int keys, int rows, const float *q, int q_rows, const void *k, int64_t ldk, int count, int dim, int dtype,
-    float *scores, int64_t ahead
-) {
-    const char *key[WIDTH];
-    const float *query[WIDTH];
-    vf acc[WIDTH];
-#pragma GCC unroll 16
-    for (int j = 0; j < keys; j++) key[j] = element(k, (j < count ? j : count - 1) * ldk, dtype);
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) query[r] = q + (r < q_rows ? r : q_rows - 1) * dim;
-#pragma GCC unroll 16
-    for (int i = 0; i < WIDTH; i++) acc[i] = (vf){0};
-    for (int d = 0; d < dim; d += WIDTH) {
-        vf x[WIDTH];
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; r++) x[r] = load(query[r] + d);
-#pragma GCC unroll 16
-        for (int j = 0; j < keys; j++) {
-            if (ahead && d * element_size(dtype) % 64 == 0) prefetch_lines(element(key[j], d, dtype) + ahead, 1);
-            vf y = load_as(key[j], d, dtype);
-#pragma GCC unroll 16
-            for (int r = 0; r < rows; r++) acc[r * keys + j] += x[r] * y;
-        }
-    }
-    vf sums = sum_each(acc);
-    float flat[WIDTH];
-    store(flat, sums);
-    for (int r = 0; r < rows && r < q_rows; r++) memcpy(scores + r * KEYS, flat + r * keys, (size_t)keys * 4);
-}
-
-/* One KV head over one run: its keys k and values v, rows ld apart. ahead as in gemm_tile, from both of them. */
-INLINE void decode_head(
-    const attention_call *call, const decode_rows *s, int32_t head, const void *k, const void *v, int64_t ld, int count,
-    const int32_t *key_pos, int masked, int64_t ahead, int dtype
-) {
-    const int rows = s->rows, dim = s->padded_dim, keys = (int)round_up(count, WIDTH);
-    const float *q = s->q + (int64_t)head * rows * dim;
-    row_state *states = s->states + (int64_t)head * rows;
-
-    for (int j = 0; rows == 1 && j < count; j += WIDTH)
-        dot_tile(WIDTH, 1, q, 1, element(k, j * ld, dtype), ld, count - j, dim, dtype, s->scores + j, ahead);
-    for (int j = 0; rows > 1 && j < count; j += TILE_KEYS)
-        for (int r = 0; r < rows; r += WIDTH / TILE_KEYS)
-            dot_tile(
-                TILE_KEYS, WIDTH / TILE_KEYS, q + r * dim, rows - r, element(k, j * ld, dtype), ld, count - j, dim,
-                dtype, s->scores + r * KEYS + j, r == 0 ? ahead : 0
-            );
-    hide_and_cap(call, s->scores, rows, keys, key_pos, masked, s->pos);
-    for (int r = 0; r < rows; r++) online_softmax(&states[r], s->scores + r * KEYS, keys);
-    const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS, most = (rows + tiles - 1) / tiles;
-    for (int r = 0; r < rows; r += most) {
-        int n = rows - r < most ? rows - r : most;
-        float rescale[MAX_ROWS], *acc = s->acc + ((int64_t)head * rows + r) * dim;
-        for (int i = 0; i < n; i++) rescale[i] = states[r + i].rescale;
-        gemm(n, dim, count, s->scores + r * KEYS, KEYS, v, ld, 0, dtype, acc, dim, rescale, r == 0 ? ahead : 0);
-    }
-}
+#include "decode_floats.h"
+#include "decode_pairs.h"
 
 /* All KV heads over one run; next is the run after it, or the same. */
 INLINE void decode_run(
@@ -111,18 +54,22 @@ INLINE void decode_run(
         const void *k = run_keys(pool, run, head, dtype), *v = run_values(pool, k, dtype);
         const void *next_k = head + 1 < pool->kv_heads ? run_keys(pool, run, head + 1, dtype)
                                                        : run_keys(pool, next, 0, dtype);
-        int64_t ahead = (intptr_t)next_k - (intptr_t)k;
-        if (head_dim % WIDTH == 0) {
+        if (dtype == BFLOAT16 && has_pairs(pool)) {
+            const void *after_k = memory_ahead(pool, run, next, 2 * head);
+            const void *after_v = memory_ahead(pool, run, next, 2 * head + 1);
+            decode_head_pairs(call, s, head, k, v, after_k, after_v, run->count, key_pos, masked);
+        } else if (needs_widening(pool)) {
+            float *wide_k = s->widened, *wide_v = s->widened + KEYS * s->padded_dim;
+            for (int j = 0; j < run->count; j++) {
+                int64_t from = (int64_t)j * head_dim, to = (int64_t)j * s->padded_dim;
+                load_query(wide_k + to, element(k, from, dtype), head_dim, 1.0f, dtype);
+                load_query(wide_v + to, element(v, from, dtype), head_dim, 1.0f, dtype);
+            }
+            decode_head(call, s, head, wide_k, wide_v, s->padded_dim, run->count, key_pos, masked, 0, FLOAT32);
+        } else {
+            int64_t ahead = (intptr_t)next_k - (intptr_t)k;
             decode_head(call, s, head, k, v, head_dim, run->count, key_pos, masked, ahead, dtype);
-            continue;
         }
-        float *wide_k = s->widened, *wide_v = s->widened + KEYS * s->padded_dim;
-        for (int j = 0; j < run->count; j++) {
-            int64_t from = (int64_t)j * head_dim, to = (int64_t)j * s->padded_dim;
-            load_query(wide_k + to, element(k, from, dtype), head_dim, 1.0f, dtype);
-            load_query(wide_v + to, element(v, from, dtype), head_dim, 1.0f, dtype);
-        }
-        decode_head(call, s, head, wide_k, wide_v, s->padded_dim, run->count, key_pos, masked, 0, FLOAT32);
     }
 }
 
@@ -135,9 +82,12 @@ INLINE void decode_as(const attention_call *call, decode_task task, void *memory
     for (int i = 0; i < s.rows * pool->kv_heads; i++) {
         int e = i % s.rows, head = i / s.rows * group + e % group;
         int64_t index = (first_row + e / group) * call->q_stride + (int64_t)head * head_dim;
-        load_query(
-            s.q + (int64_t)i * s.padded_dim, element(call->q, index, dtype), head_dim, query_factor(call), dtype
-        );
+        if (dtype == BFLOAT16 && has_pairs(pool))
+            memcpy((uint16_t *)s.q + (int64_t)i * head_dim, element(call->q, index, dtype), (size_t)head_dim * 2);
+        else
+            load_query(
+                s.q + (int64_t)i * s.padded_dim, element(call->q, index, dtype), head_dim, query_factor(call), dtype
+            );
         row_reset(&s.states[i]);
     }
     memset(s.acc, 0, sizeof(float) * (size_t)s.padded_dim * (size_t)(s.rows * pool->kv_heads));
@@ -186,6 +136,7 @@ static void decode_write(const attention_call *call, int32_t segment, const void
         float scale, *acc = s.acc + (int64_t)i * s.padded_dim;
         call->lse[index] = row_finish(&s.states[i], &scale);
         for (int d = 0; d < s.padded_dim; d += WIDTH) store(acc + d, load(acc + d) * splat(scale));
+        if (has_pairs(&call->pool)) join_row(acc, head_dim);
         store_as(call->out, index * head_dim, acc, head_dim, call->out_dtype);
     }
 }

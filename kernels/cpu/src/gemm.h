@@ -9,7 +9,8 @@
 #define MAX_VECTORS 2
 #endif
 
-/* One register tile. With rescale, C becomes rescale[row] * C + A B. rows, vectors and dtype (of B) are constants.
+/* One register tile. With rescale, C becomes rescale[row] * C + A B. rows, vectors and dtype (of B) are constants. With
+ * dtype PAIRS, A and B hold pairs of bfloat16, which count as one element each.
  * While B is read, memory at a distance of ahead bytes from it is prefetched; 0: none. */
 INLINE void gemm_tile(
     int rows, int vectors, int depth, const float *a, int64_t lda, const void *b, int64_t ldb, int dtype, float *c,
@@ -28,6 +29,12 @@ INLINE void gemm_tile(
         for (int j = 0; j < vectors; j++) row[j] = load_as(b, d * ldb + j * WIDTH, dtype);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++) {
+            if (dtype == PAIRS) {
+                vi x = splat_int(((const int_mem *)a)[i * lda + d]);
+#pragma GCC unroll 8
+                for (int j = 0; j < vectors; j++) acc[i][j] = dot_pairs(acc[i][j], x, (vi)row[j]);
+                continue;
+            }
             vf x = splat(a[i * lda + d]);
 #pragma GCC unroll 8
             for (int j = 0; j < vectors; j++) acc[i][j] += x * row[j];

@@ -32,8 +32,11 @@ typedef struct {
     void (*decode_write)(const attention_call *call, int32_t segment, const void *state);
     void (*merge)(const merge_call *call);
     void (*store)(const store_call *call);
+    uint32_t (*read)(const char *from, int64_t bytes);
 } kernel_set;
 
-extern const kernel_set baseline_kernels, avx2_kernels, avx512_kernels;
+extern const kernel_set baseline_kernels;
+extern const kernel_set avx2_kernels, avx512_kernels, avx512_bf16_kernels; /* x86-64 */
+extern const kernel_set neon_bf16_kernels;                                  /* aarch64 */
 
 #endif

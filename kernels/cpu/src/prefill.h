@@ -2,21 +2,22 @@
  *
  * A task holds the queries and accumulators of one row tile and one KV head; all its query heads share the tile's keys.
  * Effective row e = query row * group + head in the group. A key tile is packed once, keys transposed, from one or
- * several blocks, and used by all rows of the task.
+ * several blocks, and used by all rows of the task. Where the processor multiplies pairs of bfloat16, queries, keys
+ * and values stay pairs.
  */
 #define KEY_STRIDE (KEYS + WIDTH) /* packing writes whole vectors, up to WIDTH - 1 beyond the last key */
 #define PANEL (MAX_VECTORS * WIDTH)
 
 typedef struct {
-    float *keys;     /* [padded_dim][KEY_STRIDE] transposed */
-    float *values;   /* panels of PANEL columns, each [KEYS][PANEL] */
+    float *keys;     /* [padded_dim][KEY_STRIDE] transposed, or [padded_dim / 2][KEY_STRIDE] pairs */
+    float *values;   /* panels of PANEL columns, each [KEYS][PANEL], or bfloat16 [KEYS][padded_dim] */
     int32_t pos[KEYS];
     int count;
 } key_tile;
 
 typedef struct {
     int rows, padded_dim;
-    float *q, *acc; /* [rows][padded_dim] */
+    float *q, *acc; /* [rows][padded_dim]; q: or [rows][padded_dim / 2] pairs */
     row_state *states;
     int32_t *pos;   /* [rows] */
     key_tile tile;
@@ -36,8 +37,33 @@ static size_t prefill_scratch(const attention_call *call) {
     return (size_t)(floats * 4 + rows * (int64_t)(sizeof(row_state) + sizeof(int32_t)) + 64);
 }
 
+/* Whether prefill keeps pairs. */
+INLINE int keeps_pairs(const pool_view *pool, int dtype) {
+    return NATIVE_PAIRS && dtype == BFLOAT16 && has_pairs(pool);
+}
+
+/* A square of keys' pairs: WIDTH keys from the j-th on, VECTOR dimensions from the d-th on, into columns. */
+INLINE void pack_pairs(key_tile *tile, const uint16_t *keys, int j, int count, int d, int head_dim) {
+    vf x[WIDTH];
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++)
+        x[i] = j + i < count ? (vf)load_pairs(keys + (int64_t)(j + i) * head_dim + d) : (vf){0};
+    transpose(x);
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++) store(tile->keys + (d / 2 + i) * KEY_STRIDE + tile->count + j, x[i]);
+}
+
 /* Appends a run to the tile: keys into columns, values into rows, from tile->count on. */
-INLINE void pack_run(key_tile *tile, const void *keys, const void *values, int count, int head_dim, int dtype) {
+INLINE void pack_run(
+    key_tile *tile, const void *keys, const void *values, int count, int head_dim, int dtype, int paired
+) {
+    if (paired) {
+        for (int d = 0; d < head_dim; d += VECTOR)
+            for (int j = 0; j < count; j += WIDTH) pack_pairs(tile, keys, j, count, d, head_dim);
+        uint16_t *rows = (uint16_t *)tile->values + (int64_t)tile->count * head_dim;
+        memcpy(rows, values, (size_t)count * (size_t)head_dim * 2);
+        return;
+    }
     for (int d = 0; d < head_dim; d += WIDTH) {
         for (int j = 0; j < count; j += WIDTH) {
             vf x[WIDTH];
@@ -66,7 +92,9 @@ INLINE int fill_tile(key_tile *tile, key_cursor *cursor, int32_t head, int dtype
     tile->count = 0;
     while (tile->count < KEYS && next_run(cursor, KEYS - tile->count, &run)) {
         const void *keys = run_keys(pool, &run, head, dtype);
-        pack_run(tile, keys, run_values(pool, keys, dtype), run.count, pool->head_dim, dtype);
+        pack_run(
+            tile, keys, run_values(pool, keys, dtype), run.count, pool->head_dim, dtype, keeps_pairs(pool, dtype)
+        );
         for (int j = 0; j < run.count; j++) tile->pos[tile->count + j] = run.pos + j;
         tile->count += run.count;
     }
@@ -74,8 +102,22 @@ INLINE int fill_tile(key_tile *tile, key_cursor *cursor, int32_t head, int dtype
     return tile->count;
 }
 
+/* The matrix products of MAX_ROWS rows. They are functions of their own because they need all registers. */
+static NOINLINE void score_rows(const float *q, int dim, const key_tile *tile, int keys, float *scores, int paired) {
+    if (paired) gemm(MAX_ROWS, keys, dim / 2, q, dim / 2, tile->keys, KEY_STRIDE, 0, PAIRS, scores, KEYS, NULL, 0);
+    else gemm(MAX_ROWS, keys, dim, q, dim, tile->keys, KEY_STRIDE, 0, FLOAT32, scores, KEYS, NULL, 0);
+}
+
+static NOINLINE void weigh_values(
+    const float *weights, const key_tile *tile, int dim, float *acc, const float *rescale, int paired
+) {
+    const void *values = tile->values;
+    if (paired) weigh_rows(MAX_ROWS, weights, values, tile->count, dim, acc, rescale, NULL);
+    else gemm(MAX_ROWS, dim, tile->count, weights, KEYS, values, PANEL, KEYS, FLOAT32, acc, dim, rescale, 0);
+}
+
 /* Scores, weights and weighted values of MAX_ROWS rows, from row on, over the tile. */
-INLINE void attend_tile(const attention_call *call, row_tile *rows, int row) {
+INLINE void attend_tile(const attention_call *call, row_tile *rows, int row, int dtype) {
     const key_tile *tile = &rows->tile;
     const int32_t *pos = rows->pos + row; /* ascending: rows of a segment have consecutive positions */
     const int32_t first_pos = pos[0], last_pos = pos[MAX_ROWS - 1], last_key = tile->pos[tile->count - 1];
@@ -83,7 +125,10 @@ INLINE void attend_tile(const attention_call *call, row_tile *rows, int row) {
 
     float scores[MAX_ROWS * KEYS], rescale[MAX_ROWS];
     const int keys = (int)round_up(tile->count, WIDTH), dim = rows->padded_dim;
-    gemm(MAX_ROWS, keys, dim, rows->q + row * dim, dim, tile->keys, KEY_STRIDE, 0, FLOAT32, scores, KEYS, NULL, 0);
+    const int paired = keeps_pairs(&call->pool, dtype);
+    score_rows(rows->q + (paired ? row * dim / 2 : row * dim), dim, tile, keys, scores, paired);
+    const vf factor = splat(query_factor(call));
+    for (int i = 0; paired && i < MAX_ROWS * KEYS; i += WIDTH) store(scores + i, load(scores + i) * factor);
     int masked = keys != tile->count || last_key > first_pos ||
                  (call->window > 0 && (int64_t)tile->pos[0] + call->window <= last_pos);
     hide_and_cap(call, scores, MAX_ROWS, keys, tile->pos, masked, pos);
@@ -92,7 +137,7 @@ INLINE void attend_tile(const attention_call *call, row_tile *rows, int row) {
         rescale[r] = rows->states[row + r].rescale;
     }
     float *acc = rows->acc + row * dim;
-    gemm(MAX_ROWS, dim, tile->count, scores, KEYS, tile->values, PANEL, KEYS, FLOAT32, acc, dim, rescale, 0);
+    weigh_values(scores, tile, dim, acc, rescale, paired);
 }
 
 INLINE void prefill_as(const attention_call *call, prefill_task task, void *scratch, int dtype) {
@@ -116,9 +161,9 @@ INLINE void prefill_as(const attention_call *call, prefill_task task, void *scra
         /* Rows that fill up the last register tile repeat the last row and are not written. */
         int row = (e < used ? e : used - 1) / group, head = task.head * group + (e < used ? e : used - 1) % group;
         int64_t index = (first_row + row) * call->q_stride + (int64_t)head * head_dim;
-        load_query(
-            rows.q + (int64_t)e * dim, element(call->q, index, dtype), head_dim, query_factor(call), dtype
-        );
+        const void *q = element(call->q, index, dtype);
+        if (keeps_pairs(pool, dtype)) memcpy((uint16_t *)rows.q + (int64_t)e * dim, q, (size_t)dim * 2);
+        else load_query(rows.q + (int64_t)e * dim, q, head_dim, query_factor(call), dtype);
         rows.pos[e] = first_pos + row;
         row_reset(&rows.states[e]);
     }
@@ -127,13 +172,14 @@ INLINE void prefill_as(const attention_call *call, prefill_task task, void *scra
         call, call->block_start[task.segment], call->block_start[task.segment + 1], first_pos, last_pos
     );
     while (fill_tile(&rows.tile, &cursor, task.head, dtype))
-        for (int row = 0; row < rows.rows; row += MAX_ROWS) attend_tile(call, &rows, row);
+        for (int row = 0; row < rows.rows; row += MAX_ROWS) attend_tile(call, &rows, row, dtype);
 
     for (int e = 0; e < used; e++) {
         int64_t index = (first_row + e / group) * call->q_heads + task.head * group + e % group;
         float scale, *acc = rows.acc + (int64_t)e * dim;
         call->lse[index] = row_finish(&rows.states[e], &scale);
         for (int d = 0; d < dim; d += WIDTH) store(acc + d, load(acc + d) * splat(scale));
+        if (keeps_pairs(pool, dtype)) join_row(acc, dim);
         store_as(call->out, index * head_dim, acc, head_dim, call->out_dtype);
     }
 }

@@ -25,13 +25,18 @@ INLINE vf exp2_minus_1(vf f) {
     return p * f;
 }
 
-/* 2**x for x <= 0; below -126 exactly 0, -inf included. */
+/* 2**x for x <= 0; of -inf exactly 0. Below 2**-126 it is 0, or with AVX512 subnormal. */
 INLINE vf exp2_not_positive(vf x) {
+#if defined(__AVX512F__)
+    vf f = (vf)_mm512_reduce_ps((__m512)x, 0x08); /* from the nearest integer; of -inf it is 0 */
+    return (vf)_mm512_scalef_ps((__m512)(exp2_minus_1(f) + splat(1.0f)), (__m512)(x - f));
+#else
     vi in_range = x >= splat(-126.0f);
     vf f;
     vi n = split_exponent(maximum(x, splat(-126.0f)), &f);
     vf power = (vf)((vi)(exp2_minus_1(f) + splat(1.0f)) + (n << 23));
     return (vf)((vi)power & in_range);
+#endif
 }
 
 /* tanh(x) = e / (e + 2) with e = exp(2 x) - 1 computed without cancellation: right near 0 too. */

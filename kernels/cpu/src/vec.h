@@ -16,6 +16,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 
 typedef float vf __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t vi __attribute__((vector_size(4 * WIDTH)));
@@ -24,6 +25,7 @@ typedef uint16_t vh __attribute__((vector_size(2 * WIDTH)));
 /* The same in memory: any alignment, any declared type. */
 typedef float vf_mem __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef int32_t vi_mem __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int32_t int_mem __attribute__((may_alias));
 typedef uint16_t vh_mem __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
 
 INLINE vf splat(float x) { return x - (vf){0}; }
@@ -63,7 +65,8 @@ INLINE vf widen_half(vh h) {
 #endif
 }
 
-INLINE int element_size(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
+#define PAIRS 3 /* beside the pool's dtypes: packed pairs of bfloat16, 32 bits each (pairs.h) */
+INLINE int element_size(int dtype) { return dtype == FLOAT32 || dtype == PAIRS ? 4 : 2; }
 INLINE const char *element(const void *p, int64_t i, int dtype) { return (const char *)p + i * element_size(dtype); }
 
 /* Into the first-level cache. Spread thinly between arithmetic: a core has few misses in flight. Never faults. */
@@ -73,7 +76,7 @@ INLINE void prefetch_lines(const char *from, int bytes) {
 
 /* WIDTH elements from index i of an array of a dtype; the dtype is a compile-time constant wherever this is called. */
 INLINE vf load_as(const void *p, int64_t i, int dtype) {
-    if (dtype == FLOAT32) return load((const float *)p + i);
+    if (dtype == FLOAT32 || dtype == PAIRS) return load((const float *)p + i);
     vh h = *(const vh_mem *)((const uint16_t *)p + i);
     if (dtype == BFLOAT16) return (vf)(__builtin_convertvector(h, vu) << 16);
     return widen_half(h);
@@ -137,7 +140,17 @@ INLINE void store_as(void *p, int64_t i, const float *x, int n, int dtype) {
 #define HIGH_2(a, b) SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
 #define LOW_1(a, b) SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
 #define HIGH_1(a, b) SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
+#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define ZIP_HIGH(a, b) SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define LOW_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define HIGH_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#define EVEN_4(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+#define ODD_4(a, b) SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
 #elif WIDTH == 8
+#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define ZIP_HIGH(a, b) SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define LOW_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define HIGH_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
 #define LOW_4(a, b) SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
 #define HIGH_4(a, b) SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
 #define LOW_2(a, b) SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
@@ -145,6 +158,10 @@ INLINE void store_as(void *p, int64_t i, const float *x, int n, int dtype) {
 #define LOW_1(a, b) SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14)
 #define HIGH_1(a, b) SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15)
 #else
+#define ZIP_LOW(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
+#define ZIP_HIGH(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
+#define LOW_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 4, 5)
+#define HIGH_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 6, 7)
 #define LOW_2(a, b) SHUFFLE(a, b, 0, 1, 4, 5)
 #define HIGH_2(a, b) SHUFFLE(a, b, 2, 3, 6, 7)
 #define LOW_1(a, b) SHUFFLE(a, b, 0, 4, 2, 6)
@@ -172,16 +189,19 @@ INLINE void transpose(vf x[WIDTH]) {
 #endif
 }
 
-/* Lane j of the result is the sum over the lanes of x[j]. Overwrites x. */
+/* Lane j of the result is the sum over the lanes of x[j]. Overwrites x. Within 128 bits first: that is cheaper. */
 INLINE vf sum_each(vf x[WIDTH]) {
-#if WIDTH >= 16
-    SUM_STAGE(8)
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i += 2) x[i] = ZIP_LOW(x[i], x[i + 1]) + ZIP_HIGH(x[i], x[i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i += 4) x[i] = LOW_PAIRS(x[i], x[i + 2]) + HIGH_PAIRS(x[i], x[i + 2]);
+#if WIDTH == 8
+    x[0] = LOW_4(x[0], x[4]) + HIGH_4(x[0], x[4]);
+#elif WIDTH == 16
+    x[0] = LOW_8(x[0], x[4]) + HIGH_8(x[0], x[4]);
+    x[8] = LOW_8(x[8], x[12]) + HIGH_8(x[8], x[12]);
+    x[0] = EVEN_4(x[0], x[8]) + ODD_4(x[0], x[8]);
 #endif
-#if WIDTH >= 8
-    SUM_STAGE(4)
-#endif
-    SUM_STAGE(2)
-    SUM_STAGE(1)
     return x[0];
 }
 

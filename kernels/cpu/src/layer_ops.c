@@ -1,0 +1,131 @@
+/* The exported layer operations: choose the instruction set, share the rows among the threads. */
+#include "layer_ops.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "threads.h"
+
+/* A task takes at least this many elements: waking a thread costs as much as computing several thousand. */
+#define TASK_ELEMENTS 32768
+/* A product is split in at most this many tasks a thread: threads that begin late take fewer. */
+#define TASKS_PER_THREAD 4
+
+struct layer_context {
+    const layer_op_set *ops;
+    thread_team *team;
+    int32_t num_threads;
+    void *memory; /* scratch of the half layer in progress; kept between calls */
+    size_t size;
+};
+
+typedef struct {
+    const layer_op_set *ops;
+    const norm_call *norm; /* one of the four */
+    const heads_call *heads;
+    const gate_call *gate;
+    const product_call *product;
+    int64_t count, part; /* rows, of a product panels: all, and those of a task */
+} shared_work;
+
+static const layer_op_set *choose_ops(void) {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+    const char *wanted = getenv("INFINITE_LLM_CPU_ISA"); /* for tests: a lower set than the processor's best */
+    int baseline = wanted && !strcmp(wanted, "baseline"), avx2 = wanted && !strcmp(wanted, "avx2");
+    int avx512 = wanted && !strcmp(wanted, "avx512");
+    __builtin_cpu_init();
+    if (!baseline && !avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return !avx512 && __builtin_cpu_supports("avx512bf16") ? &avx512_bf16_layer_ops : &avx512_layer_ops;
+    if (!baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        return &avx2_layer_ops;
+#endif
+    return &baseline_layer_ops;
+}
+
+layer_context *layer_ops_open(int32_t num_threads) {
+    layer_context *context = calloc(1, sizeof(layer_context));
+    if (!context) return NULL;
+    context->ops = choose_ops();
+    context->num_threads = num_threads;
+    context->team = team_open(num_threads);
+    if (!context->team) {
+        free(context);
+        return NULL;
+    }
+    return context;
+}
+
+void layer_ops_close(layer_context *context) {
+    team_close(context->team);
+    free(context->memory);
+    free(context);
+}
+
+int32_t layer_ops_columns(const layer_context *context, int32_t dtype) {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+    if (dtype == BFLOAT16 && __builtin_cpu_supports("amx-bf16")) return 0;
+#endif
+    return context->ops->products >> dtype & 1 ? context->ops->columns : 0;
+}
+
+static void run_part(const shared_work *work, int64_t first, int64_t end) {
+    if (work->norm) work->ops->norm(work->norm, first, end);
+    else if (work->heads) work->ops->heads(work->heads, first, end);
+    else if (work->gate) work->ops->gate(work->gate, first, end);
+    else work->ops->product(work->product, first, end);
+}
+
+static void run_task(void *argument, int64_t task, int32_t worker) {
+    const shared_work *work = argument;
+    int64_t first = task * work->part, end = first + work->part;
+    (void)worker;
+    run_part(work, first, end < work->count ? end : work->count);
+}
+
+/* Parts are of at least `smallest`, and there are at most `tasks` of them. */
+static void share(const layer_context *context, shared_work *work, int64_t smallest, int64_t tasks) {
+    int64_t even = (work->count + tasks - 1) / tasks;
+    work->ops = context->ops;
+    work->part = even > smallest ? even : smallest;
+    if (work->part >= work->count) run_part(work, 0, work->count);
+    else team_run(context->team, run_task, work, (work->count + work->part - 1) / work->part);
+}
+
+static void share_rows(const layer_context *context, shared_work *work, int64_t row_elements) {
+    share(context, work, (TASK_ELEMENTS + row_elements - 1) / row_elements, context->num_threads);
+}
+
+void layer_ops_norm(const layer_context *context, const norm_call *call) {
+    shared_work work = {.norm = call, .count = call->rows};
+    share_rows(context, &work, call->dim);
+}
+
+void layer_ops_heads(const layer_context *context, const heads_call *call) {
+    shared_work work = {.heads = call, .count = call->rows};
+    share_rows(context, &work, (int64_t)call->heads * call->head_dim);
+}
+
+void layer_ops_gate(const layer_context *context, const gate_call *call) {
+    shared_work work = {.gate = call, .count = call->rows};
+    share_rows(context, &work, call->dim);
+}
+
+void layer_ops_product(const layer_context *context, const product_call *call) {
+    int64_t columns = context->ops->columns;
+    shared_work work = {.product = call, .count = (call->columns + columns - 1) / columns};
+    int64_t tasks = context->num_threads > 1 ? context->num_threads * TASKS_PER_THREAD : 1;
+    share(context, &work, (TASK_ELEMENTS + columns * call->in - 1) / (columns * call->in), tasks);
+}
+
+void *layer_ops_scratch(layer_context *context, size_t size) {
+    if (size > context->size) {
+        free(context->memory);
+        context->size = (size + 4095) / 4096 * 4096;
+        context->memory = aligned_alloc(64, context->size);
+        if (!context->memory) context->size = 0;
+    }
+    return context->memory;
+}
+
+void choose_tokens(const choice_call *call) { choose_ops()->choose(call, 0, call->rows); }
