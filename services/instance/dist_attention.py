@@ -13,6 +13,7 @@ builds no mask for an attention function it does not know, so nothing quadratic 
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch.nn import functional
 from kernels import AttentionKernels, AttentionPlan, LayerParams
 from services.core.errors import UnsupportedModelError
 from services.dataplane.remote_attention import RemoteAttention
+from services.instance.step_timings import AttentionTimes
 
 ATTENTION_NAME = "infinite_llm_dist_attention"
 _CONTEXT = (
@@ -63,7 +65,7 @@ class AttentionContext(ABC):
             sinks: [q_heads] scores of attention sinks, or None.
 
         Returns:
-            [rows, q_heads, value_dim] in q's dtype.
+            [rows, q_heads, value_dim] in q's dtype, contiguous.
         """
 
 
@@ -84,9 +86,11 @@ class DistAttention(AttentionContext):
         self._remote = remote
         self._step: StepTensors | None = None
         self.calls = 0
+        self.times = AttentionTimes()  # of the step
 
     def begin_step(self, step: StepTensors) -> None:
         self._step = step
+        self.times.reset()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, params: LayerParams, sinks: Tensor | None) -> Tensor:
         step = self._step
@@ -95,21 +99,26 @@ class DistAttention(AttentionContext):
         value_dim, dtype = v.shape[2], q.dtype
         q, k, v = self._fit(q), self._fit(k), self._fit(v)
         self._kernels.store_kv(k, v, self._pool, step.slots, params.layer)
+        begun = time.perf_counter()
         remote = self._remote if self._remote is not None and self._remote.submit(params, q) else None
         merging = remote is not None or sinks is not None
         out = torch.empty(q.shape, dtype=torch.float32 if merging else q.dtype)
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
+        local_begun = time.perf_counter()
         self._kernels.micro_attention(q, self._pool, step.local, params, out, lse)
+        local_ended = time.perf_counter()
         if remote is not None:
             remote.collect(out, lse)
+        self.times.add(time.perf_counter() - begun, local_ended - local_begun)
         if sinks is not None:
             self._kernels.merge_sinks(out, lse, sinks)
-        return out[..., :value_dim].to(dtype)
+        return (out if value_dim == out.shape[2] else out[..., :value_dim].contiguous()).to(dtype)
 
     def _fit(self, x: Tensor) -> Tensor:
-        """[rows, heads, dim] as [rows, heads, the pool's head_dim], contiguous, in the pool's dtype."""
+        """[rows, heads, dim] as [rows, heads, the pool's head_dim], in its dtype; each row contiguous."""
         missing = self._pool.shape[-1] - x.shape[-1]
-        return (functional.pad(x, (0, missing)) if missing else x).to(self._pool.dtype).contiguous()
+        x = (functional.pad(x, (0, missing)) if missing else x).to(self._pool.dtype)
+        return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def dist_attention_forward(
@@ -137,11 +146,7 @@ def dist_attention_forward(
     Raises:
         UnsupportedModelError: the layer passes something that decides about its attention and is not known here.
     """
-    context = getattr(module, _CONTEXT, None)
-    if not isinstance(context, AttentionContext):
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has no layer_idx, so its KV cache has no place in a block"
-        )
+    context = attention_context(module)
     _refuse_unknown(module, attention_mask, others)
     params = LayerParams(
         layer=int(module.layer_idx),  # type: ignore[arg-type]
@@ -151,6 +156,20 @@ def dist_attention_forward(
     )
     out = context(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), params, s_aux)
     return out.unsqueeze(0), None
+
+
+def attention_context(module: nn.Module) -> AttentionContext:
+    """What is attached to an attention module.
+
+    Raises:
+        UnsupportedModelError: it has no layer index, so nothing could be attached.
+    """
+    context = getattr(module, _CONTEXT, None)
+    if not isinstance(context, AttentionContext):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no layer_idx, so its KV cache has no place in a block"
+        )
+    return context
 
 
 def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, others: Mapping[str, object]) -> None:

@@ -83,7 +83,7 @@ class Model:
             long_rows: [rows] bool, rows of the long rotary regime; None where there are none.
 
         Returns:
-            [n, vocab_size] float32 logits.
+            [n, vocab_size] logits in the model's dtype.
         """
         self.rotary.long_rows = long_rows
         output = self.module(
@@ -93,7 +93,7 @@ class Model:
             logits_to_keep=logit_rows,
         )
         logits: Tensor = output.logits[0]
-        return logits.float()
+        return logits
 
 
 def load_model(path: Path, dtype: str, max_model_len: int | None) -> Model:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import sampling
 from services.core.sequence import SamplingParams
 
 
@@ -34,24 +35,20 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[int
     """Draws one token per row.
 
     Args:
-        logits: [n, vocab_size] float32.
+        logits: [n, vocab_size].
         params: of each row.
         draws: index of the token in its request, counted from the end of the prompt.
     """
-    tokens = logits.argmax(dim=-1).tolist()
-    for row, (param, draw) in enumerate(zip(params, draws, strict=True)):
-        if param.temperature > 0:
-            tokens[row] = _draw(logits[row], param.temperature, uniform(param.seed, draw))
-    wants = [row for row, param in enumerate(params) if param.logprobs]
-    logprobs: dict[int, TokenLogprobs] = {}
-    if wants:
-        table = torch.log_softmax(logits[wants], dim=-1)
-        for at, row in enumerate(wants):
-            top = torch.topk(table[at], min(params[row].logprobs, table.shape[1]))
-            logprobs[row] = TokenLogprobs(
-                float(table[at, tokens[row]]), tuple(top.indices.tolist()), tuple(top.values.tolist())
-            )
-    return [Sample(token, logprobs.get(row)) for row, token in enumerate(tokens)]
+    greedy = [row for row, param in enumerate(params) if param.temperature == 0]
+    drawn = [row for row, param in enumerate(params) if param.temperature > 0]
+    tokens = dict(zip(greedy, sampling.argmax(_rows(logits, greedy)), strict=True))
+    temperatures = [params[row].temperature for row in drawn]
+    uniforms = [uniform(params[row].seed, draws[row]) for row in drawn]
+    tokens.update(zip(drawn, sampling.draw(_rows(logits, drawn), temperatures, uniforms), strict=True))
+    return [
+        Sample(tokens[row], _logprobs(logits[row], tokens[row], param.logprobs) if param.logprobs else None)
+        for row, param in enumerate(params)
+    ]
 
 
 def uniform(seed: int, draw: int) -> float:
@@ -60,10 +57,12 @@ def uniform(seed: int, draw: int) -> float:
     return float(np.random.Generator(generator).random())
 
 
-def _draw(logits: Tensor, temperature: float, u: float) -> int:
-    """Inverse transform sampling: the first token at which the cumulative probability exceeds u. float64."""
-    shifted = logits.double() - float(logits.max())  # so that a tiny temperature overflows to -inf, never to NaN
-    weights = torch.softmax(shifted / temperature, dim=-1)
-    cumulative = weights.cumsum(0)
-    index = int(torch.searchsorted(cumulative, u * float(cumulative[-1]), right=True))
-    return min(index, len(weights) - 1)
+def _rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    return logits if len(rows) == len(logits) else logits[rows]
+
+
+def _logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    """Of one row, [vocab_size]; ``count``: of the most probable tokens."""
+    table = torch.log_softmax(logits.float(), dim=-1)
+    top = torch.topk(table, min(count, len(table)))
+    return TokenLogprobs(float(table[token]), tuple(top.indices.tolist()), tuple(top.values.tolist()))
