@@ -1,0 +1,246 @@
+"""``python -m benchmarks.engine_vs_vllm``: how fast is one instance beside vLLM on the same core, over HTTP?
+
+Two whole servers run side by side on one core, and one client on another asks them in turn: this project's, as
+``infinite-llm up`` starts it, and vLLM's OpenAI server for CPUs (``make peers``). Checkpoints have random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.checkpoints import SHAPES, CheckpointShape, write_random_checkpoint
+from benchmarks.harness import Run, Samples, main
+from benchmarks.http_load import Ask, Load, send_load
+from benchmarks.peers.agreement import Agreement, DisagreementError, compare_steps, greedy_steps
+from benchmarks.peers.ours import our_command
+from benchmarks.peers.server import PinnedServer, Serving
+from benchmarks.peers.vllm import DEFAULT_ENVIRONMENT, vllm_command
+from services.core.errors import ConfigError, InfiniteLLMError
+
+QUESTION = "how fast is one instance beside vLLM, on the same core and over HTTP?"
+MAX_MODEL_LEN = 8192
+MAX_NUM_SEQS = 64
+KV_BYTES = 1 << 30
+REPETITIONS = 5
+_FIRST_WORD = 256  # of the random checkpoints: below are single bytes, the last token ends a text
+_SEED = 4000
+_CHECKED_PROMPTS = (3, 64, 65, 200, 700, 1500)  # tokens: within a block and beyond, within a chunk and beyond
+_CHECKED_TOKENS = 16
+_LEAST_SAME = 2  # of the tokens of a checked prompt, on average
+_IDLE_S = 5.0
+_MOST_IDLE = 0.1  # of a core
+_PAUSE_S = 0.3  # between turns: an engine may look out for more work for a moment
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What one sample consists of.
+
+    Attributes:
+        at_once: requests that are sent together.
+        in_a_row: how often that is done, one after another.
+    """
+
+    name: str
+    at_once: int
+    prompt_tokens: int
+    output_tokens: int
+    in_a_row: int = 1
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.output_tokens == 1
+
+    @property
+    def tokens(self) -> int:
+        """That count: generated ones, or those of the prompts."""
+        each = self.prompt_tokens if self.is_prefill else self.output_tokens
+        return each * self.at_once * self.in_a_row
+
+
+WORKLOADS = (
+    Workload("decode-1", 1, 64, 128),
+    Workload("decode-8", 8, 64, 128),
+    Workload("decode-32", 32, 64, 128),
+    Workload("decode-64", 64, 64, 128),
+    Workload("prefill-512", 1, 512, 1, in_a_row=4),
+    Workload("prefill-4096", 1, 4096, 1),
+)
+QUICK_WORKLOADS = (Workload("decode-8", 8, 64, 32), Workload("prefill-512", 1, 512, 1))
+
+
+@dataclass(slots=True)
+class Measured:
+    """One server's samples of one workload, in the order of the rounds."""
+
+    server: PinnedServer
+    tokens_per_s: list[float] = field(default_factory=list)
+    processor_us: list[float] = field(default_factory=list)  # of all its processes, per token
+    tpot_ms: list[float] = field(default_factory=list)
+
+
+def measure(run: Run) -> None:
+    """Measures every checkpoint with a fresh pair of servers."""
+    try:
+        for name in run.options.checkpoints or (list(SHAPES)[:1] if run.quick else SHAPES):
+            if name not in SHAPES:
+                raise ConfigError(f"--checkpoints {name}: there are {', '.join(SHAPES)}")
+            _measure_checkpoint(run, SHAPES[name])
+    except InfiniteLLMError as error:
+        raise SystemExit(f"engine_vs_vllm: {error}") from error
+
+
+def _measure_checkpoint(run: Run, shape: CheckpointShape) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(prefix="engine-vs-vllm-") as temporary, _pinned_to(cores[-1]):
+        directory = Path(temporary)
+        run.progress.update(f"{shape.name}: writing the checkpoint")
+        write_random_checkpoint(directory / shape.name, shape)
+        serving = Serving(directory / shape.name, (cores[0],), MAX_MODEL_LEN, MAX_NUM_SEQS, KV_BYTES)
+        commands = (our_command(serving, directory), vllm_command(serving, run.options.vllm))
+        run.progress.update(f"{shape.name}: starting both servers; vLLM compiles for minutes the first time")
+        logs = [directory / f"{command.name}.log" for command in commands]
+        with (
+            PinnedServer(commands[1], serving.cores, logs[1]) as vllm,
+            PinnedServer(commands[0], serving.cores, logs[0]) as ours,
+        ):
+            run.progress.update(f"{shape.name}: comparing answers")
+            draw = random.Random(_SEED)
+            agreement = _compare_answers(ours, vllm, shape, draw)
+            run.summary(f"{shape.name}_same_tokens", agreement.same)
+            run.summary(f"{shape.name}_near_ties", agreement.near_ties)
+            for server in (ours, vllm):
+                run.summary(f"{shape.name}_{server.name}_idle_percent", 100 * _idle_share(server))
+            for workload in _chosen(run):
+                _measure_workload(run, shape, workload, (Measured(ours), Measured(vllm)), draw)
+
+
+def _measure_workload(
+    run: Run, shape: CheckpointShape, workload: Workload, sides: Sequence[Measured], draw: random.Random
+) -> None:
+    """Both servers take turns with the same prompts; no two rounds share one, so nothing is cached."""
+    for turn in run.rounds(run.options.repetitions):
+        batches = [
+            [_draw_ask(shape, workload, draw) for _ in range(workload.at_once)] for _ in range(workload.in_a_row)
+        ]
+        for side in turn.order(sides):
+            run.progress.update(f"{shape.name}, {workload.name}, {turn.label}: {side.server.name}")
+            time.sleep(_PAUSE_S)
+            before = side.server.processor_s()
+            loads = asyncio.run(_send(side.server, batches))
+            taken_s = side.server.processor_s_since(before)
+            if turn.recorded:
+                side.tokens_per_s.append(workload.tokens / sum(load.wall_s for load in loads))
+                side.processor_us.append(1e6 * taken_s / workload.tokens)
+                side.tpot_ms.append(1000 * statistics.median(load.tpot_s for load in loads))
+    _record(run, shape, workload, *sides)
+
+
+async def _send(server: PinnedServer, batches: Sequence[Sequence[Ask]]) -> list[Load]:
+    return [await send_load(server.address, server.model, batch) for batch in batches]
+
+
+def _record(run: Run, shape: CheckpointShape, workload: Workload, ours: Measured, vllm: Measured) -> None:
+    our, their = Samples(tuple(ours.tokens_per_s)), Samples(tuple(vllm.tokens_per_s))
+    our_us, their_us = statistics.median(ours.processor_us), statistics.median(vllm.processor_us)
+    paired = [a / b for a, b in zip(our.values, their.values, strict=True)]
+    row: dict[str, str | int | float] = {
+        "checkpoint": shape.name,
+        "workload": workload.name,
+        "ours_tokens_per_s": our.median,
+        "ours_spread": our.spread,
+        "vllm_tokens_per_s": their.median,
+        "vllm_spread": their.spread,
+        "ratio": our.median / their.median,
+        "ratio_min": min(paired),
+        "ratio_max": max(paired),
+        "ours_processor_us_per_token": our_us,
+        "vllm_processor_us_per_token": their_us,
+        "processor_ratio": their_us / our_us,
+    }
+    if not workload.is_prefill:
+        row["ours_tpot_ms"] = statistics.median(ours.tpot_ms)
+        row["vllm_tpot_ms"] = statistics.median(vllm.tpot_ms)
+    run.row(row | {"repetitions": len(our.values)})
+    run.summary(f"{shape.name}_{workload.name}_ratio", our.median / their.median)
+
+
+def _compare_answers(ours: PinnedServer, vllm: PinnedServer, shape: CheckpointShape, draw: random.Random) -> Agreement:
+    """A fast wrong server is no peer. Raises DisagreementError."""
+    total = Agreement(0, 0)
+    for tokens in _CHECKED_PROMPTS:
+        prompt = _draw_prompt(shape, tokens, draw)
+        answers = [greedy_steps(server.address, server.model, prompt, _CHECKED_TOKENS) for server in (ours, vllm)]
+        total += compare_steps(*answers)
+    if total.same < _LEAST_SAME * len(_CHECKED_PROMPTS):
+        raise DisagreementError(f"only {total.same} tokens of {len(_CHECKED_PROMPTS)} answers were the same")
+    return total
+
+
+def _idle_share(server: PinnedServer) -> float:
+    """Processor time that the server takes while nobody asks it for anything, in cores.
+
+    Raises: ConfigError if it is so much that it would slow down the other one.
+    """
+    before = server.processor_s()
+    time.sleep(_IDLE_S)
+    share = server.processor_s_since(before) / _IDLE_S
+    if share > _MOST_IDLE:
+        raise ConfigError(f"{server.name} takes {share:.0%} of a core while it has nothing to do")
+    return share
+
+
+def _draw_ask(shape: CheckpointShape, workload: Workload, draw: random.Random) -> Ask:
+    return Ask(_draw_prompt(shape, workload.prompt_tokens, draw), workload.output_tokens)
+
+
+def _draw_prompt(shape: CheckpointShape, tokens: int, draw: random.Random) -> tuple[int, ...]:
+    last = int(shape.settings["vocab_size"]) - 2
+    return tuple(draw.randint(_FIRST_WORD, last) for _ in range(tokens))
+
+
+def _chosen(run: Run) -> Sequence[Workload]:
+    if not run.options.workloads:
+        return QUICK_WORKLOADS if run.quick else WORKLOADS
+    by_name = {workload.name: workload for workload in (QUICK_WORKLOADS if run.quick else WORKLOADS)}
+    unknown = [name for name in run.options.workloads if name not in by_name]
+    if unknown:
+        raise ConfigError(f"--workloads {' '.join(unknown)}: there are {', '.join(by_name)}")
+    return [by_name[name] for name in run.options.workloads]
+
+
+@contextmanager
+def _pinned_to(core: int) -> Iterator[None]:
+    """This process, the client, runs on one core meanwhile."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoints", nargs="+", metavar="NAME", help=f"of {', '.join(SHAPES)}; the first with --quick"
+    )
+    parser.add_argument("--workloads", nargs="+", metavar="NAME", help="some of them only")
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="default %(default)s")
+    parser.add_argument(
+        "--vllm", type=Path, default=DEFAULT_ENVIRONMENT, metavar="DIR", help="virtual environment with vLLM"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main("engine_vs_vllm", QUESTION, measure, _add_arguments))

@@ -1,0 +1,1 @@
+"""Servers that a benchmark measures against each other: this project's, and others', in environments of their own."""

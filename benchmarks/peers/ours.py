@@ -1,0 +1,39 @@
+"""This project's server: everything that ``infinite-llm up`` starts for one instance."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.peers.server import ServerCommand, Serving
+from services.core.errors import ConfigError
+from services.launcher.ports import free_ports
+
+MAX_BATCH_TOKENS = 1024
+_MIB = 1 << 20
+
+
+def our_command(serving: Serving, directory: Path) -> ServerCommand:
+    """etcd, Redis, gManager, gateway, one instance and the daemon beside it, which holds the whole KV cache.
+
+    Args:
+        directory: where the run's files go.
+    """
+    http_port, grpc_port = free_ports(2)
+    if serving.kv_bytes % _MIB:
+        raise ConfigError(f"kv_bytes must be whole MiB, got {serving.kv_bytes}")
+    overlay = directory / "ours-overlay.yaml"
+    settings = {
+        "max_num_seqs": serving.max_num_seqs,
+        "max_batch_tokens": MAX_BATCH_TOKENS,
+        "num_threads": len(serving.cores),
+    }
+    overlay.write_text(json.dumps({"instance": settings}))  # JSON is YAML
+    argv = (
+        *(sys.executable, "-m", "services.launcher.cli", "up", "--model", str(serving.checkpoint)),
+        *("--instances", "1", "--kvdaemons", "0", "--pool-mib", str(serving.kv_bytes // _MIB)),
+        *("--dtype", "bfloat16", "--max-model-len", str(serving.max_model_len), "--config", str(overlay)),
+        *("--http-port", str(http_port), "--grpc-port", str(grpc_port), "--run-dir", str(directory / "ours-run")),
+    )
+    return ServerCommand("ours", serving.checkpoint.name, http_port, argv, {})
