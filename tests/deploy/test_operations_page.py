@@ -1,0 +1,65 @@
+"""docs/operations.md: its figures follow from its formulas, and what it names exists."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from manifests import K8S, ROOT
+
+from services.core.blocks import PoolGeometry
+
+PAGE = (ROOT / "docs" / "operations.md").read_text()
+POOL_BYTES = 65536 << 20
+
+
+def rows(first: str) -> list[list[str]]:
+    """The cells of the table whose header begins with ``first``."""
+    lines = PAGE.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    table = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        table.append([cell.strip() for cell in line.strip("|").split("|")])
+    return table
+
+
+def test_the_sizing_table() -> None:
+    table = rows("model")
+    assert len(table) >= 5
+    for _, *cells in table:
+        layers, heads, head_dim, kib, tokens, for_1m, for_10m = (int(cell.replace(",", "")) for cell in cells)
+        geometry = PoolGeometry(layers, heads, 64, head_dim, "bfloat16")
+        assert kib * 1024 * 64 == geometry.block_bytes
+        assert tokens == POOL_BYTES // geometry.block_bytes * 64
+        assert [for_1m, for_10m] == [math.ceil(wanted / tokens) for wanted in (1_000_000, 10_000_000)]
+
+
+def test_overlays_and_components_are_all_there() -> None:
+    overlays = {re.sub(r"\[(.*?)\].*", r"\1", row[0]) for row in rows("overlay")}
+    assert overlays == {path.name for path in (K8S / "overlays").iterdir()}
+    named = {name for row in rows("component") for name in re.findall(r"`([\w/-]+)`", row[0])}
+    there = {str(path.parent.relative_to(K8S / "components")) for path in K8S.glob("components/**/kustomization.yaml")}
+    assert named == there - {"rdma/common"}
+
+
+@pytest.mark.parametrize("page", ["operations.md", "runbooks.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / "docs" / page
+    for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", path.read_text()):
+        assert not target or (path.parent / target).exists(), target
+
+
+def test_every_alert_has_its_runbook() -> None:
+    headings = {line.removeprefix("## ").lower() for line in (ROOT / "docs" / "runbooks.md").read_text().splitlines()}
+    for file in sorted((K8S / "components" / "monitoring" / "config").glob("*.rules.yml")):
+        for group in yaml.safe_load(file.read_text())["groups"]:
+            for rule in group["rules"]:
+                page, _, anchor = rule["annotations"]["runbook"].partition("#")
+                assert Path(page) == Path("docs/runbooks.md")
+                assert anchor == rule["alert"].lower()
+                assert anchor in headings
