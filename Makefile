@@ -11,6 +11,11 @@ KERNELS := $(VENV)/.kernels
 CHAOS_SCHEDULES ?= 30
 CHAOS_SEED ?= $(shell echo $$RANDOM)
 SOAK_MINUTES ?= 10
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+BUILDER ?= $(shell command -v docker || command -v podman)
+IMAGES ?= infinite-llm
+OVERLAY ?= laptop
+VLLM ?= .peers/vllm
 KERNEL_SOURCES := $(wildcard kernels/cpu/src/*.c kernels/cpu/src/*.h)
 
 # $(call protoc,DIR) generates messages, stubs and their types under DIR.
@@ -19,7 +24,7 @@ protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Ipro
 # The names and checksums of all generated files in the current directory.
 generated = find infinitellm -name '*_pb2*' -type f -not -path '*/__pycache__/*' -exec sha256sum {} + | sort -k2
 
-.PHONY: help setup run test test-chaos test-exact soak lint proto proto-check clean
+.PHONY: help setup run test test-chaos test-exact soak peers lint proto proto-check clean images deploy undeploy port-forward
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +46,8 @@ test-exact: setup ## Hold every architecture, over every transport, against tran
 soak: setup ## Serve at random for SOAK_MINUTES=10 and check that nothing grows
 	PYTHONPATH=tests $(BIN)/python tests/chaos/soak.py --minutes $(SOAK_MINUTES) $(ARGS)
 
+peers: $(VLLM)/.installed ## Make the environment of vLLM on CPUs that benchmarks compare with (VLLM=.peers/vllm; 3 GiB)
+
 lint: setup proto-check ## Check style, types, import rules and generated code
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -57,6 +64,26 @@ proto-check: setup ## Check that the code in sdk/ is what proto/ generates
 	diff <(cd "$$fresh" && $(generated)) <(cd sdk && $(generated)) \
 		|| { echo "sdk/ is not what proto/ generates: run 'make proto' and commit the result" >&2; exit 1; }
 
+images: ## Build the container images with docker or podman (IMAGES=infinite-llm names them; TORCH_INDEX_URL=... for torch)
+	@test -n "$(BUILDER)" || { echo "make images needs docker or podman: neither is on PATH" >&2; exit 1; }
+	$(BUILDER) build -f deploy/docker/control.Dockerfile -t $(IMAGES)/control:$(VERSION) .
+	$(BUILDER) build -f deploy/docker/engine.Dockerfile --target cpu -t $(IMAGES)/engine:$(VERSION)-cpu \
+		--build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) .
+	$(BUILDER) build -f deploy/docker/engine.Dockerfile --target cuda -t $(IMAGES)/engine:$(VERSION)-cuda .
+
+deploy: ## Apply the manifests of OVERLAY=laptop (or one-gpu, production) and wait until everything is ready
+	kubectl apply -k deploy/k8s/overlays/$(OVERLAY)
+	for namespace in infinite-llm infinite-llm-workers; do \
+		kubectl -n $$namespace get statefulsets,deployments -o name \
+			| xargs -n 1 kubectl -n $$namespace rollout status --timeout=45m; \
+	done
+
+undeploy: ## Delete what OVERLAY=laptop created, its volumes included
+	kubectl delete -k deploy/k8s/overlays/$(OVERLAY) --ignore-not-found
+
+port-forward: ## Reach the deployed gateway at localhost:8000 (HTTP) and localhost:50051 (gRPC)
+	kubectl -n infinite-llm port-forward service/gateway 8000:80 50051:50051
+
 clean: ## Remove the virtual environment, build outputs and caches
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +
@@ -67,6 +94,13 @@ $(INSTALLED): pyproject.toml sdk/pyproject.toml constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e sdk -e '.[embedded,dev]'
+	touch $@
+
+$(VLLM)/.installed: benchmarks/peers/vllm.txt benchmarks/peers/vllm-dependencies.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers/vllm-dependencies.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers/vllm.txt
+	$(VLLM)/bin/python -c 'import vllm'
 	touch $@
 
 $(KERNELS): $(INSTALLED) $(KERNEL_SOURCES)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from infinitellm import Client
+from infinitellm import Client, RequestStatus
 
 START_TIMEOUT_S = 120.0
 REQUEST_TIMEOUT_S = 180.0
@@ -136,11 +136,14 @@ class Cluster:
         answer: dict[str, object] = json.loads(result.stdout)
         return answer
 
-    def placements(self) -> list[dict[str, int]]:
-        """For each running request, its rBlocks by daemon; quicker than ``status``."""
+    def requests(self) -> tuple[RequestStatus, ...]:
+        """The running requests; quicker than ``status``."""
         with Client(f"127.0.0.1:{self.grpc_port}") as client:
-            requests = client.cluster_status().requests
-        return [{place.kvdaemon_id: place.num_blocks for place in request.placement} for request in requests]
+            return client.cluster_status().requests
+
+    def placements(self) -> list[dict[str, int]]:
+        """For each running request, its rBlocks by daemon."""
+        return [{place.kvdaemon_id: place.num_blocks for place in request.placement} for request in self.requests()]
 
     def pids(self) -> dict[str, int]:
         """The launcher's living children: "etcd", "redis", and the services by their member ids."""

@@ -21,6 +21,7 @@ from infinitellm.types import (
     Event,
     Finished,
     FinishReason,
+    GManagerStatus,
     InstanceStatus,
     KvDaemonStatus,
     PoolUse,
@@ -296,6 +297,9 @@ def _cluster_status(response: cluster_pb2.GetClusterStatusResponse) -> ClusterSt
             for request in response.requests
         ),
         models=tuple(response.models),
+        gmanagers=tuple(
+            GManagerStatus(gmanager.gmanager_id, gmanager.address, gmanager.leads) for gmanager in response.gmanagers
+        ),
     )
 
 

@@ -3,6 +3,7 @@
 InfiniteLLMError
 ├── InvalidRequestError               the request cannot be served as it is written
 │   └── ContextTooLongError           it needs more context than the model or the cluster's memory has
+├── PermissionDeniedError             the certificate shown does not allow the call
 ├── ModelNotFoundError                no instance serves the named model
 ├── ConfigError                       a configuration is impossible
 ├── UnsupportedModelError             the checkpoint cannot be served exactly
@@ -14,6 +15,7 @@ InfiniteLLMError
 ├── StaleGenerationError              a block has been given to somebody else
 ├── UnavailableError                  something needed is away for the moment; try again
 │   ├── NoInstanceError               no instance is ready
+│   ├── NotLeaderError                this gManager stands by
 │   ├── PeerLostError                 a connection between services is gone
 │   └── ShuttingDownError             the service is ending
 ├── TransferTimeoutError              a service did not answer another in time
@@ -37,6 +39,12 @@ class ContextTooLongError(InvalidRequestError):
     """The request needs more context than the model or the cluster's memory has."""
 
     reason = "CONTEXT_TOO_LONG"
+
+
+class PermissionDeniedError(InfiniteLLMError):
+    """The certificate shown does not allow the call."""
+
+    reason = "PERMISSION_DENIED"
 
 
 class ModelNotFoundError(InfiniteLLMError):
@@ -103,6 +111,12 @@ class NoInstanceError(UnavailableError):
     """No instance is ready to compute the request."""
 
     reason = "NO_INSTANCE"
+
+
+class NotLeaderError(UnavailableError):
+    """This gManager stands by; the leader is another one."""
+
+    reason = "NOT_LEADER"
 
 
 class PeerLostError(UnavailableError):

@@ -122,6 +122,15 @@ class RequestStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class GManagerStatus:
+    """One gManager. None leads for a moment after the leader was lost, and while etcd is away."""
+
+    gmanager_id: str
+    address: str
+    leads: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterStatus:
     """The cluster as its gManager knows it; may be a heartbeat interval old."""
 
@@ -129,3 +138,4 @@ class ClusterStatus:
     kvdaemons: tuple[KvDaemonStatus, ...]
     requests: tuple[RequestStatus, ...]
     models: tuple[str, ...]
+    gmanagers: tuple[GManagerStatus, ...]

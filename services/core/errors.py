@@ -3,6 +3,7 @@
     InfiniteLLMError                      reason               gRPC status
     ├── InvalidRequestError               INVALID_REQUEST      INVALID_ARGUMENT
     │   └── ContextTooLongError           CONTEXT_TOO_LONG     INVALID_ARGUMENT
+    ├── PermissionDeniedError             PERMISSION_DENIED    PERMISSION_DENIED
     ├── ModelNotFoundError                MODEL_NOT_FOUND      NOT_FOUND
     ├── ConfigError                       CONFIG               INVALID_ARGUMENT
     ├── UnsupportedModelError             UNSUPPORTED_MODEL    FAILED_PRECONDITION
@@ -14,6 +15,7 @@
     ├── StaleGenerationError              STALE_GENERATION     ABORTED
     ├── UnavailableError                  UNAVAILABLE          UNAVAILABLE
     │   ├── NoInstanceError               NO_INSTANCE          UNAVAILABLE
+    │   ├── NotLeaderError                NOT_LEADER           UNAVAILABLE
     │   ├── PeerLostError                 PEER_LOST            UNAVAILABLE
     │   └── ShuttingDownError             SHUTTING_DOWN        UNAVAILABLE
     └── TransferTimeoutError              TRANSFER_TIMEOUT     DEADLINE_EXCEEDED
@@ -41,6 +43,13 @@ class ContextTooLongError(InvalidRequestError):
     """The request needs more context than the model or the cluster's memory has."""
 
     reason = "CONTEXT_TOO_LONG"
+
+
+class PermissionDeniedError(InfiniteLLMError):
+    """The caller's certificate does not allow it this call."""
+
+    reason = "PERMISSION_DENIED"
+    grpc_status = "PERMISSION_DENIED"
 
 
 class ModelNotFoundError(InfiniteLLMError):
@@ -117,6 +126,12 @@ class NoInstanceError(UnavailableError):
     """No instance is ready to compute the request."""
 
     reason = "NO_INSTANCE"
+
+
+class NotLeaderError(UnavailableError):
+    """This gManager stands by; the leader is another one."""
+
+    reason = "NOT_LEADER"
 
 
 class PeerLostError(UnavailableError):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 from services.core.blocks import PoolGeometry
 from services.core.sequence import RequestAge
+from services.core.timings import HostingTiming, StepTiming
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,68 @@ class PlacementEntry(NamedTuple):
     local: bool
 
 
+class MoveEnd(StrEnum):
+    """How a move of blocks ended, or why it did not begin; the values are what travels."""
+
+    DONE = "DONE"  # all accepted blocks have moved
+    # Refusals: nothing has moved.
+    STALE_LEADER = "STALE_LEADER"  # a later leader has given instructions already
+    UNKNOWN_REQUEST = "UNKNOWN_REQUEST"  # it is not running at this instance
+    NOTHING_TO_MOVE = "NOTHING_TO_MOVE"  # no sealed block there that is not on its way already
+    DESTINATION_FULL = "DESTINATION_FULL"
+    DESTINATION_UNREACHABLE = "DESTINATION_UNREACHABLE"
+    TOO_MANY_MOVES = "TOO_MANY_MOVES"
+    # Ended early: blocks that had not moved stay where they were.
+    REQUEST_ENDED = "REQUEST_ENDED"  # finished, aborted, or preempted
+    SOURCE_LOST = "SOURCE_LOST"
+    DESTINATION_LOST = "DESTINATION_LOST"
+    COPY_FAILED = "COPY_FAILED"
+    EXPIRED = "EXPIRED"  # the room was not used in time
+
+
+@dataclass(frozen=True, slots=True)
+class MoveReport:
+    """What became of a move that had been accepted.
+
+    Attributes:
+        moved_blocks: that lie at the destination now.
+        seconds: from the instruction to the end.
+    """
+
+    move_id: str
+    request_id: str
+    source_kvdaemon_id: str
+    destination_kvdaemon_id: str
+    moved_blocks: int
+    seconds: float
+    end: MoveEnd
+
+
+class RunningRequest(NamedTuple):
+    """A running request, as planning sees it.
+
+    Attributes:
+        arrival_time: Unix seconds; the earlier, the older.
+        context_tokens: that have been computed, in whole blocks: so an entry changes once in a block.
+        final_tokens: length of the context when all of its output has been generated.
+    """
+
+    request_id: str
+    arrival_time: float
+    context_tokens: int
+    final_tokens: int
+
+
+class WaitingRequest(NamedTuple):
+    """A request without blocks: tokens that are there already, and output still to come at most."""
+
+    context_tokens: int
+    remaining_tokens: int
+
+
+MOST_WAITING_TOLD = 100
+
+
 @dataclass(frozen=True, slots=True)
 class InstanceSnapshot:
     """All an instance says of itself.
@@ -70,12 +134,20 @@ class InstanceSnapshot:
     Attributes:
         placement: request id -> daemon id -> blocks.
         oldest_starving: the oldest request that cannot go on for want of blocks.
+        moves: the latest moves that have ended, oldest first; each stays for a while, so that none is missed.
+        max_running: requests that can run at the same time.
+        progress: of the running requests.
+        queue: the waiting requests, oldest first, MOST_WAITING_TOLD of them.
     """
 
     running: int
     waiting: int
     placement: Mapping[str, Mapping[str, BlockCount]]
     oldest_starving: RequestAge | None = None
+    moves: tuple[MoveReport, ...] = ()
+    max_running: int = 0
+    progress: tuple[RunningRequest, ...] = ()
+    queue: tuple[WaitingRequest, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +163,23 @@ Snapshot = InstanceSnapshot | KvDaemonSnapshot
 
 @dataclass(frozen=True, slots=True)
 class InstanceReport:
-    """What changed at an instance; in a full report ``placement`` is everything and ``ended`` is empty."""
+    """What changed at an instance; in a full report ``placement`` is everything and ``ended`` is empty.
+
+    Attributes:
+        progress: entries that changed.
+        moves: that have ended since the last report.
+        queue: None if it has not changed.
+    """
 
     running: int
     waiting: int
     placement: tuple[PlacementEntry, ...] = ()
     ended: tuple[str, ...] = ()
     oldest_starving: RequestAge | None = None
+    max_running: int = 0
+    progress: tuple[RunningRequest, ...] = ()
+    moves: tuple[MoveReport, ...] = ()
+    queue: tuple[WaitingRequest, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +191,7 @@ class KvDaemonReport:
 
 
 Report = InstanceReport | KvDaemonReport
+Timings = tuple[StepTiming | HostingTiming, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +203,14 @@ class Heartbeat:
         sequence: 0, 1, 2, ... within the stream.
         full: the report contains everything; what was known of the member before is forgotten.
         report: None says "alive, nothing changed" (never with ``full``).
+        timings: what was measured since the last message of any stream; lost with a stream that breaks.
     """
 
     member: str
     sequence: int
     full: bool
     report: Report | None
+    timings: Timings = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +227,19 @@ class Room:
     address: str
     free_blocks: int
     total_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionHint:
+    """What the planner says of an instance where a new request would do well to start.
+
+    Attributes:
+        room_tokens: that its own pool has room for, beyond what its requests are expected to need.
+        gain: output tokens per second that one more request of median length adds to the cluster, as modelled.
+    """
+
+    room_tokens: int
+    gain: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Owned by the engine thread, but for ``report_lost``. A peer that is lost, for wh
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from services.dataplane.transport import (
     Received,
     Transport,
 )
-from services.dataplane.wire import Header, Kind
+from services.dataplane.wire import CopyOrder, Header, Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,15 @@ class Sealed:
     kvdaemon_id: str
     tag: int
     handle: BlockHandle
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Answer to ``copy_block``; ``failure`` says why the block has not been copied, and is empty if it has."""
+
+    kvdaemon_id: str
+    tag: int
+    failure: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +59,11 @@ class LostPeer:
 class Peer:
     """One daemon's connection: numbers requests and keeps within the daemon's window."""
 
-    def __init__(self, kvdaemon_id: str, session_id: int, connection: Connection, query_room: int) -> None:
+    def __init__(
+        self, kvdaemon_id: str, address: str, session_id: int, connection: Connection, query_room: int
+    ) -> None:
         self.kvdaemon_id = kvdaemon_id
+        self.address = address
         self.session_id = session_id
         self.connection = connection
         self._query_room = query_room
@@ -58,7 +71,7 @@ class Peer:
         self._unanswered: deque[tuple[int, int]] = deque()  # (sequence, bytes), ascending
         self._bytes_out = 0
         self.expected: set[int] = set()  # sequences whose PARTIAL somebody waits for
-        self.partials: dict[int, tuple[Header, memoryview, Message]] = {}
+        self.partials: dict[int, tuple[Header, memoryview, Message, float]] = {}  # taken at (perf_counter)
 
     def send(self, header: Header, parts: Sequence[Buffer]) -> int:
         """Sends one message and answers its sequence number."""
@@ -95,6 +108,7 @@ class PeerSet:
         self._peers: dict[str, Peer] = {}
         self._by_connection: dict[Connection, Peer] = {}
         self._sealed: list[Sealed] = []
+        self._copied: list[Copied] = []
         self._lost: list[LostPeer] = []
         self._reports: deque[LostPeer] = deque()
 
@@ -102,11 +116,11 @@ class PeerSet:
         """Begins to connect; messages may be sent at once. A failure shows as a lost peer."""
         assert kvdaemon_id not in self._peers, "disconnect the old session's peer first"
         try:
-            connection = self._transport.connect(address, wire.pack_hello(session_id), self._limits)
+            connection = self._transport.connect(address, wire.Hello(session_id).pack(), self._limits)
         except PeerLostError as error:
             self._lost.append(LostPeer(kvdaemon_id, session_id, str(error)))
             return
-        peer = Peer(kvdaemon_id, session_id, connection, self._query_room)
+        peer = Peer(kvdaemon_id, address, session_id, connection, self._query_room)
         self._peers[kvdaemon_id] = peer
         self._by_connection[connection] = peer
 
@@ -140,6 +154,10 @@ class PeerSet:
         """Ships a full block into a block reserved there; ``take_sealed`` tells where it lies in the end."""
         header = Header(Kind.WRITE_BLOCK, step=tag, block=handle)
         self.get(kvdaemon_id).send(header, [key, content])
+
+    def copy_block(self, kvdaemon_id: str, tag: int, handle: BlockHandle, order: CopyOrder) -> None:
+        """Has a daemon copy a block, which we hold there sealed, to another daemon; ``take_copied`` tells when."""
+        self.get(kvdaemon_id).send(Header(Kind.COPY, step=tag, block=handle), [order.pack()])
 
     def report_lost(self, kvdaemon_id: str, session_id: int, reason: str) -> None:
         """Another thread knows that the session is over: ends its connection at the next ``poll``."""
@@ -175,6 +193,11 @@ class PeerSet:
         taken, self._sealed = self._sealed, []
         return taken
 
+    def take_copied(self) -> list[Copied]:
+        """Copies answered since the last call."""
+        taken, self._copied = self._copied, []
+        return taken
+
     def take_lost(self) -> list[LostPeer]:
         """Peers lost since the last call."""
         taken, self._lost = self._lost, []
@@ -199,12 +222,17 @@ class PeerSet:
             case Kind.PARTIAL:
                 peer.answered(header.sequence)
                 if header.sequence in peer.expected:
-                    peer.partials[header.sequence] = (header, payload, message)
+                    peer.partials[header.sequence] = (header, payload, message, time.perf_counter())
                 else:  # of a step that was given up
                     message.release()
             case Kind.BLOCK_SEALED:
                 peer.answered(header.sequence)
                 self._sealed.append(Sealed(peer.kvdaemon_id, header.step, header.block))
+                message.release()
+            case Kind.COPIED | Kind.COPY_FAILED:
+                peer.answered(header.sequence)
+                failure = "" if header.kind is Kind.COPIED else bytes(payload).decode(errors="replace")
+                self._copied.append(Copied(peer.kvdaemon_id, header.step, failure))
                 message.release()
             case Kind.REFUSED:
                 self._fail(peer, message, f"refused: {bytes(payload).decode(errors='replace')}")
@@ -218,7 +246,7 @@ class PeerSet:
     def _drop(self, kvdaemon_id: str) -> None:
         peer = self._peers.pop(kvdaemon_id)
         del self._by_connection[peer.connection]
-        for _, _, message in peer.partials.values():
+        for _, _, message, _ in peer.partials.values():
             message.release()
         peer.partials.clear()
         peer.connection.close()

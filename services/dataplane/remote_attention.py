@@ -40,6 +40,21 @@ class PeerShare:
     distance: int
 
 
+@dataclass(slots=True)
+class AnswerTimes:
+    """A daemon's answers in one step or several: their number, from sending each query until its answer was taken, in
+    seconds, and how many were waited for (the others had come before anybody looked)."""
+
+    messages: int = 0
+    seconds: float = 0.0
+    late: int = 0
+
+    def add(self, other: AnswerTimes) -> None:
+        self.messages += other.messages
+        self.seconds += other.seconds
+        self.late += other.late
+
+
 class RemoteAttention:
     """The instance's side of DistAttention. Used by the engine thread.
 
@@ -55,7 +70,8 @@ class RemoteAttention:
         self._timeout_s = timeout_s
         self._step = 0
         self._shares: list[tuple[Peer, PeerShare]] = []
-        self._waiting: list[tuple[Peer, int, Tensor]] = []  # (peer, sequence, rows) of the layer under way
+        self._waiting: list[tuple[Peer, int, Tensor, float]] = []  # of the layer under way; sent at (perf_counter)
+        self.answers: dict[str, AnswerTimes] = {}  # of the step
         self._forgotten: dict[str, list[int]] = {}
 
     def forget(self, kvdaemon_id: str, segment_handle: int) -> None:
@@ -72,6 +88,7 @@ class RemoteAttention:
         self._abandon()
         self._step = step
         self._shares = []
+        self.answers = {}
         gone = []
         for share in shares:  # all of them: what a plan has named once counts as known from then on
             try:
@@ -93,12 +110,12 @@ class RemoteAttention:
         """Sends the layer's queries; answers whether there is anything to collect.
 
         Args:
-            q: [rows of the batch, q_heads, head_dim], contiguous, on the CPU.
+            q: [rows of the batch, q_heads, head_dim], on the CPU.
         """
         for peer, share in self._shares:
             if 0 < params.window <= share.distance:
                 continue
-            part = q if len(share.rows) == len(q) else q.index_select(0, share.rows)
+            part = q.contiguous() if len(share.rows) == len(q) else q.index_select(0, share.rows)
             header = Header(
                 Kind.QUERY,
                 step=self._step,
@@ -112,9 +129,10 @@ class RemoteAttention:
                 softcap=params.softcap,
                 window=params.window,
             )
+            sent_at = time.perf_counter()
             sequence = peer.send(header, [part.view(torch.uint8).numpy().data.cast("B")])
             peer.expected.add(sequence)
-            self._waiting.append((peer, sequence, share.rows))
+            self._waiting.append((peer, sequence, share.rows, sent_at))
         return bool(self._waiting)
 
     def collect(self, out: Tensor, lse: Tensor) -> None:
@@ -128,13 +146,17 @@ class RemoteAttention:
             PeerLostError, TransferTimeoutError: the step must be discarded.
         """
         deadline = time.monotonic() + self._timeout_s
+        self._peers.poll(0.0)
+        looked_at = time.perf_counter()
         while self._waiting:
-            peer, sequence, rows = self._waiting[0]
+            peer, sequence, rows, sent_at = self._waiting[0]
             arrived = peer.partials.pop(sequence, None)
             if arrived is None:
                 self._wait(peer, deadline)
                 continue
-            header, payload, message = arrived
+            header, payload, message, taken_at = arrived
+            times = self.answers.setdefault(peer.kvdaemon_id, AnswerTimes())
+            times.add(AnswerTimes(1, taken_at - sent_at, taken_at > looked_at))
             peer.expected.discard(sequence)
             self._waiting.pop(0)
             shape = (len(rows), out.shape[1], out.shape[2])
@@ -159,7 +181,7 @@ class RemoteAttention:
 
     def _abandon(self) -> None:
         """Drops what an earlier, discarded step still waits for; late answers are released on arrival."""
-        for peer, sequence, _ in self._waiting:
+        for peer, sequence, _, _ in self._waiting:
             peer.expected.discard(sequence)
             arrived = peer.partials.pop(sequence, None)
             if arrived is not None:

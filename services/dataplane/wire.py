@@ -5,10 +5,20 @@
     QUERY        one layer's query rows           PARTIAL       out, then lse, of the same rows
     WRITE_BLOCK  key and contents of a block      BLOCK_SEALED  the block that holds that content now
     FORGET       segments that are gone           (no answer)
+    COPY         a block to write elsewhere       COPIED        it has been written
+                                                  COPY_FAILED   why it has not
                                                   REFUSED       why a message could not be served; ends the connection
 
+    daemon -> daemon, on behalf of a session of the second
+    FILL_BLOCK   contents of a block              BLOCK_FILLED  or REFUSED
+
+**Rights.** A connection's hello names the session that it belongs to and its role. The OWNER is the session's instance.
+A WRITER is another daemon that an instance has told to COPY: it may send nothing but FILL_BLOCK, into blocks that the
+session has offered (``Ledger.reserve`` with a time to live), each once. Both rights end with the session.
+
 A daemon serves a connection's messages in order and releases each before it answers. So an answer that echoes sequence
-n says that the room of every message up to n is free again (``Peer`` counts on it).
+n says that the room of every message up to n is free again (``Peer`` counts on it). The answer to a COPY may come after
+those to later messages.
 
 **Segments.** A segment is what a daemon holds of one sequence: its sealed blocks there, by position. The daemon keeps
 the list for as long as the connection lives; a PLAN keeps the first ``known`` blocks of it and appends new ones (a
@@ -31,7 +41,7 @@ from numpy.typing import NDArray
 from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle
 from services.core.errors import InvalidRequestError
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 HEADER_BYTES = 64
 # version, kind, layer, rows, sequence, step, block, generation,
 # q_heads, head_dim, dtype, out_dtype, scale, softcap, window
@@ -51,6 +61,11 @@ class Kind(IntEnum):
     BLOCK_SEALED = 5
     FORGET = 6
     REFUSED = 7
+    COPY = 8
+    COPIED = 9
+    COPY_FAILED = 10
+    FILL_BLOCK = 11
+    BLOCK_FILLED = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,21 +221,73 @@ def split_block(payload: memoryview, block_bytes: int) -> tuple[bytes, memoryvie
     return bytes(payload[:BLOCK_KEY_BYTES]), payload[BLOCK_KEY_BYTES:]
 
 
-_HELLO = struct.Struct("<BQ")
+class CopyOrder(NamedTuple):
+    """Payload of a COPY; its header names the block that is to be copied.
+
+    Attributes:
+        key: of the content; a daemon that has something else there does not copy it.
+        address: data-plane address of the daemon to write to.
+        session_id: the ordering instance's session there.
+        target: the block to fill, which that session has offered.
+    """
+
+    key: bytes
+    address: str
+    session_id: int
+    target: BlockHandle
+
+    def pack(self) -> bytes:
+        return self.key + _COPY.pack(self.session_id, *self.target) + self.address.encode()
 
 
-def pack_hello(session_id: int) -> bytes:
-    """What a connection to a daemon begins with: the session it belongs to."""
-    return _HELLO.pack(WIRE_VERSION, session_id)
+_COPY = struct.Struct("<QII")  # session id, block, generation; the key stands before, the address behind
+COPY_BYTES = BLOCK_KEY_BYTES + _COPY.size  # without the address
 
 
-def unpack_hello(hello: bytes) -> int:
-    """The session id of a hello.
+def unpack_copy(payload: memoryview) -> CopyOrder:
+    """
+    Raises:
+        InvalidRequestError: the payload is too short, or the address is no text.
+    """
+    if len(payload) <= COPY_BYTES:
+        raise InvalidRequestError(f"COPY holds only {len(payload)} bytes")
+    session_id, block, generation = _COPY.unpack_from(payload, BLOCK_KEY_BYTES)
+    try:
+        address = bytes(payload[COPY_BYTES:]).decode()
+    except UnicodeDecodeError:
+        raise InvalidRequestError("COPY to an address that is no text") from None
+    return CopyOrder(bytes(payload[:BLOCK_KEY_BYTES]), address, session_id, BlockHandle(block, generation))
 
+
+class Role(IntEnum):
+    """What a connection may do in the name of its session; see the module's docstring."""
+
+    OWNER = 0
+    WRITER = 1
+
+
+class Hello(NamedTuple):
+    """What a connection to a daemon begins with: the session it belongs to, and in which role."""
+
+    session_id: int
+    role: Role = Role.OWNER
+
+    def pack(self) -> bytes:
+        return _HELLO.pack(WIRE_VERSION, self.role, self.session_id)
+
+
+_HELLO = struct.Struct("<BBQ")  # version, role, session id
+
+
+def unpack_hello(hello: bytes) -> Hello:
+    """
     Raises:
         InvalidRequestError: it is not of this protocol or version.
     """
     if len(hello) != _HELLO.size or hello[0] != WIRE_VERSION:
         raise InvalidRequestError(f"data plane hello of {len(hello)} bytes is not of version {WIRE_VERSION}")
-    session_id: int = _HELLO.unpack(hello)[1]
-    return session_id
+    _, role, session_id = _HELLO.unpack(hello)
+    try:
+        return Hello(session_id, Role(role))
+    except ValueError:
+        raise InvalidRequestError(f"data plane hello with an unknown role {role}") from None

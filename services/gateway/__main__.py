@@ -27,6 +27,7 @@ from services.rmanager.gmanager_locator import GManagerLocator
 from services.runtime.config import load_config
 from services.runtime.etcd import EtcdClient
 from services.runtime.grpc_server import bind, make_server
+from services.runtime.health import HealthPort
 from services.runtime.logs import setup_logging
 from services.runtime.membership import Member, Membership
 
@@ -75,11 +76,11 @@ async def serve(config: GatewayConfig) -> None:
 
     checkpoint = load_checkpoint(config.model, config.served_model_name, config.max_model_len)
     tokenizer = load_tokenizer(config.model, checkpoint.bos_token, config.tokenizer_threads)
-    etcd = EtcdClient(config.etcd)
+    etcd = EtcdClient(config.etcd, config.etcd_tls)
     membership = Membership(etcd, config.cluster)
     locator = GManagerLocator(membership)
-    router = Router(config.member_id, config.stream_timeout_s)
-    gmanager = GManagerClient(locator.address, router.set_instances)
+    router = Router(config.member_id, config.stream_timeout_s, config.tls)
+    gmanager = GManagerClient(locator, router.set_instances, config.tls)
     kvdaemons = KvDaemonCount(membership)
     journal = (
         NoJournal()
@@ -90,20 +91,23 @@ async def serve(config: GatewayConfig) -> None:
         checkpoint, tokenizer, router, journal, config.instance_wait_s, config.max_failovers, config.max_queue
     )
 
-    grpc_server = make_server()
+    grpc_server = make_server(config.tls)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(service), grpc_server)
     cluster_pb2_grpc.add_ClusterServiceServicer_to_server(ClusterServicer(gmanager, checkpoint.name), grpc_server)
-    grpc_address = bind(grpc_server, config.grpc_listen, allow_insecure=config.allow_insecure)
-    app = make_app(
-        service,
-        lambda: readiness(config, gmanager, router, kvdaemons),
-        version(),
-        config.max_body_bytes,
-    )
+    grpc_address = bind(grpc_server, config.grpc_listen, tls=config.tls, allow_insecure=config.allow_insecure)
+
+    def state() -> Readiness:
+        return readiness(config, gmanager, router, kvdaemons)
+
+    app = make_app(service, state, version(), config.max_body_bytes)
     http = HttpServer(app, config.http_listen, config.shutdown_grace_s, config.allow_insecure)
+    health = HealthPort(config.health_listen, lambda: True, lambda: not (stop.is_set() or state().missing))
     await grpc_server.start()
+    await health.start()
     tasks = [http.start(), kvdaemons.task, asyncio.create_task(stop.wait())]
-    member = Member("gateway", config.member_id, grpc_address, model=checkpoint.name, epoch=time.time_ns())
+    member = Member(
+        "gateway", config.member_id, config.advertise or grpc_address, model=checkpoint.name, epoch=time.time_ns()
+    )
     registration = await membership.register(member, ttl_s=config.lease_ttl_s)
     logger.info("serving", extra={"http": http.address, "grpc": grpc_address, "model": checkpoint.name})
     try:
@@ -120,6 +124,7 @@ async def serve(config: GatewayConfig) -> None:
         await router.close()
         await journal.close()
         await etcd.close()
+        await health.close()
         tokenizer.close()
         logger.info("stopped")
 

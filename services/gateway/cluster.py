@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.core.placement import PlacementEntry, PoolStats
+from services.core.placement import AdmissionHint, PlacementEntry, PoolStats
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceView:
-    """One instance; ``local_free_blocks`` are free and cached blocks of its own daemon's pool."""
+    """One instance; ``local_free_blocks`` are free and cached blocks of its own daemon's pool. ``hint`` is None where a
+    new request would do better elsewhere, and where nobody plans."""
 
     instance_id: str
     address: str
@@ -19,6 +20,7 @@ class InstanceView:
     waiting: int
     local_free_blocks: int
     heartbeat_age_s: float
+    hint: AdmissionHint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,17 @@ class RequestView:
 
 
 @dataclass(frozen=True, slots=True)
+class GManagerView:
+    gmanager_id: str
+    address: str
+    leads: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterState:
     """Everything the gManager knows."""
 
     instances: tuple[InstanceView, ...]
     kvdaemons: tuple[KvDaemonView, ...]
     requests: tuple[RequestView, ...]
+    gmanagers: tuple[GManagerView, ...]

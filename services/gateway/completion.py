@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from typing import Any
@@ -12,10 +13,14 @@ from services.gateway.tokenizer import Tokenizer
 
 # JSON has no -inf; this is what other servers answer for an impossible token.
 MIN_LOGPROB = -9999.0
+_NO_TOKENS = NewTokens((), (), ())
+_PLACEHOLDER = "\0"
+# As ``to_json`` writes a text, without what it costs to find out that it is one.
+_quote = json.encoder.encode_basestring
 
 
 class CompletionRenderer:
-    """Renders one generation. Answers plain JSON values: they go to ``json.dumps`` and nowhere else."""
+    """Renders one generation as JSON."""
 
     def __init__(self, asked: CompletionRequest, request: GenerationRequest, model: str, tokenizer: Tokenizer) -> None:
         self._asked = asked
@@ -26,19 +31,27 @@ class CompletionRenderer:
         self._text_length = 0
         self._chunks = 0
         self._include_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        # Where chunks differ in their text alone, everything around it is written once.
+        self._around: tuple[str, str] | None = None
+        if asked.logprobs is None and not asked.return_token_ids:
+            before, _, after = _text(self._chunk(_NO_TOKENS, _PLACEHOLDER, None)).rpartition(_quote(_PLACEHOLDER))
+            self._around = before, after
 
-    def tokens_chunk(self, tokens: NewTokens) -> dict[str, Any]:
+    def tokens_chunk(self, tokens: NewTokens) -> bytes:
         """A chunk of a stream."""
-        return self._chunk(tokens, tokens.text, None)
+        if self._around is not None:
+            before, after = self._around
+            return f"{before}{_quote(tokens.text)}{after}".encode()
+        return to_json(self._chunk(tokens, tokens.text, None))
 
-    def last_chunks(self, finished: Finished) -> list[dict[str, Any]]:
+    def last_chunks(self, finished: Finished) -> list[bytes]:
         """The end of a stream: the reason, then the usage where it was asked for."""
-        chunks = [self._chunk(NewTokens((), (), ()), finished.text, finished.reason)]
+        chunks = [to_json(self._chunk(_NO_TOKENS, finished.text, finished.reason))]
         if self._include_usage:
-            chunks.append(self._completion([]) | {"usage": _usage(finished)})
+            chunks.append(to_json(self._completion([]) | {"usage": _usage(finished)}))
         return chunks
 
-    def whole(self, tokens: list[NewTokens], finished: Finished) -> dict[str, Any]:
+    def whole(self, tokens: list[NewTokens], finished: Finished) -> bytes:
         """The answer without a stream."""
         together = NewTokens(
             tuple(token for part in tokens for token in part.ids),
@@ -46,7 +59,7 @@ class CompletionRenderer:
             tuple(position for part in tokens for position in part.logprobs),
         )
         choice = self._choice(together, together.text + finished.text, finished.reason)
-        return self._completion([choice]) | {"usage": _usage(finished)}
+        return to_json(self._completion([choice]) | {"usage": _usage(finished)})
 
     def _chunk(self, tokens: NewTokens, text: str, finish_reason: str | None) -> dict[str, Any]:
         completion = self._completion([self._choice(tokens, text, finish_reason)])
@@ -100,6 +113,15 @@ class CompletionRenderer:
             top.setdefault(self._tokenizer.token_text(other), _finite(logprob))
         top.setdefault(self._tokenizer.token_text(token_id), _finite(position.logprob))
         return top
+
+
+def to_json(value: dict[str, Any]) -> bytes:
+    """The one way in which answers are written."""
+    return _text(value).encode()
+
+
+def _text(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _usage(finished: Finished) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.core.errors import ConfigError
+from services.runtime.tls import MutualTls, TlsConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class GatewayConfig:
         journal_ttl_s: how long Redis keeps a request.
         journal_buffer_bytes: what is kept for a Redis that is away; the oldest is dropped first.
         shutdown_grace_s: how long requests may go on after SIGTERM.
+        advertise: address of the gRPC API that is registered; empty: the one it listens on.
+        health_listen: host:port for Kubernetes' probes.
+        tls: identity on gRPC, to instances, gManager and clients. HTTP is plain: whatever is in front of it ends TLS.
+        etcd_tls: towards etcd.
         allow_insecure: listen on other than loopback without TLS.
     """
 
@@ -57,6 +62,10 @@ class GatewayConfig:
     journal_buffer_bytes: int = 64 * 1024 * 1024
     shutdown_grace_s: float = 5.0
     lease_ttl_s: int = 10
+    advertise: str = ""
+    health_listen: str | None = None
+    tls: MutualTls | None = None
+    etcd_tls: TlsConfig | None = None
     allow_insecure: bool = False
     log_level: str = "INFO"
 

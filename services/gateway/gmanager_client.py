@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import grpc.aio
 
 from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc
 from services.core.errors import UnavailableError
-from services.core.placement import PlacementEntry, PoolStats
-from services.gateway.cluster import ClusterState, InstanceView, KvDaemonView, RequestView
+from services.core.placement import AdmissionHint, PlacementEntry, PoolStats
+from services.gateway.cluster import ClusterState, GManagerView, InstanceView, KvDaemonView, RequestView
+from services.rmanager.gmanager_locator import GManagerLocation
 from services.runtime.grpc_channel import error_from_rpc, make_channel
+from services.runtime.tls import MutualTls
 
 logger = logging.getLogger(__name__)
 
@@ -24,18 +27,22 @@ class GManagerClient:
     """Follows the set of instances for as long as it lives; the last set stays valid while the gManager is away.
 
     Args:
-        address_of_gmanager: answers host:port, or None where none is known.
+        location: of the gManager; when it changes, the stream is opened anew there at once.
         on_instances: called with every new set.
+        tls: the gateway's own identity.
     """
 
     def __init__(
         self,
-        address_of_gmanager: Callable[[], Awaitable[str | None]],
+        location: GManagerLocation,
         on_instances: Callable[[tuple[InstanceView, ...]], None],
+        tls: MutualTls | None = None,
     ) -> None:
-        self._address_of_gmanager = address_of_gmanager
+        self._location = location
         self._on_instances = on_instances
+        self._tls = tls
         self._known = False
+        self._away = False
         self._task = asyncio.create_task(self._follow(), name="watch instances")
 
     @property
@@ -45,11 +52,11 @@ class GManagerClient:
 
     async def cluster_state(self, timeout_s: float = 2.0) -> ClusterState:
         """Everything the gManager knows. Raises UnavailableError where it does not answer in time."""
-        address = await self._address_of_gmanager()
+        address = await self._location.address()
         if address is None:
             raise UnavailableError("no gManager is known; is one running and registered in etcd?")
         try:
-            async with make_channel(address) as channel:
+            async with make_channel(address, "gmanager", self._tls) as channel:
                 stub = gmanager_pb2_grpc.GManagerServiceStub(channel)
                 response = await stub.GetClusterView(gmanager_pb2.GetClusterViewRequest(), timeout=timeout_s)
         except grpc.aio.AioRpcError as exc:
@@ -58,6 +65,7 @@ class GManagerClient:
             tuple(_instance(view) for view in response.instances),
             tuple(_kvdaemon(view) for view in response.kvdaemons),
             tuple(_request(view) for view in response.requests),
+            tuple(GManagerView(view.gmanager_id, view.address, view.leads) for view in response.gmanagers),
         )
 
     async def close(self) -> None:
@@ -65,28 +73,47 @@ class GManagerClient:
         await asyncio.wait([self._task])
 
     async def _follow(self) -> None:
-        away = False
+        address: str | None = None
         while True:
             try:
-                address = await self._address_of_gmanager()
+                address = await self._location.address()
                 if address is None:
                     raise UnavailableError("none is known")
-                async with make_channel(address) as channel:
-                    stub = gmanager_pb2_grpc.GManagerServiceStub(channel)
-                    async for response in stub.WatchInstances(gmanager_pb2.WatchInstancesRequest()):
-                        if away or not self._known:
-                            logger.info("gManager connected", extra={"address": address})
-                        self._known, away = True, False
-                        self._on_instances(tuple(_instance(view) for view in response.instances))
-                raise UnavailableError("it ended the stream")
+                await self._watch_until_moved(address)
+                continue  # to the new place, at once
             except (grpc.aio.AioRpcError, UnavailableError) as exc:
-                if not away:
+                if not self._away:
                     reason = str(error_from_rpc(exc)) if isinstance(exc, grpc.aio.AioRpcError) else str(exc)
                     logger.warning("gManager away, the last known instances stay in use: %s", reason)
-                away = True
+                self._away = True
             except Exception:
                 logger.exception("following the gManager failed")
-            await asyncio.sleep(RETRY_S * random.uniform(0.5, 1.0))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RETRY_S * random.uniform(0.5, 1.0)):
+                    await self._location.moved_from(address)
+
+    async def _watch_until_moved(self, address: str) -> None:
+        """Returns when the gManager is elsewhere; a stream that ends before that raises."""
+        watching = asyncio.create_task(self._watch(address))
+        moved = asyncio.create_task(self._location.moved_from(address))
+        try:
+            await asyncio.wait([watching, moved], return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                watching.result()
+        finally:
+            watching.cancel()
+            moved.cancel()
+            await asyncio.wait([watching, moved])
+
+    async def _watch(self, address: str) -> None:
+        async with make_channel(address, "gmanager", self._tls) as channel:
+            stub = gmanager_pb2_grpc.GManagerServiceStub(channel)
+            async for response in stub.WatchInstances(gmanager_pb2.WatchInstancesRequest()):
+                if self._away or not self._known:
+                    logger.info("gManager connected", extra={"address": address})
+                self._known, self._away = True, False
+                self._on_instances(tuple(_instance(view) for view in response.instances))
+        raise UnavailableError("it ended the stream")
 
 
 def _instance(view: gmanager_pb2.InstanceView) -> InstanceView:
@@ -99,6 +126,7 @@ def _instance(view: gmanager_pb2.InstanceView) -> InstanceView:
         waiting=view.waiting_requests,
         local_free_blocks=view.local_free_blocks,
         heartbeat_age_s=view.heartbeat_age_s,
+        hint=AdmissionHint(view.hint.room_tokens, view.hint.gain) if view.HasField("hint") else None,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -133,7 +132,7 @@ async def _collect(
         if isinstance(event, NewTokens):
             tokens.append(event)
         event = await anext(rest)
-    return Response(_json(renderer.whole(tokens, event)), media_type="application/json", headers=_headers(generation))
+    return Response(renderer.whole(tokens, event), media_type="application/json", headers=_headers(generation))
 
 
 async def _stream(
@@ -155,10 +154,10 @@ async def _stream(
     try:
         while not isinstance(event, Finished):
             if isinstance(event, NewTokens):
-                await _send_event(send, _json(renderer.tokens_chunk(event)))
+                await _send_event(send, renderer.tokens_chunk(event))
             event = await anext(rest)
         for chunk in renderer.last_chunks(event):
-            await _send_event(send, _json(chunk))
+            await _send_event(send, chunk)
         await _send_event(send, b"[DONE]")
     except InfiniteLLMError as exc:
         await _send_event(send, api_error(exc).body())
@@ -167,10 +166,6 @@ async def _stream(
 
 async def _send_event(send: Send, data: bytes) -> None:
     await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _headers(generation: Generation) -> dict[str, str]:

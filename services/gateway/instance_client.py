@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc.aio
 
 from infinitellm.internal.v1 import instance_pb2, instance_pb2_grpc
 from services.core.errors import InfiniteLLMError, PeerLostError, all_errors
+from services.core.placement import AdmissionHint
 from services.gateway.requests import (
     Ended,
     GenerationRequest,
@@ -25,6 +27,7 @@ from services.gateway.requests import (
     TokensDrawn,
 )
 from services.runtime.grpc_channel import error_from_rpc, make_channel
+from services.runtime.tls import MutualTls
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +47,21 @@ class Attempt:
         self.num_tokens = num_tokens
         self._client = client
         self._request_id = request_id
-        self._events: asyncio.Queue[InstanceEvent | InfiniteLLMError] = asyncio.Queue()
+        self._events: deque[InstanceEvent | InfiniteLLMError] = deque()
+        self._waiter: asyncio.Future[None] | None = None  # of the owner, while there is no event
 
     def put(self, event: InstanceEvent | InfiniteLLMError) -> None:
         """Called by the client, in the order of the stream; nothing comes after Ended or an error."""
-        self._events.put_nowait(event)
+        self._events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def next(self) -> InstanceEvent:
         """The next event. Raises what the instance answered, or PeerLostError when the stream ended."""
-        event = await self._events.get()
+        while not self._events:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        event = self._events.popleft()
         if isinstance(event, InfiniteLLMError):
             raise event
         return event
@@ -67,6 +76,7 @@ class InstanceClient:
 
     Args:
         on_change: called whenever ``ready`` may have changed or load went down.
+        tls: the gateway's own identity.
     """
 
     def __init__(
@@ -76,6 +86,7 @@ class InstanceClient:
         gateway_id: str,
         stream_timeout_s: float,
         on_change: Callable[[], None],
+        tls: MutualTls | None = None,
     ) -> None:
         self.instance_id = instance_id
         self.address = address
@@ -83,9 +94,12 @@ class InstanceClient:
         self.retired = False
         self.local_free_blocks = 0
         self.max_model_len = 0
+        self.hint: AdmissionHint | None = None
+        self.room_tokens = 0  # of the hint, less what has been submitted since it came
         self._gateway_id = gateway_id
         self._stream_timeout_s = stream_timeout_s
         self._on_change = on_change
+        self._tls = tls
         self._attempts: dict[str, Attempt] = {}
         self._outstanding_tokens = 0
         self._outgoing: Outgoing | None = None
@@ -113,12 +127,19 @@ class InstanceClient:
         """Tokens of all unfinished requests at their submission: what the instance has to prefill or hold."""
         return self._outstanding_tokens
 
+    def take_hint(self, hint: AdmissionHint | None) -> None:
+        """What the latest plan says of this instance. One that is told again is no news."""
+        if hint != self.hint:
+            self.hint = hint
+            self.room_tokens = 0 if hint is None else hint.room_tokens
+
     def submit(self, request: GenerationRequest, generated: Sequence[int]) -> Attempt:
         """Sends a request, with the tokens generated elsewhere before. Only while ``ready``."""
         assert self._outgoing is not None
         attempt = Attempt(self, request.request_id, len(request.prompt_ids) + len(generated))
         self._attempts[request.request_id] = attempt
         self._outstanding_tokens += attempt.num_tokens
+        self.room_tokens -= attempt.num_tokens
         self._outgoing.put_nowait(instance_pb2.ServeRequest(submit=_submission(request, generated)))
         return attempt
 
@@ -160,7 +181,7 @@ class InstanceClient:
         hello = instance_pb2.GatewayHello(gateway_id=self._gateway_id)
         outgoing.put_nowait(instance_pb2.ServeRequest(hello=hello))
         self._last_heard = loop.time()
-        async with make_channel(self.address) as channel:
+        async with make_channel(self.address, "instance", self._tls) as channel:
             call = instance_pb2_grpc.InstanceServiceStub(channel).Serve(_drain(outgoing))
             watchdog = asyncio.create_task(self._watch(call, outgoing))
             try:
@@ -250,6 +271,8 @@ def _submission(request: GenerationRequest, generated: Sequence[int]) -> instanc
 
 
 def _tokens_drawn(tokens: instance_pb2.StepTokens) -> TokensDrawn:
+    if not tokens.logprobs:
+        return TokensDrawn(tuple(tokens.ids), ())
     return TokensDrawn(
         tuple(tokens.ids),
         tuple(

@@ -2,6 +2,9 @@
 
 The router keeps one InstanceClient per instance that the gManager lists. An instance that is no longer listed (its
 lease may have been lost while etcd hung) but whose stream is alive keeps its requests and gets no new ones.
+
+Where the gManager plans, it says which instances have room for more, once their requests have grown. A request that
+fits into that room goes there; among those that are equal in that, and where nobody plans, the least loaded is taken.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from services.core.errors import NoInstanceError
 from services.gateway.cluster import InstanceView
 from services.gateway.instance_client import Attempt, InstanceClient
 from services.gateway.requests import GenerationRequest
+from services.runtime.tls import MutualTls
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +25,10 @@ logger = logging.getLogger(__name__)
 class Router:
     """Places requests on instances, by this gateway's own bookkeeping of load."""
 
-    def __init__(self, gateway_id: str, stream_timeout_s: float) -> None:
+    def __init__(self, gateway_id: str, stream_timeout_s: float, tls: MutualTls | None = None) -> None:
         self._gateway_id = gateway_id
         self._stream_timeout_s = stream_timeout_s
+        self._tls = tls
         self._clients: list[InstanceClient] = []
         self._closing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -48,7 +53,7 @@ class Router:
                 _update(client, view)
         for view in listed.values():
             client = InstanceClient(
-                view.instance_id, view.address, self._gateway_id, self._stream_timeout_s, self._on_change
+                view.instance_id, view.address, self._gateway_id, self._stream_timeout_s, self._on_change, self._tls
             )
             _update(client, view)
             self._clients.append(client)
@@ -57,7 +62,7 @@ class Router:
     async def place(
         self, request: GenerationRequest, generated: Sequence[int], timeout_s: float, avoid: Collection[str] = ()
     ) -> Attempt:
-        """Submits to the least loaded instance, waiting for one where there is none.
+        """Submits to the best instance, waiting for one where there is none.
 
         Args:
             generated: tokens that other instances have generated already.
@@ -66,7 +71,7 @@ class Router:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                while (client := self._least_loaded(len(request.prompt_ids) + request.max_tokens, avoid)) is None:
+                while (client := self._best(request, len(generated), avoid)) is None:
                     await self._changed.wait()
         except TimeoutError:
             raise NoInstanceError(
@@ -79,14 +84,19 @@ class Router:
         clients, self._clients = self._clients, []
         await asyncio.gather(*(client.close() for client in clients), *self._closing)
 
-    def _least_loaded(self, num_tokens: int, avoid: Collection[str]) -> InstanceClient | None:
+    def _best(self, request: GenerationRequest, generated: int, avoid: Collection[str]) -> InstanceClient | None:
+        longest, now = len(request.prompt_ids) + request.max_tokens, len(request.prompt_ids) + generated
         candidates = [
             client
             for client in self._clients
             # 0: the instance does not say how much it takes.
-            if client.ready and not client.retired and (not client.max_model_len or client.max_model_len >= num_tokens)
+            if client.ready and not client.retired and (not client.max_model_len or client.max_model_len >= longest)
         ]
-        return min(candidates, key=lambda client: (client.instance_id in avoid, _load(client)), default=None)
+        return min(
+            candidates,
+            key=lambda client: (client.instance_id in avoid, client.room_tokens < now, _load(client)),
+            default=None,
+        )
 
     def _on_change(self) -> None:
         """Wakes the waiting, and lets go of instances that are neither listed nor used."""
@@ -99,11 +109,19 @@ class Router:
             closing.add_done_callback(self._closing.discard)
 
 
-def _load(client: InstanceClient) -> tuple[int, int, int, str]:
+def _load(client: InstanceClient) -> tuple[int, int, float, int, str]:
     """Smaller is better. Prompt tokens first: they are both the work ahead and the memory taken."""
-    return (client.outstanding_tokens, client.outstanding_requests, -client.local_free_blocks, client.instance_id)
+    gain = client.hint.gain if client.hint is not None else 0.0
+    return (
+        client.outstanding_tokens,
+        client.outstanding_requests,
+        -gain,
+        -client.local_free_blocks,
+        client.instance_id,
+    )
 
 
 def _update(client: InstanceClient, view: InstanceView) -> None:
     client.max_model_len = view.max_model_len
     client.local_free_blocks = view.local_free_blocks
+    client.take_hint(view.hint)

@@ -125,6 +125,10 @@ def _cluster_status(state: ClusterState, model: str) -> cluster_pb2.GetClusterSt
         kvdaemons=[_kvdaemon(view) for view in state.kvdaemons],
         requests=[_request(view) for view in state.requests],
         models=[model],
+        gmanagers=[
+            cluster_pb2.GManagerStatus(gmanager_id=view.gmanager_id, address=view.address, leads=view.leads)
+            for view in state.gmanagers
+        ],
     )
 
 

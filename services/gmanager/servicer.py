@@ -10,19 +10,21 @@ from typing import Any
 
 import grpc.aio
 
-from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc, pool_pb2
-from services.core.blocks import PoolGeometry
-from services.core.errors import ConfigError, InvalidRequestError, ResyncRequiredError
-from services.core.placement import (
-    Heartbeat,
-    InstanceReport,
-    KvDaemonReport,
-    PlacementEntry,
-    PoolStats,
-    Report,
+from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc
+from services.core.errors import InvalidRequestError, ResyncRequiredError
+from services.gmanager.messages import (
+    geometry_from_proto,
+    heartbeat_from_proto,
+    instance_to_proto,
+    kvdaemon_to_proto,
+    move_to_proto,
+    planner_to_proto,
+    request_to_proto,
 )
-from services.core.sequence import RequestAge
-from services.gmanager.view import ClusterView, InstanceInfo, KvDaemonInfo, RequestInfo
+from services.gmanager.office import Office
+from services.gmanager.planning import Planning
+from services.gmanager.view import ClusterView
+from services.runtime.membership import Member
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +52,23 @@ class MembershipSignal:
 
 
 class GManagerServicer(gmanager_pb2_grpc.GManagerServiceServicer):
-    """Serves one ClusterView. ``clock`` answers monotonic seconds, the ``now`` of the view."""
+    """Serves one ClusterView, in office. ``clock`` answers monotonic seconds, the ``now`` of the view."""
 
     def __init__(
-        self, view: ClusterView, changed: MembershipSignal, clock: Callable[[], float], watch_interval_s: float
+        self,
+        view: ClusterView,
+        changed: MembershipSignal,
+        clock: Callable[[], float],
+        watch_interval_s: float,
+        office: Office,
+        planning: Planning,
     ) -> None:
         self._view = view
         self._changed = changed
         self._clock = clock
         self._watch_interval_s = watch_interval_s
+        self._office = office
+        self._planning = planning
         self._streams = itertools.count()
 
     async def Heartbeat(
@@ -68,6 +78,7 @@ class GManagerServicer(gmanager_pb2_grpc.GManagerServiceServicer):
         member = ""
         try:
             async for message in request_iterator:
+                self._office.require()
                 if not member:
                     if message.WhichOneof("report") != message.member.partition("/")[0]:
                         raise ResyncRequiredError(
@@ -77,7 +88,9 @@ class GManagerServicer(gmanager_pb2_grpc.GManagerServiceServicer):
                     logger.info("heartbeats begin", extra={"reporter": member})
                 elif message.member != member:
                     raise InvalidRequestError(f"a heartbeat of {message.member!r} in the stream of {member!r}")
-                self._view.apply(stream, heartbeat_from_proto(message), self._clock())
+                heartbeat, now = heartbeat_from_proto(message), self._clock()
+                self._view.apply(stream, heartbeat, now)
+                self._planning.observe(heartbeat, now)
         finally:
             if member:
                 self._view.stream_ended(member, stream)
@@ -85,6 +98,7 @@ class GManagerServicer(gmanager_pb2_grpc.GManagerServiceServicer):
         return gmanager_pb2.HeartbeatResponse()
 
     async def FindRoom(self, request: gmanager_pb2.FindRoomRequest, context: Context) -> gmanager_pb2.FindRoomResponse:
+        self._office.require()
         geometry = geometry_from_proto(request.geometry)
         rooms = self._view.find_room(
             geometry, request.block_bytes or geometry.block_bytes, frozenset(request.exclude_kvdaemon_ids)
@@ -110,6 +124,7 @@ class GManagerServicer(gmanager_pb2_grpc.GManagerServiceServicer):
     ) -> AsyncIterator[gmanager_pb2.WatchInstancesResponse]:
         sent = -1
         while True:
+            self._office.require()
             if self._view.load_version != sent:
                 sent = self._view.load_version
                 yield gmanager_pb2.WatchInstancesResponse(
@@ -120,104 +135,20 @@ class GManagerServicer(gmanager_pb2_grpc.GManagerServiceServicer):
     async def GetClusterView(
         self, request: gmanager_pb2.GetClusterViewRequest, context: Context
     ) -> gmanager_pb2.GetClusterViewResponse:
+        self._office.require()
         now = self._clock()
         return gmanager_pb2.GetClusterViewResponse(
-            instances=[instance_to_proto(info) for info in self._view.instances(now)],
+            instances=[
+                instance_to_proto(info, self._planning.step_error(info.member.member_id))
+                for info in self._view.instances(now)
+            ],
             kvdaemons=[kvdaemon_to_proto(info) for info in self._view.kvdaemons(now)],
             requests=[request_to_proto(info) for info in self._view.requests()],
+            gmanagers=[self._gmanager_to_proto(member) for member in self._view.gmanagers()],
+            moves=[move_to_proto(record) for record in self._planning.moves],
+            planner=planner_to_proto(self._planning.summary),
         )
 
-
-def heartbeat_from_proto(message: gmanager_pb2.HeartbeatRequest) -> Heartbeat:
-    kind = message.WhichOneof("report")
-    report: Report | None = None
-    if kind == "instance":
-        report = InstanceReport(
-            running=message.instance.running_requests,
-            waiting=message.instance.waiting_requests,
-            placement=tuple(
-                PlacementEntry(entry.request_id, entry.kvdaemon_id, entry.num_blocks, entry.local)
-                for entry in message.instance.placement
-            ),
-            ended=tuple(message.instance.ended_request_ids),
-            oldest_starving=RequestAge(
-                message.instance.oldest_starving.arrival_time, message.instance.oldest_starving.request_id
-            )
-            if message.instance.HasField("oldest_starving")
-            else None,
-        )
-    elif kind == "kvdaemon":
-        stats = message.kvdaemon.stats
-        report = KvDaemonReport(
-            PoolStats(
-                pool_bytes=stats.pool_bytes,
-                block_bytes=stats.block_bytes,
-                total=stats.total,
-                free=stats.free,
-                cached=stats.cached,
-                workspace=stats.workspace,
-                reserved=stats.reserved,
-                in_use=stats.in_use,
-            ),
-            geometry_from_proto(message.kvdaemon.geometry) if message.kvdaemon.HasField("geometry") else None,
-        )
-    return Heartbeat(message.member, message.sequence, message.full, report)
-
-
-def geometry_from_proto(geometry: pool_pb2.PoolGeometry) -> PoolGeometry:
-    try:
-        return PoolGeometry(
-            geometry.layers, geometry.kv_heads, geometry.block_tokens, geometry.head_dim, geometry.dtype
-        )
-    except ConfigError as exc:
-        raise InvalidRequestError(str(exc)) from exc
-
-
-def instance_to_proto(info: InstanceInfo) -> gmanager_pb2.InstanceView:
-    return gmanager_pb2.InstanceView(
-        instance_id=info.member.member_id,
-        address=info.member.address,
-        model=info.member.model,
-        max_model_len=info.member.max_model_len,
-        local_kvdaemon_id=info.member.local_kvdaemon_id,
-        running_requests=info.running,
-        waiting_requests=info.waiting,
-        local_free_blocks=info.local_free_blocks,
-        heartbeat_age_s=info.heartbeat_age_s,
-    )
-
-
-def kvdaemon_to_proto(info: KvDaemonInfo) -> gmanager_pb2.KvDaemonView:
-    view = gmanager_pb2.KvDaemonView(
-        kvdaemon_id=info.member.member_id, address=info.member.address, heartbeat_age_s=info.heartbeat_age_s
-    )
-    if info.stats is not None:
-        view.stats.CopyFrom(
-            pool_pb2.PoolStats(
-                pool_bytes=info.stats.pool_bytes,
-                block_bytes=info.stats.block_bytes,
-                total=info.stats.total,
-                free=info.stats.free,
-                cached=info.stats.cached,
-                workspace=info.stats.workspace,
-                reserved=info.stats.reserved,
-                in_use=info.stats.in_use,
-            )
-        )
-    return view
-
-
-def request_to_proto(info: RequestInfo) -> gmanager_pb2.RequestView:
-    return gmanager_pb2.RequestView(
-        request_id=info.request_id,
-        instance_id=info.instance_id,
-        placement=[
-            gmanager_pb2.RequestPlacementEntry(
-                request_id=entry.request_id,
-                kvdaemon_id=entry.kvdaemon_id,
-                num_blocks=entry.num_blocks,
-                local=entry.local,
-            )
-            for entry in info.placement
-        ],
-    )
+    def _gmanager_to_proto(self, member: Member) -> gmanager_pb2.GManagerView:
+        leads = member.member_id == self._office.member.member_id and self._office.fencing_token is not None
+        return gmanager_pb2.GManagerView(gmanager_id=member.member_id, address=member.address, leads=leads)

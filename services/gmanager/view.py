@@ -11,21 +11,25 @@ Cost: ``apply`` touches the changed entries of one member only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from services.core.blocks import PoolGeometry
 from services.core.errors import ResyncRequiredError
 from services.core.placement import (
+    AdmissionHint,
     BlockCount,
     Heartbeat,
-    InstanceReport,
     KvDaemonReport,
     PlacementEntry,
     PoolStats,
     Room,
+    RunningRequest,
+    WaitingRequest,
 )
 from services.core.sequence import RequestAge
+from services.gmanager.reporter import Reporter
 from services.runtime.membership import Member
 
 STARVING_HEARTBEAT_AGE_S = 5.0  # heartbeats come every second at least
@@ -33,13 +37,15 @@ STARVING_HEARTBEAT_AGE_S = 5.0  # heartbeats come every second at least
 
 @dataclass(frozen=True, slots=True)
 class InstanceInfo:
-    """One instance, as gateways see it. ``heartbeat_age_s`` counts from its membership where none has come."""
+    """One instance, as gateways see it. ``heartbeat_age_s`` counts from its membership where none has come; ``hint`` is
+    None where a new request would do better elsewhere, and where nobody plans."""
 
     member: Member
     running: int
     waiting: int
     local_free_blocks: int
     heartbeat_age_s: float
+    hint: AdmissionHint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +66,31 @@ class RequestInfo:
     placement: tuple[PlacementEntry, ...]
 
 
-@dataclass(slots=True)
-class _Reporter:
-    """What one process said on its present heartbeat stream."""
+@dataclass(frozen=True, slots=True)
+class InstanceFacts:
+    """One instance, as the planner needs it.
 
-    stream: int
-    next_sequence: int
-    last_heartbeat: float
-    open: bool = True  # the stream
-    instance: InstanceReport | None = None
-    # request id -> daemon id -> blocks; every inner mapping has at least one entry.
-    placement: dict[str, dict[str, BlockCount]] = field(default_factory=dict)
-    kvdaemon: KvDaemonReport | None = None
+    Attributes:
+        heard_at: time of its last heartbeat; -inf if none has come.
+        max_running: requests that it can run at the same time; 0 if it has not said so.
+        running: progress and placement (daemon id -> blocks) of the running requests, oldest first.
+        queue: waiting ones, oldest first.
+    """
+
+    member: Member
+    heard_at: float
+    max_running: int
+    running: tuple[tuple[RunningRequest, Mapping[str, BlockCount]], ...]
+    queue: tuple[WaitingRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvDaemonFacts:
+    """One KV daemon, as the planner needs it; ``heard_at`` as for instances."""
+
+    member: Member
+    heard_at: float
+    report: KvDaemonReport | None
 
 
 class ClusterView:
@@ -80,11 +99,13 @@ class ClusterView:
     def __init__(self) -> None:
         self._instances: dict[str, Member] = {}
         self._kvdaemons: dict[str, Member] = {}
+        self._gmanagers: dict[str, Member] = {}
         self._entered: dict[str, frozenset[str]] = {}  # by kind: ids that stand in etcd now
         # By heartbeat identity, "instance/<id>" or "kvdaemon/<id>".
-        self._reporters: dict[str, _Reporter] = {}
+        self._reporters: dict[str, Reporter] = {}
         # When each member was first seen, by the same identity.
         self._member_since: dict[str, float] = {}
+        self._hints: Mapping[str, AdmissionHint] = {}
         self._load_version = 0
 
     @property
@@ -99,6 +120,16 @@ class ClusterView:
     def set_kvdaemons(self, members: Mapping[str, Member], now: float) -> None:
         """The KV daemons that stand in etcd now."""
         self._update("kvdaemon", self._kvdaemons, members, now)
+
+    def set_gmanagers(self, members: Mapping[str, Member], now: float) -> None:
+        """The gManagers that stand in etcd now; they send no heartbeats."""
+        self._gmanagers = dict(members)
+
+    def set_hints(self, hints: Mapping[str, AdmissionHint]) -> None:
+        """By instance id, what the latest plan says."""
+        if hints != self._hints:
+            self._hints = dict(hints)
+            self._load_version += 1
 
     def _update(self, kind: str, known: dict[str, Member], entered: Mapping[str, Member], now: float) -> None:
         for member_id in known.keys() - entered.keys():
@@ -128,7 +159,7 @@ class ClusterView:
         if heartbeat.full:
             if heartbeat.sequence != 0 or heartbeat.report is None:
                 raise ResyncRequiredError(f"{heartbeat.member}: a full report must be the stream's first message")
-            reporter = _Reporter(stream, 0, now)
+            reporter = Reporter(stream, 0, now)
             self._reporters[heartbeat.member] = reporter
         else:
             known = self._reporters.get(heartbeat.member)
@@ -145,11 +176,7 @@ class ClusterView:
         if heartbeat.report is None:
             return
         self._load_version += 1
-        if isinstance(heartbeat.report, KvDaemonReport):
-            reporter.kvdaemon = heartbeat.report
-        else:
-            reporter.instance = heartbeat.report
-            _apply_placement(reporter.placement, heartbeat.report)
+        reporter.apply(heartbeat.report)
 
     def stream_ended(self, member: str, stream: int) -> None:
         """Forgets a process that does not stand in etcd; the report of one that does stays until it leaves."""
@@ -160,6 +187,15 @@ class ClusterView:
         kind, _, member_id = member.partition("/")
         if member_id not in self._entered.get(kind, ()):
             self._forget(self._instances if kind == "instance" else self._kvdaemons, kind, member_id)
+
+    def forget_reports(self) -> None:
+        """Another gManager gets the heartbeats from now on. Who stands in etcd stays known, without what it said."""
+        self._reporters.clear()
+        self._hints = {}
+        for kind, known in (("instance", self._instances), ("kvdaemon", self._kvdaemons)):
+            for member_id in known.keys() - self._entered.get(kind, frozenset()):
+                self._forget(known, kind, member_id)
+        self._load_version += 1
 
     def instances(self, now: float) -> tuple[InstanceInfo, ...]:
         """All instances, by id."""
@@ -175,6 +211,10 @@ class ClusterView:
             answer.append(KvDaemonInfo(self._kvdaemons[member_id], stats, age_s))
         return tuple(answer)
 
+    def gmanagers(self) -> tuple[Member, ...]:
+        """All gManagers, by id."""
+        return tuple(self._gmanagers[member_id] for member_id in sorted(self._gmanagers))
+
     def requests(self) -> tuple[RequestInfo, ...]:
         """The request placement map, by instance and request."""
         answer = []
@@ -187,6 +227,38 @@ class ClusterView:
                     if kvdaemon_id in self._kvdaemons
                 )
                 answer.append(RequestInfo(request_id, instance_id, entries))
+        return tuple(answer)
+
+    def instance_facts(self) -> tuple[InstanceFacts, ...]:
+        """All instances, by id. Mappings are the view's own: use them before the next heartbeat, or copy them."""
+        answer = []
+        for member_id in sorted(self._instances):
+            reporter = self._reporters.get(f"instance/{member_id}")
+            if reporter is None or reporter.instance is None:
+                answer.append(InstanceFacts(self._instances[member_id], -math.inf, 0, (), ()))
+                continue
+            running = sorted(
+                reporter.progress.values(), key=lambda progress: (progress.arrival_time, progress.request_id)
+            )
+            answer.append(
+                InstanceFacts(
+                    self._instances[member_id],
+                    reporter.last_heartbeat,
+                    reporter.instance.max_running,
+                    tuple((progress, reporter.placement.get(progress.request_id, {})) for progress in running),
+                    reporter.queue,
+                )
+            )
+        return tuple(answer)
+
+    def kvdaemon_facts(self) -> tuple[KvDaemonFacts, ...]:
+        """All KV daemons, by id."""
+        answer = []
+        for member_id in sorted(self._kvdaemons):
+            reporter = self._reporters.get(f"kvdaemon/{member_id}")
+            heard_at = reporter.last_heartbeat if reporter is not None else -math.inf
+            report = reporter.kvdaemon if reporter is not None else None
+            answer.append(KvDaemonFacts(self._kvdaemons[member_id], heard_at, report))
         return tuple(answer)
 
     def find_room(self, geometry: PoolGeometry, block_bytes: int, exclude: Collection[str] = ()) -> tuple[Room, ...]:
@@ -226,6 +298,7 @@ class ClusterView:
             waiting=report.waiting if report else 0,
             local_free_blocks=daemon.kvdaemon.stats.available if daemon and daemon.kvdaemon else 0,
             heartbeat_age_s=self._age(f"instance/{member.member_id}", now),
+            hint=self._hints.get(member.member_id),
         )
 
     def _age(self, member: str, now: float) -> float:
@@ -246,15 +319,3 @@ def room_in(daemon: KvDaemonReport, geometry: PoolGeometry, block_bytes: int) ->
         return 0, 0
     fitting = stats.pool_bytes // block_bytes if block_bytes else 0
     return fitting, fitting
-
-
-def _apply_placement(placement: dict[str, dict[str, BlockCount]], report: InstanceReport) -> None:
-    for entry in report.placement:
-        if entry.num_blocks:
-            placement.setdefault(entry.request_id, {})[entry.kvdaemon_id] = BlockCount(entry.num_blocks, entry.local)
-        elif (where := placement.get(entry.request_id)) is not None:
-            where.pop(entry.kvdaemon_id, None)
-            if not where:
-                del placement[entry.request_id]
-    for request_id in report.ended:
-        placement.pop(request_id, None)

@@ -24,6 +24,7 @@ from services.instance.config import InstanceConfig
 from services.instance.control import Stop
 from services.instance.engine import Engine
 from services.instance.model import Model, load_model
+from services.instance.passes.apply import apply_passes
 from services.instance.probe import probe
 from services.instance.servicer import InstanceServicer
 from services.rmanager.daemon_client import DaemonSession
@@ -33,6 +34,7 @@ from services.rmanager.heartbeat import HeartbeatSender
 from services.runtime.config import load_config
 from services.runtime.etcd import EtcdClient
 from services.runtime.grpc_server import bind, make_server
+from services.runtime.health import HealthPort
 from services.runtime.logs import setup_logging
 from services.runtime.membership import Member, Membership
 
@@ -49,6 +51,7 @@ def main() -> None:
         torch.set_num_threads(config.num_threads)
         model = load_model(config.model, config.dtype, config.max_model_len)
         probe(model, kernels.load("cpu", config.num_threads), config.block_tokens, config.dtype)
+        apply_passes(model, config.passes, config.num_threads)
         asyncio.run(serve(config, model))
     except InfiniteLLMError as error:
         sys.exit(f"infinite-llm instance: {error}")
@@ -59,10 +62,10 @@ async def serve(config: InstanceConfig, model: Model) -> None:
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-    etcd = EtcdClient(config.etcd)
+    etcd = EtcdClient(config.etcd, config.etcd_tls)
     membership = Membership(etcd, config.cluster)
     locator = GManagerLocator(membership)
-    gmanager = GManagerClient(locator.address)
+    gmanager = GManagerClient(locator.address, config.tls)
     servicer = InstanceServicer(model.shape.vocab_size, model.shape.max_model_len)
 
     local = await _open_local(config, membership, model, lambda reason: None if stop.is_set() else _end(reason))
@@ -78,13 +81,18 @@ async def serve(config: InstanceConfig, model: Model) -> None:
     parts = assemble(config, model, local, pool, workspace, size.max_num_seqs, gmanager, servicer.publish, _end)
     thread = threading.Thread(target=_run, args=(parts.engine,), name="engine", daemon=True)
     thread.start()
-    servicer.serve(parts.engine)
-    server = make_server()
+    servicer.serve(parts.engine, parts.rmanager.moves)
+    server = make_server(config.tls)
     add_InstanceServiceServicer_to_server(servicer, server)
-    address = bind(server, config.listen)
+    address = bind(server, config.listen, tls=config.tls, allow_insecure=config.allow_insecure)
     await server.start()
     heartbeat = HeartbeatSender(
-        f"instance/{config.member_id}", locator.address, parts.board.for_heartbeat, config.heartbeat_interval_s
+        f"instance/{config.member_id}",
+        locator,
+        parts.board.for_heartbeat,
+        config.heartbeat_interval_s,
+        parts.engine.timings.drain,
+        tls=config.tls,
     )
     heartbeat.start()
     registration = await membership.register(
@@ -98,6 +106,12 @@ async def serve(config: InstanceConfig, model: Model) -> None:
             epoch=time.time_ns(),
         )
     )
+    health = HealthPort(
+        config.health_listen,
+        lambda: time.monotonic() - parts.board.put_at < config.stall_timeout_s,
+        lambda: registration.entered and not stop.is_set(),
+    )
+    await health.start()
     _log.info("serving", extra={"address": address, "workspace": size.blocks, "max_num_seqs": size.max_num_seqs})
 
     await stop.wait()
@@ -113,6 +127,7 @@ async def serve(config: InstanceConfig, model: Model) -> None:
     await gmanager.close()
     await locator.close()
     await etcd.close()
+    await health.close()
 
 
 async def _open_local(
@@ -139,6 +154,7 @@ async def _open_local(
                     mapped=True,
                     on_lost=lambda _, reason: on_fatal(f"local kvdaemon lost: {reason}"),
                     call_timeout_s=config.call_timeout_s,
+                    tls=config.tls,
                 )
                 await session.open()
                 return session

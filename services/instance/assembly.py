@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import kernels
 from services.core.blocks import BlockHandle, BlockKeySpace, PoolGeometry
 from services.core.errors import ConfigError
-from services.core.placement import BlockCount, InstanceSnapshot
+from services.core.placement import BlockCount, InstanceSnapshot, MoveReport
 from services.dataplane.peers import PeerSet
 from services.dataplane.pool_socket import MappedPool
 from services.dataplane.remote_attention import RemoteAttention
@@ -58,13 +59,20 @@ def size_workspace(config: InstanceConfig, total_blocks: int) -> Workspace:
 
 @dataclass(slots=True)
 class SnapshotBoard:
-    """The engine's latest snapshot, for heartbeats. A single reference is swapped: no lock is needed."""
+    """The engine's latest snapshot, for heartbeats. A single reference is swapped: no lock is needed.
+
+    The engine puts one at every slow round of its loop, so ``put_at`` (monotonic) also tells whether it goes round.
+    """
 
     local_kvdaemon_id: str
+    max_running: int
     latest: EngineSnapshot = field(default_factory=EngineSnapshot)
+    moves: Callable[[], tuple[MoveReport, ...]] = tuple  # ended lately
+    put_at: float = field(default_factory=time.monotonic)
 
     def put(self, snapshot: EngineSnapshot) -> None:
         self.latest = snapshot
+        self.put_at = time.monotonic()
 
     def for_heartbeat(self) -> InstanceSnapshot:
         latest = self.latest
@@ -76,7 +84,16 @@ class SnapshotBoard:
             }
             for request_id, blocks in latest.placement
         }
-        return InstanceSnapshot(latest.running, latest.waiting, placement, latest.oldest_starving)
+        return InstanceSnapshot(
+            latest.running,
+            latest.waiting,
+            placement,
+            latest.oldest_starving,
+            self.moves(),
+            self.max_running,
+            latest.progress,
+            latest.queue,
+        )
 
 
 class _OrderDesk:
@@ -123,14 +140,27 @@ def assemble(
     desk = _OrderDesk()
     keys = BlockKeySpace(shape.fingerprint, config.dtype, (0, shape.kv_heads))
     memory = BlockMemory(
-        geometry, keys, model.rotary, tensor, workspace, local.kvdaemon_id, local.opened.session_id, peers, remote, desk
+        geometry,
+        keys,
+        model.rotary,
+        tensor,
+        workspace,
+        local.kvdaemon_id,
+        local.opened.session_id,
+        peers,
+        remote,
+        desk,
+        local.opened.data_address(config.transport),
     )
     scheduler = Scheduler(max_num_seqs, config.max_batch_tokens)
-    board = SnapshotBoard(local.kvdaemon_id)
+    board = SnapshotBoard(local.kvdaemon_id, max_num_seqs)
     engine = Engine(model, attention, remote, peers, memory, scheduler, desk, publish, board.put)
-    settings = RManagerSettings(config.member_id, geometry, config.transport, len(workspace), config.call_timeout_s)
-    desk.rmanager = RManager(settings, local, gmanager, peers, engine.post, on_fatal)
-    return Assembly(engine, desk.rmanager, board)
+    settings = RManagerSettings(
+        config.member_id, geometry, config.transport, len(workspace), config.call_timeout_s, config.tls
+    )
+    rmanager = desk.rmanager = RManager(settings, local, gmanager, peers, engine.post, on_fatal)
+    board.moves = lambda: rmanager.moves.reports
+    return Assembly(engine, rmanager, board)
 
 
 def _limits(config: InstanceConfig, model: Model, geometry: PoolGeometry) -> tuple[int, Limits]:

@@ -9,6 +9,8 @@ from typing import Literal
 from services.core.errors import ConfigError
 from services.dataplane.link_spec import parse_link
 from services.dataplane.select import Scheme
+from services.instance.passes import PASSES, PassName
+from services.runtime.tls import MutualTls, TlsConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +33,17 @@ class InstanceConfig:
         max_batch_tokens: tokens computed in one step at most; the size of a prefill chunk.
         block_tokens: tokens of an rBlock.
         num_threads: of the model and of the kernels.
+        passes: over the loaded model, as services/instance/passes names them; all that apply where not given.
         ship_float32: ship partial outputs as float32 instead of ``dtype``.
         transfer_timeout_s: a daemon that has not answered a layer's query by then counts as lost.
         call_timeout_s: deadline of a control call to a daemon.
         startup_timeout_s: how long to wait for the local daemon at start.
         heartbeat_interval_s: between reports to the gManager.
+        health_listen: host:port for Kubernetes' probes.
+        stall_timeout_s: an engine that has finished no step for so long is stuck; longer than any step may take.
+        tls: identity on gRPC.
+        etcd_tls: towards etcd.
+        allow_insecure: listen on other than loopback without TLS.
     """
 
     cluster: str
@@ -53,11 +61,17 @@ class InstanceConfig:
     max_batch_tokens: int = 1024
     block_tokens: int = 64
     num_threads: int = 1
+    passes: tuple[PassName, ...] = PASSES
     ship_float32: bool = False
     transfer_timeout_s: float = 60.0
     call_timeout_s: float = 10.0
     startup_timeout_s: float = 60.0
     heartbeat_interval_s: float = 0.25
+    health_listen: str | None = None
+    stall_timeout_s: float = 300.0
+    tls: MutualTls | None = None
+    etcd_tls: TlsConfig | None = None
+    allow_insecure: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_batch_tokens", "block_tokens", "num_threads"):
@@ -75,5 +89,10 @@ class InstanceConfig:
         for name in ("transfer_timeout_s", "call_timeout_s", "startup_timeout_s", "heartbeat_interval_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"instance config: {name} must be positive, got {getattr(self, name)}")
+        if self.stall_timeout_s <= self.transfer_timeout_s:
+            raise ConfigError(
+                f"instance config: stall_timeout_s ({self.stall_timeout_s}) must be greater than transfer_timeout_s "
+                f"({self.transfer_timeout_s}), for which a healthy step may wait"
+            )
         if self.link is not None:
             parse_link(self.link)

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from services.core.blocks import BlockHandle, BlockRef
 from services.core.errors import InfiniteLLMError
+from services.core.placement import MoveEnd
 from services.core.sequence import Request, RequestAge
 
 # ---------------------------------------------------------------- orders: engine -> rManager
@@ -70,7 +71,37 @@ class EndSession:
     reason: str
 
 
-Order = ReservePrompt | SealLocal | Release | Replenish | EndSession
+@dataclass(frozen=True, slots=True)
+class SealCopies:
+    """Seal blocks that another daemon has filled for us.
+
+    Attributes:
+        session_id: the session that has reserved them; if another has taken its place, they are gone.
+    """
+
+    kvdaemon_id: str
+    session_id: int
+    blocks: tuple[tuple[BlockHandle, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveMove:
+    """Find places at the move's destination for blocks with these keys: the same content, or room for it."""
+
+    move_id: str
+    keys: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EndMove:
+    """The move has ended, or does not begin."""
+
+    move_id: str
+    moved_blocks: int
+    end: MoveEnd
+
+
+Order = ReservePrompt | SealLocal | Release | Replenish | EndSession | SealCopies | ReserveMove | EndMove
 
 
 class Control(Protocol):
@@ -159,6 +190,47 @@ class Replenished:
 
 
 @dataclass(frozen=True, slots=True)
+class CopiesSealed:
+    """Answer to SealCopies: filled block, and the block that holds its content now (another one if sealed before)."""
+
+    kvdaemon_id: str
+    session_id: int
+    blocks: tuple[tuple[BlockHandle, BlockHandle], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BeginMove:
+    """The gManager wants sealed blocks of a request to lie on another daemon."""
+
+    move_id: str
+    request_id: str
+    source_kvdaemon_id: str
+    destination_kvdaemon_id: str
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoveReserved:
+    """Answer to ReserveMove; without any block the move has been refused.
+
+    Attributes:
+        kvdaemon_id, session_id: the destination, and the session there that holds the blocks.
+        attached: (index of the key, block) of content that lay there already, one hold each.
+        reserved: blocks to be filled.
+        reserved_at: monotonic time, not later than the reservation.
+        use_within_s: how soon after that, or after the last use of one of them, each must be used.
+    """
+
+    move_id: str
+    kvdaemon_id: str
+    session_id: int
+    attached: tuple[tuple[int, BlockHandle], ...]
+    reserved: tuple[BlockHandle, ...]
+    reserved_at: float
+    use_within_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class PeerOpened:
     """A session with a daemon is open; its data plane can be connected to."""
 
@@ -181,6 +253,9 @@ EngineEvent = (
     | PromptRefused
     | LocalSealed
     | Replenished
+    | CopiesSealed
+    | BeginMove
+    | MoveReserved
     | PeerOpened
     | Stop
 )

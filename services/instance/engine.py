@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 
 from services.core.errors import PeerLostError, TransferTimeoutError
+from services.core.placement import MOST_WAITING_TOLD, RunningRequest, WaitingRequest
 from services.core.sequence import RequestAge, Sequence, SequenceState
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import RemoteAttention
@@ -22,10 +23,13 @@ from services.instance.batch import build_batch
 from services.instance.control import (
     Abort,
     AbortStream,
+    BeginMove,
     Control,
+    CopiesSealed,
     EndSession,
     EngineEvent,
     LocalSealed,
+    MoveReserved,
     PeerOpened,
     PromptDeferred,
     PromptRefused,
@@ -41,6 +45,7 @@ from services.instance.model import Model
 from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, Output, ProgressOutput, TokenOutput
 from services.instance.sampler import Sample, sample
 from services.instance.scheduler import Scheduled, Scheduler
+from services.instance.step_timings import StepTimings
 
 _log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.5  # longest wait for an event; only bounds how late a missed wake-up would be noticed
@@ -91,6 +96,7 @@ class Engine:
         self._steps = 0
         self._outputs: list[Output] = []
         self._snapshot_at = 0.0
+        self.timings = StepTimings()
         self._stopping = threading.Event()
 
     def post(self, event: EngineEvent) -> None:
@@ -101,6 +107,7 @@ class Engine:
     def run(self) -> None:
         """The loop; returns after ``Stop``."""
         while not self._stopping.is_set():
+            begun = time.perf_counter()
             self._take_events()
             self._settle_peers()
             self._memory.tick()
@@ -108,15 +115,15 @@ class Engine:
             batch = self._scheduler.schedule(self._memory.grow)
             if batch:
                 self._stuck_since = None
-                self._step(batch)
+                self._step(batch, begun)
             else:
                 self._make_room()
             self._flush()
             self._peers.poll(0.0 if batch else self._idle_wait())
         self._peers.close()
 
-    def _step(self, scheduled: list[Scheduled]) -> None:
-        """One transaction: plan, forward, sample, commit."""
+    def _step(self, scheduled: list[Scheduled], begun: float) -> None:
+        """One transaction: plan, forward, sample, commit. ``begun`` (perf_counter): the round it belongs to."""
         tables = [self._memory.table(item.sequence) for item in scheduled]
         batch = build_batch(scheduled, tables, self._model.rotary)
         self._steps += 1
@@ -144,6 +151,8 @@ class Engine:
                 self._append(item.sequence, next(samples))
             elif item.sequence.request.progress:
                 self._progress(item.sequence)
+        step_s = time.perf_counter() - begun
+        self.timings.add(scheduled, tables, step_s, self._attention.times, self._remote.answers)
 
     def _append(self, sequence: Sequence, drawn: Sample) -> None:
         request = sequence.request
@@ -314,6 +323,12 @@ class Engine:
                 self._memory.sealed(event)
             case Replenished():
                 self._memory.replenished(event)
+            case CopiesSealed():
+                self._memory.copies_sealed(event)
+            case BeginMove():
+                self._memory.begin_move(event, self._sequences.get(event.request_id))
+            case MoveReserved():
+                self._memory.move_reserved(event)
             case PeerOpened(kvdaemon_id, address, session_id):
                 self._peers.disconnect(kvdaemon_id, "a new session replaces it")
                 self._settle_peers()
@@ -340,7 +355,30 @@ class Engine:
             running = self._scheduler.running
             placement = tuple((s.request_id, self._memory.placement(s)) for s in running)
             waiting = self._scheduler.waiting
-            self._publish_snapshot(EngineSnapshot(len(running), len(waiting), placement, self._oldest_starving()))
+            self._publish_snapshot(
+                EngineSnapshot(
+                    len(running),
+                    len(waiting),
+                    placement,
+                    self._oldest_starving(),
+                    tuple(self._told_of(sequence) for sequence in running),
+                    tuple(self._told_of_waiting(sequence) for sequence in waiting[:MOST_WAITING_TOLD]),
+                )
+            )
+
+    def _told_of(self, sequence: Sequence) -> RunningRequest:
+        request, size = sequence.request, self._memory.geometry.block_tokens
+        blocks = sequence.computed // size
+        return RunningRequest(request.request_id, request.arrival_time, blocks * size, self._final_tokens(sequence))
+
+    def _told_of_waiting(self, sequence: Sequence) -> WaitingRequest:
+        tokens = len(sequence.tokens)
+        return WaitingRequest(tokens, self._final_tokens(sequence) - tokens)
+
+    def _final_tokens(self, sequence: Sequence) -> int:
+        """The length of the sequence's context in the end, unless a stop token ends it before."""
+        request = sequence.request
+        return min(request.prompt_tokens + request.sampling.max_tokens, self._model.shape.max_model_len)
 
     def _oldest_starving(self) -> RequestAge | None:
         """The oldest request that cannot go on for want of blocks: a running one, or a prompt that found no room."""

@@ -15,58 +15,44 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from services.core.blocks import BlockHandle, BlockKeySpace, BlockRef, PoolGeometry, next_block_key
+from services.core.placement import MoveEnd
 from services.core.sequence import RequestAge, Sequence
-from services.dataplane.peers import PeerSet, Sealed
+from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import RemoteAttention
-from services.instance.control import Control, LocalSealed, PromptReserved, Release, Replenish, Replenished, SealLocal
+from services.instance.control import (
+    BeginMove,
+    Control,
+    CopiesSealed,
+    LocalSealed,
+    MoveReserved,
+    PromptReserved,
+    Replenish,
+    Replenished,
+    SealLocal,
+)
+from services.instance.holds import Holds
+from services.instance.moves import Moves
 from services.instance.rotary import RotaryRegimes
+from services.instance.sequence_memory import SequenceMemory
+from services.instance.transfers import Transfers
 from services.rmanager.block_table import BlockTable, Home
 
 _STARVED_PAUSE_S = 0.1  # before asking again for room that was nowhere
 
 
-@dataclass(slots=True, eq=False)
-class SequenceMemory:
-    """What one admitted sequence holds.
-
-    Attributes:
-        local: open local blocks reserved for its prompt and not used yet.
-        remote: blocks reserved elsewhere for its prompt and not shipped to yet, in filling order.
-        first_local: block index from which the prompt's blocks stay here.
-    """
-
-    sequence: Sequence
-    table: BlockTable
-    local: list[BlockHandle]
-    remote: deque[BlockRef]
-    first_local: int
-
-
 @dataclass(slots=True)
-class _Transition:
-    """A local block being sealed or shipped. ``memory`` is None once its sequence has gone."""
+class _Sealing:
+    """A local block being sealed. ``memory`` is None once its sequence has gone."""
 
     memory: SequenceMemory | None
     index: int
-    own: BlockHandle
     home: Home
-    target: BlockRef | None = None
-
-
-@dataclass(slots=True)
-class _Releases:
-    """Holds to give up, by daemon."""
-
-    by_daemon: dict[str, list[BlockHandle]] = field(default_factory=dict)
-
-    def add(self, kvdaemon_id: str, handle: BlockHandle) -> None:
-        self.by_daemon.setdefault(kvdaemon_id, []).append(handle)
 
 
 class BlockMemory:
@@ -75,6 +61,7 @@ class BlockMemory:
     Args:
         pool: [num_blocks, layers, kv_heads, 2, block_tokens, head_dim], the mapped local pool.
         workspace: the open blocks held at start; their number is kept up.
+        local_address: data-plane address of the local daemon; None where other daemons cannot reach it.
     """
 
     def __init__(
@@ -89,24 +76,32 @@ class BlockMemory:
         peers: PeerSet,
         remote: RemoteAttention,
         control: Control,
+        local_address: str | None = None,
     ) -> None:
         self.geometry = geometry
         self._key_space = keys
         self._rotary = rotary
-        self._pool_bytes = pool.view(torch.uint8).view(pool.shape[0], geometry.block_bytes).numpy()
         self._free = list(workspace)
         self._target = self._held = len(self._free)
         self._local_id = local_kvdaemon_id
-        self._local_session = local_session_id
+        self._local_address = local_address
         self._peers = peers
         self._remote = remote
         self._control = control
         self._memories: dict[Sequence, SequenceMemory] = {}
-        self._sealing: dict[BlockHandle, _Transition] = {}
-        self._shipping: dict[int, _Transition] = {}  # by tag
-        self._to_ship: deque[_Transition] = deque()  # no room in the daemon's window yet
-        self._next_tag = 1
-        self._next_segment = 1
+        self._sealing: dict[BlockHandle, _Sealing] = {}
+        self._holds = Holds(local_kvdaemon_id, local_session_id, peers, control)
+        pool_bytes = pool.view(torch.uint8).view(pool.shape[0], geometry.block_bytes).numpy()
+        self._transfers = Transfers(
+            pool_bytes, local_address, peers, remote, self._holds, control, free_workspace=self._free.append
+        )
+        self._moves = Moves(
+            self._transfers,
+            self._holds,
+            control,
+            self._refuse_move_here,
+            key=lambda memory, index: self._key(memory.sequence, index),
+        )
         self._replenishing = False
         self._replenish_at = 0.0  # monotonic clock, not before
         self._found_no_room = False  # the last attempt to replenish
@@ -115,7 +110,7 @@ class BlockMemory:
     @property
     def settling(self) -> bool:
         """Whether blocks are under way that will come free without anybody's doing."""
-        return bool(self._shipping or self._to_ship or self._sealing or self._replenishing)
+        return bool(self._sealing or self._replenishing or self._transfers.leaving or self._moves.leaving)
 
     @property
     def starved(self) -> bool:
@@ -139,7 +134,7 @@ class BlockMemory:
             if ref.kvdaemon_id == self._local_id:
                 table.append_local(ref.handle, Home.SEALED)
             else:
-                table.append_remote(ref, self._segment_handle())
+                table.append_remote(ref, self._transfers.segment_handle())
         self._memories[sequence] = SequenceMemory(
             sequence,
             table,
@@ -156,12 +151,8 @@ class BlockMemory:
 
     def give_back(self, reserved: PromptReserved) -> None:
         """Nobody wants this reservation any more."""
-        releases = _Releases()
-        for ref in reversed((*reserved.attached, *reserved.remote)):
-            releases.add(ref.kvdaemon_id, ref.handle)
-        for handle in reserved.local:
-            releases.add(self._local_id, handle)
-        self._send(releases)
+        self._holds.release(reversed((*reserved.attached, *reserved.remote)))
+        self._holds.release(self._here(handle) for handle in reserved.local)
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Makes sure that the first ``tokens`` tokens have blocks. False: not enough blocks now, nothing changed."""
@@ -189,49 +180,56 @@ class BlockMemory:
             entry = memory.table.entries[index]
             assert entry.local is not None
             assert not entry.busy
-            entry.busy = True
-            transition = _Transition(memory, index, entry.local, entry.home)
+            key = self._key(sequence, index)
             if entry.home is Home.WORKSPACE and memory.remote:
-                transition.target = memory.remote.popleft()
-                self._to_ship.append(transition)
+                self._transfers.begin(memory, index, key, memory.remote.popleft())
                 continue
             if entry.home is Home.WORKSPACE:
                 self._held -= 1
-            self._sealing[entry.local] = transition
-            seals.append((entry.local, self._key(sequence, index)))
+            entry.busy = True
+            self._sealing[entry.local] = _Sealing(memory, index, entry.home)
+            seals.append((entry.local, key))
         if seals:
             self._control.order(SealLocal(tuple(seals)))
 
     def tick(self) -> None:
-        """Ships what can be shipped and keeps the workspace up; called once per round of the engine."""
-        for sealed in self._peers.take_sealed():
-            self._shipped(sealed)
-        while self._to_ship and self._ship(self._to_ship[0]):
-            self._to_ship.popleft()
+        """Sends what is to go elsewhere and keeps the workspace up; called once per round of the engine."""
+        self._transfers.tick()
+        self._moves.tick()
         if self._held < self._target and not self._replenishing and time.monotonic() >= self._replenish_at:
             self._replenishing = True
             self._control.order(Replenish(self._target - self._held))
 
     def sealed(self, event: LocalSealed) -> None:
         """Blocks have been sealed in place, or found to be sealed already elsewhere in the pool."""
-        releases = _Releases()
+        unused: list[BlockRef] = []
         for own, now in event.blocks:
-            transition = self._sealing.pop(own)
-            memory = transition.memory
+            sealing = self._sealing.pop(own)
+            memory = sealing.memory
             if memory is None:
-                releases.add(self._local_id, now)
+                unused.append(self._here(now))
             else:
-                entry = memory.table.entries[transition.index]
+                entry = memory.table.entries[sealing.index]
                 entry.busy, entry.home = False, Home.SEALED
                 if now != own:
-                    memory.table.replace_local(transition.index, now)
+                    memory.table.replace_local(sealing.index, now)
             if now != own:  # the own block is still open, and free for other use
-                if transition.home is Home.WORKSPACE:
+                if sealing.home is Home.WORKSPACE:
                     self._held += 1
                     self._free.append(own)
                 else:
-                    releases.add(self._local_id, own)
-        self._send(releases)
+                    unused.append(self._here(own))
+        self._holds.release(unused)
+
+    def copies_sealed(self, event: CopiesSealed) -> None:
+        self._transfers.sealed(event)
+
+    def begin_move(self, order: BeginMove, sequence: Sequence | None) -> None:
+        """``sequence``: of the order's request, if it is known here."""
+        self._moves.begin(order, None if sequence is None else self._memories.get(sequence))
+
+    def move_reserved(self, event: MoveReserved) -> None:
+        self._moves.reserved(event)
 
     def replenished(self, event: Replenished) -> None:
         """Blocks have come for the workspace, and room elsewhere to make more."""
@@ -240,47 +238,44 @@ class BlockMemory:
         self._free.extend(event.local)
         self._found_no_room = not event.local
         self.oldest_starving = event.oldest_starving
-        unused = _Releases()
+        unused: list[BlockRef] = []
         for ref in event.remote:
             victim = self._oldest_block_of_longest()
             if victim is None or not self._peers.is_connected(ref.kvdaemon_id):
-                unused.add(ref.kvdaemon_id, ref.handle)
+                unused.append(ref)
                 continue
             self._found_no_room = False
             memory, index = victim
-            entry = memory.table.entries[index]
-            assert entry.local is not None
-            entry.busy = True
-            self._to_ship.append(_Transition(memory, index, entry.local, entry.home, ref))
+            self._transfers.begin(memory, index, self._key(memory.sequence, index), ref)
         if self._found_no_room:
             self._replenish_at = time.monotonic() + _STARVED_PAUSE_S
-        self._send(unused)
+        self._holds.release(unused)
 
     def release(self, sequence: Sequence) -> None:
         """Gives up everything the sequence holds, if anything; what is under way settles by itself."""
         memory = self._memories.pop(sequence, None)
         if memory is None:
             return
-        releases = _Releases()
+        self._moves.request_ended(memory)
+        held: list[BlockRef] = []
         for entry in reversed(memory.table.entries):
             if entry.busy:
                 continue
             if entry.remote is not None:
-                releases.add(entry.remote.kvdaemon_id, entry.remote.handle)
+                held.append(entry.remote)
             elif entry.local is not None and entry.home is Home.WORKSPACE:
                 self._free.append(entry.local)
             elif entry.local is not None:
-                releases.add(self._local_id, entry.local)
-        for handle in memory.local:
-            releases.add(self._local_id, handle)
-        for ref in memory.remote:
-            releases.add(ref.kvdaemon_id, ref.handle)
-        for transition in (*self._sealing.values(), *self._shipping.values(), *self._to_ship):
-            if transition.memory is memory:
-                transition.memory = None
+                held.append(self._here(entry.local))
+        held += map(self._here, memory.local)
+        held += memory.remote
+        self._transfers.orphan(memory)
+        for sealing in self._sealing.values():
+            if sealing.memory is memory:
+                sealing.memory = None
         for kvdaemon_id, segment in memory.table.segments.items():
             self._remote.forget(kvdaemon_id, segment.handle)
-        self._send(releases)
+        self._holds.release(held)
 
     def peer_lost(self, kvdaemon_id: str) -> list[Sequence]:
         """A daemon is gone with all it held. Answers the sequences that must be computed anew (release them next)."""
@@ -289,13 +284,8 @@ class BlockMemory:
             for sequence, memory in self._memories.items()
             if memory.table.blocks_on(kvdaemon_id) or any(ref.kvdaemon_id == kvdaemon_id for ref in memory.remote)
         }
-        for tag, transition in list(self._shipping.items()):
-            if transition.target is not None and transition.target.kvdaemon_id == kvdaemon_id:
-                del self._shipping[tag]
-                self._ship_failed(transition, affected)
-        for transition in [t for t in self._to_ship if t.target and t.target.kvdaemon_id == kvdaemon_id]:
-            self._to_ship.remove(transition)
-            self._ship_failed(transition, affected)
+        affected |= self._transfers.peer_lost(kvdaemon_id)
+        self._moves.peer_lost(kvdaemon_id)
         return sorted(affected, key=lambda sequence: sequence.age)
 
     def placement(self, sequence: Sequence) -> dict[str, int]:
@@ -307,55 +297,11 @@ class BlockMemory:
         counts[self._local_id] = len(memory.table.local_blocks)
         return counts
 
-    def _ship(self, transition: _Transition) -> bool:
-        """Writes a block to its target; False if the daemon's window is full for now."""
-        if transition.memory is None:  # its sequence has gone meanwhile
-            self._settle_local(transition)
-            assert transition.target is not None
-            self._send_one(*transition.target)
-            return True
-        assert transition.target is not None
-        kvdaemon_id, handle = transition.target
-        if not self._peers.is_connected(kvdaemon_id):
-            return False  # peer_lost will take it out
-        if not self._peers.get(kvdaemon_id).has_room_to_write(self.geometry.block_bytes + 16):
-            return False
-        tag, self._next_tag = self._next_tag, self._next_tag + 1
-        key = self._key(transition.memory.sequence, transition.index)
-        content = memoryview(self._pool_bytes[transition.own.block])
-        self._peers.write_block(kvdaemon_id, tag, handle, key, content)
-        self._shipping[tag] = transition
-        return True
-
-    def _shipped(self, sealed: Sealed) -> None:
-        transition = self._shipping.pop(sealed.tag, None)
-        if transition is None:
-            return
-        memory = transition.memory
-        if memory is None:
-            self._send_one(sealed.kvdaemon_id, sealed.handle)
-        else:
-            ref = BlockRef(sealed.kvdaemon_id, sealed.handle)
-            memory.table.move_to_remote(transition.index, ref, self._segment_handle())
-            memory.table.entries[transition.index].busy = False
-        self._settle_local(transition)
-
-    def _ship_failed(self, transition: _Transition, affected: set[Sequence]) -> None:
-        """The target is gone: a spilled block simply stays; one without any other place loses its sequence's place."""
-        memory = transition.memory
-        if memory is None:
-            self._settle_local(transition)
-            return
-        memory.table.entries[transition.index].busy = False
-        if transition.home is Home.WORKSPACE:
-            affected.add(memory.sequence)
-
-    def _settle_local(self, transition: _Transition) -> None:
-        """The content lies elsewhere, or is not wanted: the local block goes back to where it came from."""
-        if transition.home is Home.WORKSPACE:
-            self._free.append(transition.own)
-        else:
-            self._send_one(self._local_id, transition.own)
+    def _refuse_move_here(self) -> MoveEnd | None:
+        """Why the local pool can be no move's destination now, if so."""
+        if self._local_address is None:
+            return MoveEnd.DESTINATION_UNREACHABLE
+        return MoveEnd.DESTINATION_FULL if self.starved else None
 
     def _key(self, sequence: Sequence, index: int) -> bytes:
         """Key of a full block; keys are hashed once, as tokens never change."""
@@ -379,15 +325,5 @@ class BlockMemory:
                     return memory, index
         return None
 
-    def _segment_handle(self) -> int:
-        handle, self._next_segment = self._next_segment, self._next_segment + 1
-        return handle
-
-    def _send(self, releases: _Releases) -> None:
-        for kvdaemon_id, handles in releases.by_daemon.items():
-            session_id = self._local_session if kvdaemon_id == self._local_id else self._peers.session_id(kvdaemon_id)
-            if session_id is not None:  # otherwise the holds have gone with their session
-                self._control.order(Release(kvdaemon_id, session_id, tuple(handles)))
-
-    def _send_one(self, kvdaemon_id: str, handle: BlockHandle) -> None:
-        self._send(_Releases({kvdaemon_id: [handle]}))
+    def _here(self, handle: BlockHandle) -> BlockRef:
+        return BlockRef(self._local_id, handle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.core.errors import InfiniteLLMError
+from services.core.placement import RunningRequest, WaitingRequest
 from services.core.sequence import RequestAge
 from services.instance.sampler import TokenLogprobs
 
@@ -56,9 +57,13 @@ class EngineSnapshot:
     Attributes:
         placement: for each running request, its blocks on each daemon.
         oldest_starving: the oldest request that cannot go on for want of blocks.
+        progress: of the running requests.
+        queue: the waiting requests, oldest first, MOST_WAITING_TOLD of them.
     """
 
     running: int = 0
     waiting: int = 0
     placement: tuple[tuple[str, dict[str, int]], ...] = ()
     oldest_starving: RequestAge | None = None
+    progress: tuple[RunningRequest, ...] = ()
+    queue: tuple[WaitingRequest, ...] = ()

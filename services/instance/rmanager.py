@@ -22,6 +22,8 @@ from services.core.placement import Room, RoomView
 from services.dataplane.peers import PeerSet
 from services.instance.capacity import Capacity
 from services.instance.control import (
+    CopiesSealed,
+    EndMove,
     EndSession,
     EngineEvent,
     LocalSealed,
@@ -33,11 +35,15 @@ from services.instance.control import (
     Release,
     Replenish,
     Replenished,
+    ReserveMove,
     ReservePrompt,
+    SealCopies,
     SealLocal,
 )
+from services.instance.move_desk import MoveDesk
 from services.rmanager.daemon_client import DaemonSession
 from services.rmanager.gmanager_client import GManagerClient
+from services.runtime.tls import MutualTls
 
 _log = logging.getLogger(__name__)
 _BLIND_S = 2.0  # a gManager that did not answer is not asked again before
@@ -51,6 +57,7 @@ class RManagerSettings:
     Attributes:
         scheme: of the data plane, e.g. "shm".
         workspace: open blocks the engine holds; not available to requests.
+        tls: the instance's own identity.
     """
 
     instance_id: str
@@ -58,6 +65,7 @@ class RManagerSettings:
     scheme: str
     workspace: int
     call_timeout_s: float
+    tls: MutualTls | None = None
 
 
 class _Hold(NamedTuple):
@@ -103,6 +111,7 @@ class RManager:
         self._capacity = Capacity(time.monotonic())
         self._look_again_at = -math.inf  # monotonic
         self._tasks: set[asyncio.Task[None]] = set()
+        self.moves = MoveDesk(self._session_at, post)
 
     def order(self, order: Order) -> None:
         """Takes an order from the engine thread."""
@@ -149,6 +158,16 @@ class RManager:
                     await session.release(handles)
             case Replenish(blocks):
                 await self._replenish(blocks)
+            case SealCopies(kvdaemon_id, session_id, blocks):
+                session = self._session(kvdaemon_id)
+                if session is not None and session.opened.session_id == session_id:
+                    now = await session.seal(blocks)
+                    own = [handle for handle, _ in blocks]
+                    self._post(CopiesSealed(kvdaemon_id, session_id, tuple(zip(own, now, strict=True))))
+            case ReserveMove():
+                await self.moves.reserve(order)
+            case EndMove():
+                self.moves.end(order)
             case EndSession(kvdaemon_id, session_id, _):
                 session = self._sessions.get(kvdaemon_id)
                 if session is not None and session.opened.session_id == session_id:
@@ -303,6 +322,11 @@ class RManager:
             return self._local
         return self._sessions.get(kvdaemon_id)
 
+    async def _session_at(self, kvdaemon_id: str, address: str) -> DaemonSession | None:
+        if kvdaemon_id == self._local.kvdaemon_id:
+            return self._local
+        return await self._session_with(Room(kvdaemon_id, address, 0, 0))
+
     async def _session_with(self, room: Room) -> DaemonSession | None:
         """The session with a daemon, opened if there is none. Concurrent callers share one attempt."""
         session = self._sessions.get(room.kvdaemon_id)
@@ -332,6 +356,7 @@ class RManager:
             mapped=False,
             on_lost=lost,
             call_timeout_s=self._settings.call_timeout_s,
+            tls=self._settings.tls,
         )
         try:
             opened = await session.open()
@@ -339,12 +364,11 @@ class RManager:
             _log.warning("kvdaemon gave no session", extra={"kvdaemon": room.kvdaemon_id, "why": str(error)})
             return None
         session_id = opened.session_id
-        prefix = self._settings.scheme + ":"
-        address = next((a for a in opened.dataplane_addresses if a.startswith(prefix)), None)
+        address = opened.data_address(self._settings.scheme)
         if address is None:
             _log.warning(
                 "kvdaemon offers no common transport",
-                extra={"kvdaemon": room.kvdaemon_id, "offers": opened.dataplane_addresses, "wanted": prefix},
+                extra={"kvdaemon": room.kvdaemon_id, "offers": opened.dataplane_addresses},
             )
             await session.close()
             return None

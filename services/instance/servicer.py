@@ -15,6 +15,7 @@ from services.core.errors import ContextTooLongError, InfiniteLLMError, InvalidR
 from services.core.sequence import Request, SamplingParams
 from services.instance.control import Abort, AbortStream, Submit
 from services.instance.engine import Engine
+from services.instance.move_desk import MoveDesk, MoveInstruction
 from services.instance.outputs import FailOutput, FinishOutput, Output, ProgressOutput, TokenOutput
 
 if TYPE_CHECKING:
@@ -25,20 +26,21 @@ _PING_INTERVAL_S = 1.0
 
 
 class InstanceServicer(rpc.InstanceServiceServicer):
-    """One stream per gateway; a step's outputs for a gateway travel in one message."""
+    """One stream per gateway; a step's outputs for a gateway travel in one message. The gManager has blocks moved."""
 
     def __init__(self, vocab_size: int, max_model_len: int) -> None:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._engine: Engine | None = None
+        self._moves: MoveDesk | None = None
         self._loop = asyncio.get_running_loop()
         self._streams: dict[int, asyncio.Queue[list[Output]]] = {}
         self._stream_ids = itertools.count(1)
         self._stopping = asyncio.Event()
 
-    def serve(self, engine: Engine) -> None:
-        """The engine runs; requests are taken from now on."""
-        self._engine = engine
+    def serve(self, engine: Engine, moves: MoveDesk | None = None) -> None:
+        """The engine runs; requests are taken from now on, and moves where there is who makes them."""
+        self._engine, self._moves = engine, moves
 
     def stop(self) -> None:
         """Ends all streams, so that gateways go elsewhere."""
@@ -77,6 +79,32 @@ class InstanceServicer(rpc.InstanceServiceServicer):
             await asyncio.gather(reader, stopped, return_exceptions=True)
             del self._streams[stream_id]
             engine.post(AbortStream(stream_id))
+
+    async def MoveBlocks(
+        self,
+        request: pb.MoveBlocksRequest,
+        context: grpc.aio.ServicerContext[pb.MoveBlocksRequest, pb.MoveBlocksResponse],
+    ) -> pb.MoveBlocksResponse:
+        moves = self._moves
+        if moves is None or self._stopping.is_set():
+            raise ShuttingDownError("this instance takes no instructions now")
+        if not request.num_blocks or request.source_kvdaemon_id == request.destination_kvdaemon_id:
+            raise InvalidRequestError(
+                f"a move takes at least one block from one daemon to another, not {request.num_blocks} from "
+                f"{request.source_kvdaemon_id!r} to {request.destination_kvdaemon_id!r}"
+            )
+        answer = await moves.instruct(
+            MoveInstruction(
+                request.move_id,
+                request.fencing_token,
+                request.request_id,
+                request.source_kvdaemon_id,
+                request.destination_kvdaemon_id,
+                request.destination_address,
+                request.num_blocks,
+            )
+        )
+        return pb.MoveBlocksResponse(accepted_blocks=answer.accepted_blocks, refusal=answer.refusal or "")
 
     async def _read(
         self,

@@ -37,6 +37,7 @@ from services.rmanager.ledger import Ledger
 from services.runtime.config import load_config
 from services.runtime.etcd import EtcdClient
 from services.runtime.grpc_server import bind, make_server
+from services.runtime.health import HealthPort
 from services.runtime.logs import setup_logging
 from services.runtime.membership import Member, Membership
 
@@ -72,24 +73,35 @@ async def serve(config: KvDaemonConfig) -> None:
     terms = SessionTerms(
         data_plane.addresses, str(config.pool_socket), config.ping_interval_s, config.session_timeout_s
     )
-    server = make_server()
+    server = make_server(config.tls)
     add_KvDaemonServiceServicer_to_server(KvDaemonServicer(shared, sessions, terms), server)
-    address = bind(server, config.listen, allow_insecure=config.allow_insecure)
+    address = bind(server, config.listen, tls=config.tls, allow_insecure=config.allow_insecure)
 
     thread = threading.Thread(target=_run, args=(worker,), name="worker", daemon=True)
     thread.start()
     pool_socket.start()
     await server.start()
-    etcd = EtcdClient(config.etcd)
+    etcd = EtcdClient(config.etcd, config.etcd_tls)
     membership = Membership(etcd, config.cluster)
     locator = GManagerLocator(membership)
     heartbeat = HeartbeatSender(
-        f"kvdaemon/{config.member_id}", locator.address, lambda: _snapshot(shared), config.heartbeat_interval_s
+        f"kvdaemon/{config.member_id}",
+        locator,
+        lambda: _snapshot(shared),
+        config.heartbeat_interval_s,
+        worker.hosting.drain,
+        tls=config.tls,
     )
     heartbeat.start()
     registration = await membership.register(
         Member(kind="kvdaemon", member_id=config.member_id, address=address, epoch=time.time_ns())
     )
+    health = HealthPort(
+        config.health_listen,
+        lambda: time.monotonic() - worker.round_at < config.stall_timeout_s,
+        lambda: registration.entered and not stop.is_set(),
+    )
+    await health.start()
     _log.info(
         "serving", extra={"address": address, "data_addresses": data_plane.addresses, "pool_mib": config.pool_mib}
     )
@@ -105,6 +117,7 @@ async def serve(config: KvDaemonConfig) -> None:
     await asyncio.to_thread(thread.join, _STOP_TIMEOUT_S)
     pool_socket.close()
     pool.close()
+    await health.close()
 
 
 def _snapshot(shared: SharedLedger) -> KvDaemonSnapshot:

@@ -8,6 +8,7 @@ from pathlib import Path
 from services.core.errors import ConfigError
 from services.dataplane.link_spec import parse_link
 from services.dataplane.select import ListenOptions, Scheme
+from services.runtime.tls import MutualTls, TlsConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,10 @@ class KvDaemonConfig:
         dataplane_listen: address of the tcp data plane; port 0 takes a free one.
         dataplane_advertise: numeric host that peers of the tcp data plane are told, where it is another than that of
             ``dataplane_listen``.
+        health_listen: host:port for Kubernetes' probes.
+        stall_timeout_s: a worker thread that has finished no round of its loop for so long is stuck.
+        tls: identity on gRPC.
+        etcd_tls: towards etcd.
         allow_insecure: listen on addresses that other hosts reach, without TLS.
         link: emulate such a link to every instance, as in "25gbit,50us"; the instances must be told the same.
         num_threads: threads of the attention kernels.
@@ -41,6 +46,10 @@ class KvDaemonConfig:
     transports: tuple[Scheme, ...] = ("shm",)
     dataplane_listen: str = "127.0.0.1:0"
     dataplane_advertise: str | None = None
+    health_listen: str | None = None
+    stall_timeout_s: float = 120.0
+    tls: MutualTls | None = None
+    etcd_tls: TlsConfig | None = None
     allow_insecure: bool = False
     link: str | None = None
     num_threads: int = 1
@@ -51,7 +60,7 @@ class KvDaemonConfig:
         for name in ("pool_mib", "num_threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"kvdaemon config: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("session_timeout_s", "heartbeat_interval_s"):
+        for name in ("session_timeout_s", "heartbeat_interval_s", "stall_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"kvdaemon config: {name} must be positive, got {getattr(self, name)}")
         if not self.transports or len(set(self.transports)) < len(self.transports):

@@ -40,6 +40,16 @@ class PoolView:
         """Fills a block. ``content``: block_bytes bytes, [layers, kv_heads, 2, block_tokens, head_dim]."""
         self._bytes[block].copy_(torch.frombuffer(content, dtype=torch.uint8))
 
+    def read(self, block: int) -> memoryview:
+        """The contents of a block, as ``write`` takes them, in the pool's own memory."""
+        content: memoryview = self._bytes[block].numpy().data
+        return content
+
+    def context_tokens(self, plan: StepPlan) -> float:
+        """Tokens of all blocks of a plan, divided by the number of layers: one layer's share of a step's work."""
+        assert self._geometry is not None
+        return len(plan.attention.block_ids) * self._geometry.block_tokens / self._geometry.layers
+
     def attend(
         self, query: Header, payload: memoryview, plan: StepPlan, max_answer_bytes: int
     ) -> tuple[memoryview, memoryview]:

@@ -20,7 +20,7 @@ from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, PoolGeometry
 from services.core.errors import InvalidRequestError, SessionRevokedError
 from services.kvdaemon.sessions import Sessions, SharedLedger
 from services.rmanager.gmanager_client import geometry_to_proto, stats_to_proto
-from services.rmanager.ledger import Session
+from services.rmanager.holder import Session
 
 _log = logging.getLogger(__name__)
 _Context = aio.ServicerContext[Any, Any]
@@ -71,7 +71,9 @@ class KvDaemonServicer(KvDaemonServiceServicer):
 
     async def Reserve(self, request: pb.ReserveRequest, context: _Context) -> pb.ReserveResponse:
         with self._shared as ledger:
-            handles = ledger.reserve(request.session_id, request.max_blocks, request.min_blocks, request.workspace)
+            handles = ledger.reserve(
+                request.session_id, request.max_blocks, request.min_blocks, request.workspace, request.ttl_s
+            )
         _log.debug("reserved", extra={"request_id": request.request_id, "blocks": len(handles)})
         return pb.ReserveResponse(blocks=_to_proto(handles))
 

@@ -14,7 +14,8 @@ from types import TracebackType
 
 from services.core.blocks import PoolGeometry
 from services.core.errors import InvalidRequestError, SessionRevokedError
-from services.rmanager.ledger import Ledger, Session
+from services.rmanager.holder import Session
+from services.rmanager.ledger import Ledger
 
 _log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,7 +26,9 @@ from services.core.errors import (
 )
 from services.dataplane import wire
 from services.dataplane.transport import Accepted, Connected, Connection, Lost, Message, Received, Transport
-from services.dataplane.wire import Header, Kind
+from services.dataplane.wire import Header, Kind, Role
+from services.kvdaemon.copier import Copier
+from services.kvdaemon.hosting import Hosting
 from services.kvdaemon.pool_view import PoolView
 from services.kvdaemon.segments import SegmentTable, StepPlan
 from services.kvdaemon.sessions import SharedLedger
@@ -38,10 +41,11 @@ _CHECKED_AT_ONCE = 512  # blocks, for each time the lock is taken
 
 @dataclass(slots=True)
 class _Client:
-    """One data connection of one session."""
+    """One data connection of one session; its role says what it may ask for."""
 
     connection: Connection
     session_id: int
+    role: Role
     segments: SegmentTable = field(default_factory=SegmentTable)
     plan: StepPlan | None = None
 
@@ -53,9 +57,12 @@ class Worker:
         self._transport = transport
         self._shared = shared
         self._pool = pool
+        self._copier = Copier(transport, shared, pool)
         self._clients: dict[Connection, _Client] = {}
         self._sessions_ended = False
         self._stopped = False
+        self.hosting = Hosting()
+        self.round_at = time.monotonic()  # when the loop went round last; read by other threads
 
     def sessions_ended(self) -> None:
         """Some sessions may be over: their data connections will be closed."""
@@ -70,17 +77,18 @@ class Worker:
     def run(self) -> None:
         """Serves until ``stop``. An exception that leaves this method is a bug, and nothing is served any more."""
         while not self._stopped:
-            for event in self._transport.poll(_POLL_S):
+            self.round_at = time.monotonic()
+            for event in self._transport.poll(0.0 if self._copier.ready else _POLL_S):
                 match event:
                     case Accepted(connection, hello):
                         self._accept(connection, hello)
                     case Received(connection, message):
                         self._receive(connection, message)
                     case Lost(connection, reason):
-                        if self._clients.pop(connection, None) is not None:
-                            _log.info("data connection lost", extra={"peer": connection.peer, "why": reason})
+                        self._lost(connection, reason)
                     case Connected():
-                        raise AssertionError("the daemon connects to nobody")
+                        pass
+            self._copier.advance()
             if self._sessions_ended:
                 self._sessions_ended = False  # before looking, so that what ends meanwhile is looked at again
                 self._close_revoked()
@@ -88,17 +96,30 @@ class Worker:
 
     def _accept(self, connection: Connection, hello: bytes) -> None:
         try:
-            session_id = wire.unpack_hello(hello)
+            session_id, role = wire.unpack_hello(hello)
             with self._shared as ledger:
                 _check_open(ledger, session_id)
         except InfiniteLLMError as error:
             self._refuse(connection, Header(Kind.REFUSED), f"{error.reason}: {error}")
             return
-        self._clients[connection] = _Client(connection, session_id)
-        _log.info("data connection accepted", extra={"peer": connection.peer, "session": hex(session_id)})
+        self._clients[connection] = _Client(connection, session_id, role)
+        _log.info(
+            "data connection accepted",
+            extra={"peer": connection.peer, "session": hex(session_id), "role": role.name.lower()},
+        )
+
+    def _lost(self, connection: Connection, reason: str) -> None:
+        if self._copier.owns(connection):
+            self._copier.lost(connection, reason)
+        elif self._clients.pop(connection, None) is not None:
+            self._copier.forget(connection)
+            _log.info("data connection lost", extra={"peer": connection.peer, "why": reason})
 
     def _receive(self, connection: Connection, message: Message) -> None:
         """Serves one message. Whatever is wrong with it costs its sender the connection, and nobody else anything."""
+        if self._copier.owns(connection):
+            self._copier.received(connection, message)
+            return
         client = self._clients.get(connection)
         if client is None:  # closed while this event was on its way
             message.release()
@@ -106,6 +127,8 @@ class Worker:
         header = Header(Kind.REFUSED)
         try:
             header, payload = wire.unpack(message.data)
+            if (header.kind is Kind.FILL_BLOCK) != (client.role is Role.WRITER):
+                raise InvalidRequestError(f"{header.kind.name} from the session's {client.role.name.lower()}")
             match header.kind:
                 case Kind.QUERY:
                     self._query(client, header, payload, message)
@@ -113,6 +136,10 @@ class Worker:
                     self._plan(client, header, payload)
                 case Kind.WRITE_BLOCK:
                     self._write_block(client, header, payload, message)
+                case Kind.FILL_BLOCK:
+                    self._fill_block(client, header, payload, message)
+                case Kind.COPY:
+                    self._copier.order(connection, client.session_id, header, payload)
                 case Kind.FORGET:
                     client.segments.forget(wire.unpack_handles(header.rows, payload))
                 case _:
@@ -136,7 +163,10 @@ class Worker:
         if client.plan is None:
             raise InvalidRequestError("QUERY before any PLAN")
         self._enter(client)
+        begun = time.perf_counter()
         out, lse = self._pool.attend(header, payload, client.plan, client.connection.limits.max_message_bytes)
+        if client.plan.attention.max_query_len == 1:
+            self.hosting.add(self._pool.context_tokens(client.plan), time.perf_counter() - begun)
         with self._shared as ledger:
             _check_open(ledger, client.session_id)
         answer = Header(
@@ -164,6 +194,18 @@ class Worker:
         client.connection.send(
             [Header(Kind.BLOCK_SEALED, sequence=header.sequence, step=header.step, block=sealed).pack()]
         )
+
+    def _fill_block(self, client: _Client, header: Header, payload: memoryview, message: Message) -> None:
+        block_bytes = self._enter(client)
+        if len(payload) != block_bytes:
+            raise InvalidRequestError(f"FILL_BLOCK carries {len(payload)} bytes; a block has {block_bytes}")
+        with self._shared as ledger:
+            ledger.begin_write(client.session_id, header.block, on_behalf=True)
+        self._pool.write(header.block.block, payload)
+        with self._shared as ledger:
+            ledger.finish_write(client.session_id, header.block, None)
+        message.release()
+        client.connection.send([Header(Kind.BLOCK_FILLED, sequence=header.sequence, block=header.block).pack()])
 
     def _enter(self, client: _Client) -> int:
         """Looks at the pool as the client's session does, and answers the bytes of a block.
@@ -205,6 +247,7 @@ class Worker:
             connection.send([answer.pack(), reason.encode()])
         connection.close()
         self._clients.pop(connection, None)
+        self._copier.forget(connection)
 
 
 def _check_open(ledger: Ledger, session_id: int) -> None:

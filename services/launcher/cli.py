@@ -51,11 +51,14 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     command = commands.add_parser(
         "up",
         help="serve a checkpoint from a cluster on this machine",
-        description="Starts etcd, Redis, a gManager, KV daemons, instances and a gateway, and ends them on Ctrl-C.",
+        description="Starts etcd, Redis, gManagers, KV daemons, instances and a gateway, and ends them on Ctrl-C.",
         epilog="example: infinite-llm up --model ./checkpoint --instances 2 --kvdaemons 2 --pool-mib 64",
     )
     default = ClusterOptions(model=Path())
     command.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face checkpoint")
+    command.add_argument(
+        "--gmanagers", type=int, default=default.gmanagers, help="one leads, the others stand by (default %(default)s)"
+    )
     command.add_argument("--instances", type=int, default=default.instances, help="engines (default %(default)s)")
     command.add_argument(
         "--kvdaemons",
@@ -98,7 +101,7 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "status",
-        help="show instances, daemons, pool use, and where each request's rBlocks lie",
+        help="show gManagers, instances, daemons, pool use, and where each request's rBlocks lie",
         epilog="example: infinite-llm status --json | jq '.kvdaemons[].use'",
     )
     command.add_argument("--json", action="store_true", help="all fields, for programs")
@@ -132,6 +135,7 @@ def _add_places(command: argparse.ArgumentParser) -> None:
 def _cluster_options(options: argparse.Namespace) -> ClusterOptions:
     return ClusterOptions(
         model=options.model,
+        gmanagers=options.gmanagers,
         instances=options.instances,
         kvdaemons=options.kvdaemons,
         pool_mib=options.pool_mib,

@@ -19,6 +19,7 @@ class ClusterOptions:
 
     Attributes:
         model: directory of the checkpoint.
+        gmanagers: one leads, the others stand by.
         instances: engines, each with a KV daemon beside it.
         kvdaemons: further KV daemons, which lend memory only.
         pool_mib: memory of each daemon's pool.
@@ -32,6 +33,7 @@ class ClusterOptions:
     """
 
     model: Path
+    gmanagers: int = 1
     instances: int = 2
     kvdaemons: int = 2
     pool_mib: int = 64
@@ -47,6 +49,7 @@ class ClusterOptions:
 
     def __post_init__(self) -> None:
         for option, value, least in (
+            ("--gmanagers", self.gmanagers, 1),
             ("--instances", self.instances, 1),
             ("--kvdaemons", self.kvdaemons, 0),
             ("--pool-mib", self.pool_mib, 1),

@@ -82,7 +82,7 @@ def make_plan(options: ClusterOptions, checkpoint: CheckpointInfo, around: Surro
         argv = (around.python, "-m", f"services.{kind}", "--config", str(around.configs / f"{name}.yaml"))
         return ProcessSpec(name, kind, argv, config, restart=True)
 
-    gmanager = service("gmanager", "gmanager-0", listen="127.0.0.1:0")
+    gmanagers = [service("gmanager", f"gmanager-{index}", listen="127.0.0.1:0") for index in range(options.gmanagers)]
     kvdaemons = [
         service(
             "kvdaemon",
@@ -122,7 +122,7 @@ def make_plan(options: ClusterOptions, checkpoint: CheckpointInfo, around: Surro
         ready_instances=options.instances,
         ready_kvdaemons=len(daemons),
     )
-    return (_etcd(around), _redis(around), gmanager, *kvdaemons, *instances, gateway)
+    return (_etcd(around), _redis(around), *gmanagers, *kvdaemons, *instances, gateway)
 
 
 def check_overlay(overlay: Mapping[str, Mapping[str, object]]) -> None:

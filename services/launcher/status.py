@@ -21,6 +21,10 @@ def status(grpc_address: str, *, as_json: bool) -> int:
 
 def status_text(state: ClusterStatus) -> str:
     """The state as tables."""
+    gmanagers = [
+        (gmanager.gmanager_id, gmanager.address, "leads" if gmanager.leads else "stands by")
+        for gmanager in state.gmanagers
+    ]
     instances = [
         (
             instance.instance_id,
@@ -46,6 +50,7 @@ def status_text(state: ClusterStatus) -> str:
     daemon_header = ("KVDAEMON", "ADDRESS", "POOL MiB", "BLOCKS", "FREE", "CACHED", "WORKSPACE", "RESERVED", "IN USE")
     parts = [
         f"models: {', '.join(state.models) or 'none'}",
+        table(("GMANAGER", "ADDRESS", "ROLE"), gmanagers),
         table(instance_header, instances),
         table((*daemon_header, "HEARTBEAT s"), daemons),
     ]

@@ -1,9 +1,9 @@
 """Where one sequence's rBlocks lie.
 
 Every block index of a sequence has one entry. A block begins *open* in the local pool, is filled there, and is then
-either sealed in place or shipped to another daemon; until a change is acknowledged, the entry goes on naming the local
-block, which stays readable. Local entries and each daemon's segment are kept as growing arrays beside the entries, so
-that a step's plan is made by slicing, not by walking the context.
+either sealed in place or shipped to another daemon; a sealed block may go from place to place. Until a change is
+acknowledged, the entry goes on naming the old block, which stays readable. Local entries and each daemon's segment are
+kept as growing arrays beside the entries, so that a step's plan is made by slicing, not by walking the context.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Entry:
         local: the block in the local pool; None once it lies elsewhere.
         home: what becomes of the local block when it is given up.
         remote: where it lies if not here.
-        busy: a seal or a shipment is under way; whoever started it settles the block.
+        busy: a seal or a move is under way; whoever started it settles the block.
     """
 
     local: BlockHandle | None
@@ -66,12 +66,14 @@ class _Rows:
         self.count += 1
         return at
 
-    def remove(self, position: int) -> None:
+    def remove(self, position: int) -> int:
+        """Removes by position; answers the index."""
         at = int(np.searchsorted(self._data[: self.count, -1], position))
         assert at < self.count, "no such position"
         assert self._data[at, -1] == position
         self._data[at : self.count - 1] = self._data[at + 1 : self.count]
         self.count -= 1
+        return at
 
 
 @dataclass(slots=True)
@@ -84,6 +86,7 @@ class RemoteSegment:
         sent: rows that the daemon knows already.
     """
 
+    kvdaemon_id: str
     handle: int
     blocks: _Rows = field(default_factory=lambda: _Rows(3))
     sent: int = 0
@@ -91,6 +94,9 @@ class RemoteSegment:
     def add(self, handle: BlockHandle, position: int) -> None:
         at = self.blocks.insert((handle.block, handle.generation, position))
         self.sent = min(self.sent, at)  # a block before known ones: the daemon is told the list anew from there
+
+    def remove(self, position: int) -> None:
+        self.sent = min(self.sent, self.blocks.remove(position))  # likewise
 
 
 class BlockTable:
@@ -125,12 +131,21 @@ class BlockTable:
         self._local.insert((handle.block, index * self.block_tokens))
         self.entries[index].local = handle
 
-    def move_to_remote(self, index: int, ref: BlockRef, segment_handle: int) -> None:
-        """The same content lies on another daemon now."""
-        self._local.remove(index * self.block_tokens)
+    def move_to_remote(self, index: int, ref: BlockRef, segment_handle: int) -> RemoteSegment | None:
+        """The same content lies on another daemon now. Answers the segment that has become empty, if one has."""
+        emptied = self._leave(index)
         entry = self.entries[index]
         entry.local, entry.home, entry.remote = None, Home.SEALED, ref
         self._add_remote(index, ref, segment_handle)
+        return emptied
+
+    def move_to_local(self, index: int, handle: BlockHandle) -> RemoteSegment | None:
+        """The content of a remote block lies sealed in the local pool now. Answers as ``move_to_remote``."""
+        emptied = self._leave(index)
+        entry = self.entries[index]
+        entry.local, entry.home, entry.remote = handle, Home.SEALED, None
+        self._local.insert((handle.block, index * self.block_tokens))
+        return emptied
 
     def blocks_on(self, kvdaemon_id: str) -> int:
         segment = self.segments.get(kvdaemon_id)
@@ -142,8 +157,20 @@ class BlockTable:
         assert entry.local is not None
         return entry.local.block * self.block_tokens + position % self.block_tokens
 
+    def _leave(self, index: int) -> RemoteSegment | None:
+        """Takes a block out of the arrays; a segment without blocks is no segment."""
+        entry = self.entries[index]
+        if entry.remote is None:
+            self._local.remove(index * self.block_tokens)
+            return None
+        segment = self.segments[entry.remote.kvdaemon_id]
+        segment.remove(index * self.block_tokens)
+        if segment.blocks.count:
+            return None
+        return self.segments.pop(entry.remote.kvdaemon_id)
+
     def _add_remote(self, index: int, ref: BlockRef, segment_handle: int) -> None:
         segment = self.segments.get(ref.kvdaemon_id)
         if segment is None:
-            segment = self.segments[ref.kvdaemon_id] = RemoteSegment(segment_handle)
+            segment = self.segments[ref.kvdaemon_id] = RemoteSegment(ref.kvdaemon_id, segment_handle)
         segment.add(ref.handle, index * self.block_tokens)

@@ -24,6 +24,7 @@ from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, PoolGeometry
 from services.core.errors import InfiniteLLMError, PeerLostError, PoolExhaustedError
 from services.rmanager.gmanager_client import geometry_to_proto
 from services.runtime.grpc_channel import call_was_given_up, error_from_rpc, make_channel
+from services.runtime.tls import MutualTls
 
 _log = logging.getLogger(__name__)
 _Response = TypeVar("_Response")
@@ -40,6 +41,10 @@ class Opened:
     ping_interval_s: float
     session_timeout_s: float
 
+    def data_address(self, scheme: str) -> str | None:
+        """Where the daemon's data plane of this scheme listens; None where it has none."""
+        return next((a for a in self.dataplane_addresses if a.startswith(scheme + ":")), None)
+
 
 class DaemonSession:
     """The right to hold, write and query blocks of one daemon's pool.
@@ -48,6 +53,7 @@ class DaemonSession:
         mapped: the instance will map the pool (same host).
         on_lost: called once, in the asyncio thread, with the reason.
         call_timeout_s: deadline of every unary call.
+        tls: the instance's own identity.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class DaemonSession:
         mapped: bool,
         on_lost: Callable[[str, str], None],
         call_timeout_s: float = 10.0,
+        tls: MutualTls | None = None,
     ) -> None:
         self.kvdaemon_id = kvdaemon_id
         self._open_request = pb.OpenSession(
@@ -68,7 +75,7 @@ class DaemonSession:
         )
         self._on_lost = on_lost
         self._call_timeout_s = call_timeout_s
-        self._channel = make_channel(address)
+        self._channel = make_channel(address, "kvdaemon", tls)
         self._stub: rpc.KvDaemonServiceAsyncStub = rpc.KvDaemonServiceStub(self._channel)
         self._in_order = asyncio.Lock()  # asyncio locks are granted in the order of asking
         self._task: asyncio.Task[None] | None = None
@@ -101,15 +108,20 @@ class DaemonSession:
         return not self._lost
 
     async def reserve(
-        self, max_blocks: int, min_blocks: int, *, request_id: str = "", workspace: bool = False
+        self, max_blocks: int, min_blocks: int, *, request_id: str = "", workspace: bool = False, ttl_s: float = 0.0
     ) -> list[BlockHandle]:
-        """Blocks promised to this session; none where fewer than ``min_blocks`` are free."""
+        """Blocks promised to this session; none where fewer than ``min_blocks`` are free.
+
+        Args:
+            ttl_s: offers them, to be filled by other daemons: what is not used for so long is free again.
+        """
         request = pb.ReserveRequest(
             session_id=self.opened.session_id,
             max_blocks=max_blocks,
             min_blocks=min_blocks,
             request_id=request_id,
             workspace=workspace,
+            ttl_s=ttl_s,
         )
         try:
             response = await self._call(lambda: self._stub.Reserve(request, timeout=self._call_timeout_s))
@@ -124,7 +136,7 @@ class DaemonSession:
         return {index: _handle(block) for index, block in zip(response.found, response.blocks, strict=True)}
 
     async def seal(self, blocks: Sequence[tuple[BlockHandle, bytes]]) -> list[BlockHandle]:
-        """Seals open blocks; answers for each the block that holds that content now."""
+        """Seals blocks that are full; answers for each the block that holds that content now."""
         assert all(len(key) == BLOCK_KEY_BYTES for _, key in blocks)
         request = pb.SealRequest(
             session_id=self.opened.session_id,

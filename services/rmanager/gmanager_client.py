@@ -14,9 +14,18 @@ import grpc.aio
 from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc, pool_pb2
 from services.core.blocks import PoolGeometry
 from services.core.errors import UnavailableError
-from services.core.placement import Heartbeat, InstanceReport, KvDaemonReport, PoolStats, Room, RoomView
+from services.core.placement import (
+    Heartbeat,
+    InstanceReport,
+    KvDaemonReport,
+    PoolStats,
+    Room,
+    RoomView,
+)
 from services.core.sequence import RequestAge
+from services.core.timings import HostingTiming, StepTiming
 from services.runtime.grpc_channel import call_was_given_up, error_from_rpc, make_channel
+from services.runtime.tls import MutualTls
 
 AddressSource = Callable[[], Awaitable[str | None]]
 
@@ -24,8 +33,8 @@ AddressSource = Callable[[], Awaitable[str | None]]
 class HeartbeatStream:
     """One open Heartbeat call. Every method raises an error of the project's tree when the call is over."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = make_channel(address)
+    def __init__(self, address: str, tls: MutualTls | None = None) -> None:
+        self._channel = make_channel(address, "gmanager", tls)
         self._call = gmanager_pb2_grpc.GManagerServiceStub(self._channel).Heartbeat()
 
     async def send(self, heartbeat: Heartbeat, timeout_s: float) -> None:
@@ -51,7 +60,8 @@ class HeartbeatStream:
 class GManagerClient:
     """Unary questions to whoever is gManager now; the channel is kept until the address changes or a call fails."""
 
-    def __init__(self, address_of_gmanager: AddressSource) -> None:
+    def __init__(self, address_of_gmanager: AddressSource, tls: MutualTls | None = None) -> None:
+        self._tls = tls
         self._address_of_gmanager = address_of_gmanager
         self._address: str | None = None
         self._channel: grpc.aio.Channel | None = None
@@ -97,7 +107,7 @@ class GManagerClient:
             raise UnavailableError("no gManager is known; is one registered in etcd?")
         if self._channel is None or address != self._address:
             await self.close()
-            self._address, self._channel = address, make_channel(address)
+            self._address, self._channel = address, make_channel(address, "gmanager", self._tls)
         return self._channel
 
 
@@ -105,24 +115,80 @@ def heartbeat_to_proto(heartbeat: Heartbeat) -> gmanager_pb2.HeartbeatRequest:
     message = gmanager_pb2.HeartbeatRequest(member=heartbeat.member, sequence=heartbeat.sequence, full=heartbeat.full)
     report = heartbeat.report
     if isinstance(report, InstanceReport):
-        message.instance.running_requests = report.running
-        message.instance.waiting_requests = report.waiting
-        for entry in report.placement:
-            message.instance.placement.add(
-                request_id=entry.request_id,
-                kvdaemon_id=entry.kvdaemon_id,
-                num_blocks=entry.num_blocks,
-                local=entry.local,
-            )
-        message.instance.ended_request_ids.extend(report.ended)
-        if report.oldest_starving is not None:
-            message.instance.oldest_starving.arrival_time = report.oldest_starving.arrival_time
-            message.instance.oldest_starving.request_id = report.oldest_starving.request_id
+        _write_instance_report(message.instance, report)
     elif isinstance(report, KvDaemonReport):
         message.kvdaemon.stats.CopyFrom(stats_to_proto(report.stats))
         if report.geometry is not None:
             message.kvdaemon.geometry.CopyFrom(geometry_to_proto(report.geometry))
+    for timing in heartbeat.timings:
+        if isinstance(timing, StepTiming):
+            _write_step(message.steps.add(), timing)
+        else:
+            _write_hosting(message.hosting, timing)
     return message
+
+
+def _write_instance_report(message: gmanager_pb2.InstanceReport, report: InstanceReport) -> None:
+    message.running_requests = report.running
+    message.waiting_requests = report.waiting
+    message.max_running = report.max_running
+    for entry in report.placement:
+        message.placement.add(
+            request_id=entry.request_id,
+            kvdaemon_id=entry.kvdaemon_id,
+            num_blocks=entry.num_blocks,
+            local=entry.local,
+        )
+    message.ended_request_ids.extend(report.ended)
+    if report.oldest_starving is not None:
+        message.oldest_starving.arrival_time = report.oldest_starving.arrival_time
+        message.oldest_starving.request_id = report.oldest_starving.request_id
+    for progress in report.progress:
+        message.progress.add(
+            request_id=progress.request_id,
+            arrival_time=progress.arrival_time,
+            context_tokens=progress.context_tokens,
+            final_tokens=progress.final_tokens,
+        )
+    for move in report.moves:
+        message.moves.add(
+            move_id=move.move_id,
+            request_id=move.request_id,
+            source_kvdaemon_id=move.source_kvdaemon_id,
+            destination_kvdaemon_id=move.destination_kvdaemon_id,
+            moved_blocks=move.moved_blocks,
+            seconds=move.seconds,
+            end=move.end,
+        )
+    if report.queue is not None:
+        message.queue.SetInParent()  # present, even if empty
+        for waiting in report.queue:
+            message.queue.requests.add(context_tokens=waiting.context_tokens, remaining_tokens=waiting.remaining_tokens)
+
+
+def _write_step(message: gmanager_pb2.StepTiming, timing: StepTiming) -> None:
+    message.steps = timing.steps
+    message.batch_tokens = timing.batch_tokens
+    message.prefill_tokens = timing.prefill_tokens
+    message.local_context_tokens = timing.local_context_tokens
+    message.step_s = timing.step_s
+    message.attention_s = timing.attention_s
+    message.local_attention_s = timing.local_attention_s
+    for part in timing.remotes:
+        message.remotes.add(
+            kvdaemon_id=part.kvdaemon_id,
+            messages=part.messages,
+            rows=part.rows,
+            context_tokens=part.context_tokens,
+            answer_s=part.answer_s,
+            late=part.late,
+        )
+
+
+def _write_hosting(message: gmanager_pb2.HostingTiming, timing: HostingTiming) -> None:
+    message.messages = timing.messages
+    message.context_tokens = timing.context_tokens
+    message.compute_s = timing.compute_s
 
 
 def geometry_to_proto(geometry: PoolGeometry) -> pool_pb2.PoolGeometry:

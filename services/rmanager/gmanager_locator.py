@@ -1,24 +1,41 @@
-"""Where the gManager is, kept up by watching membership; the last known address stays in use while etcd is away."""
+"""Where the gManager is: the leader of those that stand for election; who led last stays in use while etcd is away."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import Protocol
 
-from services.runtime.membership import Membership
+from services.runtime.membership import Membership, decode_member
+
+
+class GManagerLocation(Protocol):
+    """Answers where the gManager is, and says when it is elsewhere."""
+
+    async def address(self) -> str | None:
+        """host:port of the gManager, or None where none was ever seen."""
+
+    async def moved_from(self, address: str | None) -> None:
+        """Returns as soon as ``address()`` answers something else."""
 
 
 class GManagerLocator:
-    """Answers the gManager's address without asking anybody at that moment."""
+    """Follows the election; answers without asking anybody at that moment."""
 
     def __init__(self, membership: Membership) -> None:
-        self._membership = membership
+        self._election = membership.gmanager_election()
         self._address: str | None = None
+        self._moved = asyncio.Event()
         self._task = asyncio.create_task(self._watch(), name="gmanager locator")
 
     async def address(self) -> str | None:
         """host:port of the gManager, or None where none was ever seen."""
         return self._address
+
+    async def moved_from(self, address: str | None) -> None:
+        """Returns as soon as ``address()`` answers something else."""
+        while self._address == address:
+            await self._moved.wait()
 
     async def close(self) -> None:
         self._task.cancel()
@@ -26,6 +43,9 @@ class GManagerLocator:
             await self._task
 
     async def _watch(self) -> None:
-        async for members in self._membership.watch("gmanager"):
-            if members:  # several may stand by; any of them is a start
-                self._address = members[min(members)].address
+        async for leader in self._election.observe():
+            member = None if leader is None else decode_member("the gManager's election", leader.value)
+            if member is not None and member.address != self._address:
+                self._address = member.address
+                self._moved.set()
+                self._moved = asyncio.Event()

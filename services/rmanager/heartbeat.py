@@ -1,25 +1,30 @@
 """Heartbeats: an instance or a KV daemon tells the gManager where blocks lie, changed entries only.
 
 A gManager that is away costs a log line and a reconnection now and then, nothing else: the sender runs beside the
-service and never blocks it.
+service and never blocks it. When another gManager leads, everything is told to that one at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import logging
 import math
 import random
 from collections.abc import Callable
 
 from services.core.errors import InfiniteLLMError, UnavailableError
-from services.core.placement import Snapshot
-from services.rmanager.gmanager_client import AddressSource, HeartbeatStream
+from services.core.placement import Snapshot, Timings
+from services.rmanager.gmanager_client import HeartbeatStream
+from services.rmanager.gmanager_locator import GManagerLocation
 from services.rmanager.report_diff import ReportDiff
+from services.runtime.tls import MutualTls
 
 logger = logging.getLogger(__name__)
 
 SnapshotSource = Callable[[], Snapshot]
+TimingSource = Callable[[], Timings]
 
 
 class HeartbeatSender:
@@ -27,26 +32,33 @@ class HeartbeatSender:
 
     Args:
         member: "instance/<id>" or "kvdaemon/<id>".
-        address_of_gmanager: answers the gManager's current address, or None where there is none.
+        location: of the gManager.
         snapshot: answers the process's present state; called on the event loop every ``interval_s``.
         interval_s: pace at which changes are looked for and sent.
+        timings: answers what was measured since it was asked last. It travels with whatever is sent, so that steps
+            alone cause no messages.
         keep_alive_s: silence after which a heartbeat without changes is sent.
+        tls: the process's own identity.
     """
 
     def __init__(
         self,
         member: str,
-        address_of_gmanager: AddressSource,
+        location: GManagerLocation,
         snapshot: SnapshotSource,
         interval_s: float = 0.25,
+        timings: TimingSource = lambda: (),
         keep_alive_s: float = 1.0,
         send_timeout_s: float = 5.0,
         max_backoff_s: float = 2.0,
+        tls: MutualTls | None = None,
     ) -> None:
         assert member.startswith(("instance/", "kvdaemon/")), member
         self._member = member
-        self._address_of_gmanager = address_of_gmanager
+        self._location = location
         self._snapshot = snapshot
+        self._tls = tls
+        self._timings = timings
         self._interval_s = interval_s
         self._keep_alive_s = keep_alive_s
         self._send_timeout_s = send_timeout_s
@@ -68,38 +80,52 @@ class HeartbeatSender:
             self._task = None
 
     async def _run(self) -> None:
+        address: str | None = None
         while True:
             try:
-                await self._send_until_lost()
+                address = await self._address()
+                await self._send_until_moved(address)
+                continue  # to the new place, at once
             except InfiniteLLMError as exc:
                 if not self._away:
                     logger.warning("heartbeats interrupted, trying again: %s", exc)
                 self._away = True
             except Exception:
-                # The snapshot source or the address source failed: a bug or an outage there must not end heartbeats.
+                # The snapshot source or the location failed: a bug or an outage there must not end heartbeats.
                 logger.exception("heartbeats interrupted, trying again")
-            await asyncio.sleep(self._backoff_s * random.uniform(0.5, 1.0))
-            self._backoff_s = min(2 * self._backoff_s, self._max_backoff_s)
+            await self._pause(address)
 
-    async def _send_until_lost(self) -> None:
-        """One stream, from the full report on; ends with the error that ended the stream."""
-        loop = asyncio.get_running_loop()
+    async def _address(self) -> str:
         try:
             async with asyncio.timeout(self._send_timeout_s):
-                address = await self._address_of_gmanager()
+                address = await self._location.address()
         except TimeoutError as exc:
             raise UnavailableError("where the gManager is was not answered in time") from exc
         if address is None:
-            raise UnavailableError("no gManager is registered")
-        stream = HeartbeatStream(address)
+            raise UnavailableError("no gManager is known")
+        return address
+
+    async def _pause(self, address: str | None) -> None:
+        """Waits before the next attempt, but not for one at another address."""
+        pause_s = self._backoff_s * random.uniform(0.5, 1.0)
+        self._backoff_s = min(2 * self._backoff_s, self._max_backoff_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await self._location.moved_from(address)
+
+    async def _send_until_moved(self, address: str) -> None:
+        """One stream, from the full report on; returns when the gManager is elsewhere."""
+        loop = asyncio.get_running_loop()
+        stream = HeartbeatStream(address, self._tls)
         try:
             diff = ReportDiff(self._member)
             last_sent = -math.inf
-            while True:
+            while await self._location.address() == address:
                 heartbeat = diff.next(self._snapshot())
                 if heartbeat is None and loop.time() - last_sent >= self._keep_alive_s:
                     heartbeat = diff.keep_alive()
                 if heartbeat is not None:
+                    heartbeat = dataclasses.replace(heartbeat, timings=self._timings())
                     await stream.send(heartbeat, self._send_timeout_s)
                     last_sent = loop.time()
                     if heartbeat.sequence == 1:

@@ -1,4 +1,4 @@
-"""The ledger: the authority over the blocks of one pool. Pure: no I/O, no clock, no threads.
+"""The ledger: the authority over the blocks of one pool. Pure: no I/O, no threads, and its clock is given to it.
 
 A block's life:
 
@@ -12,6 +12,8 @@ A block's life:
   all at once. The process behind a *mapped* session may go on reading and writing the memory, so from the moment that
   the mapping is handed out (``begin_mapping``) its blocks are kept until ``hang_up`` proves that the process is gone.
 * A *generation* grows whenever the block is given away, across formats too, so a late message never meets a new owner.
+* An *offer* is a reservation for a while (``offers``): other daemons fill its blocks on behalf of the session, each
+  once, and what nobody has begun to fill in time is free again. The session alone seals what was filled.
 * Cached blocks are evicted least recently used first. A block is useful only as long as the blocks before it are there,
   so callers release a sequence's blocks tail first: what is released first is evicted first.
 
@@ -21,9 +23,9 @@ costs O(1) per block it names (amortised), but for ``open_session`` where it for
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, PoolGeometry
 from services.core.errors import (
@@ -36,26 +38,8 @@ from services.core.errors import (
 )
 from services.core.placement import PoolStats
 from services.rmanager.block_store import BlockState, BlockStore
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """The right of one instance to hold blocks; ``mapped``: its process maps the pool's memory."""
-
-    session_id: int
-    instance_id: str
-    epoch: int
-    mapped: bool
-
-
-@dataclass(slots=True)
-class _Holder:
-    """What a session holds. Closed and without holds it is forgotten, unless a mapping is still out."""
-
-    session: Session
-    open: bool = True
-    mapping_out: bool = False
-    holds: dict[int, int] = field(default_factory=dict)  # block -> how often
+from services.rmanager.holder import Holder, Session
+from services.rmanager.offers import Offers
 
 
 class Ledger:
@@ -65,16 +49,22 @@ class Ledger:
         pool_bytes: size of the pool's memory.
         new_session_id: draws a u64. It should be random: a client of a daemon that was restarted must not be mistaken
             for one of the new daemon's.
+        clock: seconds, for offers.
     """
 
-    def __init__(self, pool_bytes: int, new_session_id: Callable[[], int]) -> None:
+    def __init__(
+        self, pool_bytes: int, new_session_id: Callable[[], int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._pool_bytes = pool_bytes
         self._new_session_id = new_session_id
+        self._clock = clock
         self._geometry: PoolGeometry | None = None
         self._store = BlockStore()
-        self._holders: dict[int, _Holder] = {}
+        self._holders: dict[int, Holder] = {}
         self._latest: dict[str, Session] = {}  # instance -> its newest session, open or not
+        self._offers = Offers()  # of open sessions
         self._writing: set[int] = set()  # blocks between begin_write and finish_write; each counts as one user
+        self._reading: Counter[int] = Counter()  # between begin_read and finish_read, likewise
 
     # Sessions.
 
@@ -120,7 +110,7 @@ class Ledger:
         while session_id in self._holders:
             session_id = self._new_session_id()
         session = Session(session_id, instance_id, epoch, mapped)
-        self._holders[session_id] = _Holder(session)
+        self._holders[session_id] = Holder(session)
         self._latest[instance_id] = session
         return session
 
@@ -143,6 +133,7 @@ class Ledger:
         holder = self._holders.get(session_id)
         if holder is not None:
             holder.open = False
+            self._offers.withdraw(holder.holds)
             if not holder.mapping_out:
                 self._drop(holder)
 
@@ -150,8 +141,8 @@ class Ledger:
         """The process that had mapped the pool is gone: ends its session and gives up its holds. Idempotent."""
         holder = self._holders.get(session_id)
         if holder is not None:
-            holder.open = False
-            self._drop(holder)
+            holder.mapping_out = False
+            self.close_session(session_id)
 
     def revoked(self, session_id: int) -> bool:
         """Whether the session is over, or never was."""
@@ -161,17 +152,21 @@ class Ledger:
     # Blocks.
 
     def reserve(
-        self, session_id: int, max_blocks: int, min_blocks: int = 0, workspace: bool = False
+        self, session_id: int, max_blocks: int, min_blocks: int = 0, workspace: bool = False, ttl_s: float = 0.0
     ) -> list[BlockHandle]:
         """Promises up to ``max_blocks`` blocks to the session: free ones first, then cached ones, evicted.
+
+        Args:
+            ttl_s: makes them an offer that lasts so long; 0: they are promised for as long as the session lasts.
 
         Raises:
             PoolExhaustedError: fewer than ``min_blocks`` can be had; nothing is reserved then.
             SessionRevokedError: the session is over.
         """
         holder = self._open_holder(session_id)
-        if not 0 <= min_blocks <= max_blocks:
-            raise InvalidRequestError(f"cannot reserve at least {min_blocks} and at most {max_blocks} blocks")
+        if not 0 <= min_blocks <= max_blocks or not 0 <= ttl_s < float("inf"):
+            raise InvalidRequestError(f"cannot reserve {min_blocks} to {max_blocks} blocks for {ttl_s:g} s")
+        self._expire()
         free, cached = self._store.free, self._store.cached
         if free + cached < min_blocks:
             raise PoolExhaustedError(
@@ -179,6 +174,8 @@ class Ledger:
             )
         handles = [self._store.take(workspace) for _ in range(min(max_blocks, free + cached))]
         holder.holds.update((handle.block, 1) for handle in handles)
+        if ttl_s:
+            self._offers.add(session_id, handles, ttl_s, self._clock())
         return handles
 
     def seal(self, session_id: int, handles: Sequence[BlockHandle], keys: Sequence[bytes]) -> list[BlockHandle]:
@@ -218,11 +215,15 @@ class Ledger:
     def release(self, session_id: int, handles: Sequence[BlockHandle]) -> None:
         """Gives up one hold on each block; callers name a sequence's blocks tail first.
 
+        Releasing an offer that was taken back meanwhile changes nothing: its session cannot know.
+
         Raises:
             StaleGenerationError: the session does not hold one of them (that often).
             SessionRevokedError: the session is over.
         """
         holder = self._open_holder(session_id)
+        expired = holder.expired.intersection(handles)
+        handles = [handle for handle in handles if handle not in expired]
         for handle, count in Counter(handles).items():
             self._check_held(holder, handle)
             if holder.holds[handle.block] < count:
@@ -231,6 +232,7 @@ class Ledger:
                 )
         for handle in handles:
             self._give_up(holder, handle.block)
+        holder.expired -= expired
 
     def readable(self, session_id: int, handle: BlockHandle) -> bool:
         """Whether the session may query the block: sealed, of that generation and held by the session."""
@@ -243,50 +245,78 @@ class Ledger:
             and self._store.state(handle.block) is BlockState.SEALED
         )
 
-    # Writes over the data plane. The copy runs without the daemon's lock, so other calls come in between.
+    # Transfers over the data plane. The copy runs without the daemon's lock, so other calls come in between.
 
-    def begin_write(self, session_id: int, handle: BlockHandle) -> None:
+    def begin_write(self, session_id: int, handle: BlockHandle, on_behalf: bool = False) -> None:
         """The daemon is about to copy into a reserved block of the session. ``finish_write`` must follow.
 
         Until then nobody else gets the block, even if the session ends.
 
+        Args:
+            on_behalf: it is another daemon that writes: only a block that is offered, and only once.
+
         Raises:
-            StaleGenerationError: the block is not reserved by the session.
+            StaleGenerationError: the block is not reserved by the session, or nobody else may write it (any more).
             SessionRevokedError: the session is over.
         """
+        self._expire()
         self._check_held(self._open_holder(session_id), handle)
         if self._store.state(handle.block) is not BlockState.RESERVED:
             raise StaleGenerationError(f"block {handle.block} is sealed and cannot be written")
         if handle.block in self._writing:
             raise InvalidRequestError(f"block {handle.block} is being written already")
+        if on_behalf and handle.block not in self._offers:
+            raise StaleGenerationError(f"block {handle.block} is not offered to others, or has been filled")
+        self._offers.use(handle.block, self._clock())
         self._writing.add(handle.block)
         self._store.add_user(handle.block)
 
-    def finish_write(self, session_id: int, handle: BlockHandle, key: bytes) -> BlockHandle:
+    def finish_write(self, session_id: int, handle: BlockHandle, key: bytes | None) -> BlockHandle:
         """Seals what was written and answers the block that holds that content now.
 
         If that is another block, the written one is released: a remote writer has no further use for it.
+
+        Args:
+            key: of the content; None leaves the block reserved, for its session to seal it.
 
         Raises:
             StaleGenerationError: the session has released the block meanwhile.
             SessionRevokedError: the session has ended meanwhile.
         """
-        assert len(key) == BLOCK_KEY_BYTES
         self._writing.remove(handle.block)
         try:
             holder = self._open_holder(session_id)
             self._check_held(holder, handle)
-            sealed = self._seal(holder, handle, key)
+            sealed = handle if key is None else self._seal(holder, handle, key)
             if sealed != handle:
                 self._give_up(holder, handle.block)
             return sealed
         finally:
             self._store.drop_user(handle.block)
 
+    def begin_read(self, session_id: int, handle: BlockHandle, key: bytes) -> None:
+        """The daemon is about to copy a sealed block elsewhere. ``finish_read`` must follow: until then it stays.
+
+        Raises:
+            StaleGenerationError: the session does not hold that content there.
+        """
+        if not self.readable(session_id, handle) or self._store.key(handle.block) != key:
+            raise StaleGenerationError(f"session {session_id:#x} does not hold the wanted content in {handle}")
+        self._reading[handle.block] += 1
+        self._store.add_user(handle.block)
+
+    def finish_read(self, block: int) -> None:
+        """The copy is made, or given up."""
+        self._reading[block] -= 1
+        if not self._reading[block]:
+            del self._reading[block]
+        self._store.drop_user(block)
+
     # The whole.
 
     def stats(self) -> PoolStats:
         """The pool's use."""
+        self._expire()
         return PoolStats(
             pool_bytes=self._pool_bytes,
             block_bytes=0 if self._geometry is None else self._geometry.block_bytes,
@@ -300,12 +330,13 @@ class Ledger:
 
     def check_integrity(self) -> list[str]:
         """Counts everything again and says in words what does not agree; empty if the ledger is sound."""
-        users: Counter[int] = Counter(self._writing)
+        users: Counter[int] = Counter(self._writing) + self._reading
         reserved_by: Counter[int] = Counter()
         for holder in self._holders.values():
             users.update(holder.holds)
             reserved_by.update(i for i in holder.holds if self._store.state(i) is BlockState.RESERVED)
         found = [f"block {index} is reserved by {n} sessions" for index, n in reserved_by.items() if n > 1]
+        found += [f"block {index} is offered, but not reserved" for index in self._offers.blocks() - reserved_by.keys()]
         return found + self._store.violations(users)
 
     def _format(self, instance_id: str, geometry: PoolGeometry) -> None:
@@ -319,41 +350,49 @@ class Ledger:
         self._store.format(self._pool_bytes // geometry.block_bytes)
         self._geometry = geometry
 
-    def _open_holder(self, session_id: int) -> _Holder:
+    def _open_holder(self, session_id: int) -> Holder:
         holder = self._holders.get(session_id)
         if holder is None or not holder.open:
             raise SessionRevokedError(f"session {session_id:#x} is over; open a new one")
         return holder
 
-    def _check_held(self, holder: _Holder, handle: BlockHandle) -> None:
+    def _check_held(self, holder: Holder, handle: BlockHandle) -> None:
         if handle.block not in holder.holds:
             raise StaleGenerationError(f"session {holder.session.session_id:#x} does not hold block {handle.block}")
-        current = self._store.handle(handle.block).generation
-        if current != handle.generation:
+        if (current := self._store.handle(handle.block).generation) != handle.generation:
             raise StaleGenerationError(
                 f"block {handle.block} has generation {current}; the message is for generation {handle.generation}"
             )
 
-    def _hold(self, holder: _Holder, index: int) -> BlockHandle:
+    def _hold(self, holder: Holder, index: int) -> BlockHandle:
         self._store.add_user(index)
         holder.holds[index] = holder.holds.get(index, 0) + 1
         return self._store.handle(index)
 
-    def _seal(self, holder: _Holder, handle: BlockHandle, key: bytes) -> BlockHandle:
+    def _seal(self, holder: Holder, handle: BlockHandle, key: bytes) -> BlockHandle:
         sealed = self._store.find(key)
+        self._offers.use(handle.block, self._clock())
         if sealed is None:
             self._store.seal(handle.block, key)
         elif sealed != handle.block:
             return self._hold(holder, sealed)
         return handle
 
-    def _give_up(self, holder: _Holder, index: int) -> None:
+    def _give_up(self, holder: Holder, index: int) -> None:
         holder.holds[index] -= 1
         if not holder.holds[index]:
             del holder.holds[index]
+            self._offers.withdraw([index])
         self._store.drop_user(index)
 
-    def _drop(self, holder: _Holder) -> None:
+    def _expire(self) -> None:
+        """Takes back what was offered and not used in time."""
+        for session_id, handle in self._offers.take_due(self._clock()):
+            holder = self._holders[session_id]
+            self._give_up(holder, handle.block)
+            holder.expired.add(handle)
+
+    def _drop(self, holder: Holder) -> None:
         # Latest first: a session takes a sequence's blocks in order, so their tails are cached, and evicted, first.
         for index, count in reversed(holder.holds.items()):
             for _ in range(count):

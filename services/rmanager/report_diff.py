@@ -7,6 +7,7 @@ first report is full.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from services.core.placement import (
     BlockCount,
@@ -37,30 +38,17 @@ class ReportDiff:
         The caller must send what it gets, in order: the receiver is assumed to have it from now on.
         """
         report: Report
+        if snapshot == self._last:
+            return None
         if isinstance(snapshot, KvDaemonSnapshot):
-            if snapshot == self._last:
-                return None
             report = KvDaemonReport(snapshot.stats, snapshot.geometry)
-            kept: Snapshot = snapshot
+            self._last = snapshot
         else:
             # A deep copy: the caller may go on changing its own mappings.
-            kept = InstanceSnapshot(
-                snapshot.running,
-                snapshot.waiting,
-                {rid: dict(where) for rid, where in snapshot.placement.items()},
-                snapshot.oldest_starving,
-            )
-            if kept == self._last:
-                return None
-            before: Placement = self._last.placement if isinstance(self._last, InstanceSnapshot) else {}
-            report = InstanceReport(
-                kept.running,
-                kept.waiting,
-                changed_entries(before, kept.placement),
-                ended(before, kept.placement),
-                kept.oldest_starving,
-            )
-        self._last = kept
+            kept = replace(snapshot, placement={rid: dict(where) for rid, where in snapshot.placement.items()})
+            last = self._last if isinstance(self._last, InstanceSnapshot) else None
+            report = changes(last, kept)
+            self._last = kept
         return self._stamp(report)
 
     def keep_alive(self) -> Heartbeat:
@@ -72,6 +60,24 @@ class ReportDiff:
         heartbeat = Heartbeat(self._member, self._sequence, full=self._sequence == 0, report=report)
         self._sequence += 1
         return heartbeat
+
+
+def changes(last: InstanceSnapshot | None, now: InstanceSnapshot) -> InstanceReport:
+    """What a receiver that knows ``last`` must be told; all of it where that is None."""
+    before: Placement = {} if last is None else last.placement
+    known_progress = frozenset() if last is None else frozenset(last.progress)
+    known_moves = frozenset() if last is None else frozenset(move.move_id for move in last.moves)
+    return InstanceReport(
+        now.running,
+        now.waiting,
+        changed_entries(before, now.placement),
+        ended(before, now.placement),
+        now.oldest_starving,
+        now.max_running,
+        tuple(progress for progress in now.progress if progress not in known_progress),
+        tuple(move for move in now.moves if move.move_id not in known_moves),
+        now.queue if last is None or now.queue != last.queue else None,
+    )
 
 
 def changed_entries(before: Placement, after: Placement) -> tuple[PlacementEntry, ...]:

@@ -1,8 +1,12 @@
-"""Configuration: one YAML file becomes one frozen dataclass, once, at start.
+"""Configuration: one YAML file, or a directory of them, becomes one frozen dataclass, once, at start.
 
 The dataclass is the schema. A key that it does not have, or a value of another type, is refused with a message that
 names the file and the key; a missing key takes the field's default, and a field without default must be there. What a
 value may be beyond its type is the dataclass's own business: its ``__post_init__`` raises ``ConfigError``.
+
+Of a directory, all ``*.yaml`` files count, in the order of their names; a key of a later file replaces the same key of
+an earlier one as a whole. The environment is not configuration, with one exception: who this process is, it learns only
+from outside. So a text may contain ``${POD_NAME}``, ``${POD_IP}`` and ``${NODE_NAME}``, and no other variables.
 
 Understood field types: ``str``, ``int``, ``float`` (an integer will do), ``bool``, ``Path``, ``tuple[X, ...]`` (a YAML
 list), ``X | None``, ``Literal[...]``, and dataclasses of such fields (a YAML mapping).
@@ -11,6 +15,8 @@ list), ``X | None``, ``Literal[...]``, and dataclasses of such fields (a YAML ma
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import types
 import typing
 from pathlib import Path
@@ -22,21 +28,29 @@ from services.core.errors import ConfigError
 
 T = TypeVar("T")
 
+# Who this process is, as its pod's manifest hands it on.
+IDENTITY_VARIABLES = ("POD_NAME", "POD_IP", "NODE_NAME")
+_VARIABLE = re.compile(r"\$\{([^}]*)\}")
+
 
 def load_config(cls: type[T], path: Path) -> T:
-    """Reads ``path`` into the dataclass ``cls``.
+    """Reads the file ``path``, or the ``*.yaml`` files of the directory ``path``, into the dataclass ``cls``.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or does not fit the dataclass.
+        ConfigError: a file cannot be read, is not YAML, names a variable that is unknown or not set, or does not fit
+            the dataclass.
     """
+    files = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+    if not files:
+        raise ConfigError(f"{path}: no *.yaml file is in this directory")
+    data: dict[object, object] = {}
+    for file in files:
+        try:
+            data.update(_read(file))
+        except ConfigError as exc:
+            raise ConfigError(f"{file}: {exc}") from exc
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise ConfigError(f"{path}: cannot be read: {exc.strerror}") from exc
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{path}: is not a YAML file: {exc}") from exc
-    try:
-        return parse_config(cls, {} if data is None else data)
+        return parse_config(cls, data)
     except ConfigError as exc:
         raise ConfigError(f"{path}: {exc}") from exc
 
@@ -50,9 +64,39 @@ def parse_config(cls: type[T], data: object) -> T:
     return typing.cast(T, _dataclass(cls, data, ""))
 
 
+def _read(file: Path) -> dict[object, object]:
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(f"cannot be read: {exc.strerror}") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"is not a YAML file: {exc}") from exc
+    if data is not None and not isinstance(data, dict):
+        raise ConfigError(f"the file must be a mapping of keys to values, got {_show(data)}")
+    return {key: _with_identity(value, str(key)) for key, value in (data or {}).items()}
+
+
+def _with_identity(value: object, where: str) -> object:
+    """The value with the variables in its texts replaced."""
+    if isinstance(value, dict):
+        return {key: _with_identity(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_identity(item, where) for item in value]
+    return _VARIABLE.sub(lambda match: _identity(match[1], where), value) if isinstance(value, str) else value
+
+
+def _identity(name: str, where: str) -> str:
+    if name not in IDENTITY_VARIABLES:
+        raise ConfigError(f"{where}: ${{{name}}} is not one of the variables {', '.join(IDENTITY_VARIABLES)}")
+    value = os.environ.get(name)
+    if not value:
+        raise ConfigError(f"{where}: the environment variable {name} is not set")
+    return value
+
+
 def _dataclass(cls: type[Any], data: object, where: str) -> object:
     if not isinstance(data, dict):
-        raise ConfigError(f"{where or 'the file'} must be a mapping of keys to values, got {_show(data)}")
+        raise ConfigError(f"{where or 'a configuration'} must be a mapping of keys to values, got {_show(data)}")
     types_by_name = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     prefix = f"{where}." if where else ""

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
 from services.core.errors import ConfigError, SessionRevokedError, UnavailableError
-from services.runtime.etcd import Condition, EtcdClient, Put
+from services.runtime.etcd import Condition, Delete, EtcdClient, Put
 from services.runtime.etcd_types import KeyValue
 from services.runtime.lease import Lease
 
@@ -78,6 +78,17 @@ class Election:
                 yield leader
             first, last = False, leader
 
+    async def remove(self, unwanted: Callable[[bytes], bool]) -> None:
+        """Removes the candidates whose value is ``unwanted``, as if their leases had expired.
+
+        Raises:
+            UnavailableError: etcd did not answer; some may have been removed all the same. Safe to try again.
+        """
+        for entry in (await self._etcd.range(self._prefix)).entries:
+            if unwanted(entry.value):
+                same = Condition(entry.key, "create", entry.create_revision)
+                await self._etcd.transaction([same], [Delete(entry.key)])
+
     async def _until_oldest(self, key: str, value: bytes, lease: Lease) -> KeyValue | None:
         """The candidate's own entry once it is the oldest; None if its lease is lost before that."""
         won = asyncio.create_task(self._wait_oldest(key, value, lease))
@@ -120,6 +131,11 @@ class Leadership:
     def lost(self) -> asyncio.Event:
         """Set when the lease is gone: by etcd's word, or by the own clock while etcd is silent."""
         return self._lease.lost
+
+    @property
+    def held(self) -> bool:
+        """Whether nobody else can have been elected, by the clock. Asked before each act of a leader; see ``Lease``."""
+        return self._lease.held
 
     async def proclaim(self, value: bytes) -> None:
         """Changes what observers see.

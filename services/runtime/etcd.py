@@ -25,7 +25,7 @@ from infinitellm.internal.etcd.v1 import etcd_pb2 as pb
 from services.core.errors import ConfigError, UnavailableError
 from services.runtime import etcd_watch
 from services.runtime.etcd_types import KeyValue, RangeResult, key_value, prefix_end
-from services.runtime.tls import TlsConfig
+from services.runtime.tls import TlsConfig, Version
 
 log = logging.getLogger(__name__)
 
@@ -98,11 +98,13 @@ class EtcdClient:
         self._tls = tls
         self._timeout_s = timeout_s
         self._channels: dict[int, aio.Channel] = {}
+        self._shown: dict[int, Version | None] = {}  # the certificates that each channel shows
+        self._retired: list[aio.Channel] = []  # of older certificates; calls may still be under way on them
         self._current = 0
 
     async def close(self) -> None:
         """Closes all connections; calls in flight end with UnavailableError."""
-        channels, self._channels = list(self._channels.values()), {}
+        channels, self._channels, self._retired = [*self._channels.values(), *self._retired], {}, []
         for channel in channels:
             await channel.close()
 
@@ -252,7 +254,12 @@ class EtcdClient:
 
     def _channel(self, index: int) -> aio.Channel:
         channel = self._channels.get(index)
+        version = None if self._tls is None else self._tls.version()
+        if channel is not None and version is not None and version != self._shown[index]:
+            self._retired.append(self._channels.pop(index))
+            channel = None
         if channel is None:
+            self._shown[index] = version
             endpoint = self._endpoints[index]
             if self._tls is None:
                 channel = aio.insecure_channel(endpoint, options=_OPTIONS)

@@ -12,6 +12,7 @@ from grpc import aio
 
 from services.runtime.grpc_errors import error_from_rpc
 from services.runtime.grpc_server import MAX_MESSAGE_BYTES
+from services.runtime.tls import MutualTls, Role
 
 __all__ = ["call_was_given_up", "error_from_rpc", "make_channel"]
 
@@ -36,9 +37,23 @@ CHANNEL_OPTIONS = (
 )
 
 
-def make_channel(address: str) -> aio.Channel:
-    """A channel to a service of the project at ``host:port``. Whoever makes it closes it."""
-    return aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def make_channel(address: str, role: Role | None = None, tls: MutualTls | None = None) -> aio.Channel:
+    """A channel to a service of the project at ``host:port``. Whoever makes it closes it.
+
+    Args:
+        role: what the other side must be; goes with ``tls``: the other side's certificate must say so.
+        tls: the own identity, read anew for each channel. After a failure a new channel is made, not the old one used
+            again, so that a rotated certificate is shown.
+
+    Raises:
+        ConfigError: a file of ``tls`` cannot be read.
+    """
+    if tls is None:
+        return aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    assert role is not None, "with TLS, the other side's role must be named"
+    # Addresses come and go, so the certificate is checked against the role's name.
+    options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", tls.name_of(role)))
+    return aio.secure_channel(address, tls.channel_credentials(), options=options)
 
 
 def call_was_given_up() -> bool:

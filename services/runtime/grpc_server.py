@@ -1,4 +1,4 @@
-"""gRPC servers: size limits, keepalive, and one interceptor that turns the error tree into statuses."""
+"""gRPC servers: size limits, keepalive, mutual TLS, and one interceptor: who may call, and errors as statuses."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import grpc
 from grpc import aio
 
 from services.core.errors import ConfigError, InfiniteLLMError
-from services.runtime.addresses import split_listen_address
+from services.runtime.access import check_caller
+from services.runtime.addresses import split_address, split_listen_address
 from services.runtime.grpc_errors import error_message, error_metadata, status_code
+from services.runtime.tls import MutualTls
 
 log = logging.getLogger(__name__)
 
@@ -34,20 +36,26 @@ _OPTIONS = (
 )
 
 
-def make_server() -> aio.Server:
-    """A server with the project's options and the error interceptor; add services, ``bind``, then start it."""
-    return aio.server(interceptors=[ErrorInterceptor()], options=_OPTIONS)
+def make_server(tls: MutualTls | None = None) -> aio.Server:
+    """A server with the project's options and interceptor; add services, ``bind`` with the same ``tls``, then start it.
+
+    With ``tls``, a caller is let through to what its role may call (``access.py``).
+    """
+    return aio.server(interceptors=[CallInterceptor(tls)], options=_OPTIONS)
 
 
-def bind(server: aio.Server, address: str, *, allow_insecure: bool = False) -> str:
+def bind(server: aio.Server, address: str, *, tls: MutualTls | None = None, allow_insecure: bool = False) -> str:
     """Binds ``host:port`` (port 0: any free one) and answers the address with the real port.
 
     Raises:
-        ConfigError: the address is not host:port, not loopback (there is no TLS yet), or taken.
+        ConfigError: the address is not host:port, not loopback without TLS, or taken; or a certificate is of no use.
     """
-    host, port = split_listen_address(address, allow_insecure)
+    host, port = split_listen_address(address, allow_insecure) if tls is None else split_address(address)
     try:
-        bound = server.add_insecure_port(address)
+        if tls is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, tls.server_credentials())
     except RuntimeError as exc:
         raise ConfigError(f"cannot listen on {address}: is the port taken by another process?") from exc
     if bound == 0 or (port != 0 and bound != port):
@@ -55,12 +63,15 @@ def bind(server: aio.Server, address: str, *, allow_insecure: bool = False) -> s
     return f"{host}:{bound}"
 
 
-class ErrorInterceptor(aio.ServerInterceptor):
-    """Ends a call whose handler raises with the error's status and ErrorInfo.
+class CallInterceptor(aio.ServerInterceptor):
+    """Lets in who may call, and ends a call whose handler raises with the error's status and ErrorInfo.
 
     An ``InfiniteLLMError`` is an answer and is not logged here. Anything else is a bug: it is logged with its traceback
     and answered as INTERNAL without details.
     """
+
+    def __init__(self, tls: MutualTls | None) -> None:
+        self._tls = tls
 
     async def intercept_service(
         self,
@@ -76,17 +87,19 @@ class ErrorInterceptor(aio.ServerInterceptor):
             "response_serializer": handler.response_serializer,
         }
         if handler.stream_stream:
-            return grpc.stream_stream_rpc_method_handler(_streaming(handler.stream_stream, method), **coders)
+            return grpc.stream_stream_rpc_method_handler(_streaming(handler.stream_stream, method, self._tls), **coders)
         if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(_streaming(handler.unary_stream, method), **coders)
+            return grpc.unary_stream_rpc_method_handler(_streaming(handler.unary_stream, method, self._tls), **coders)
         if handler.stream_unary:
-            return grpc.stream_unary_rpc_method_handler(_unary(handler.stream_unary, method), **coders)
-        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, method), **coders)
+            return grpc.stream_unary_rpc_method_handler(_unary(handler.stream_unary, method, self._tls), **coders)
+        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, method, self._tls), **coders)
 
 
-def _unary(behaviour: Any, method: str) -> Any:
+def _unary(behaviour: Any, method: str, tls: MutualTls | None) -> Any:
     async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
         try:
+            if tls is not None:
+                check_caller(tls, method, context.auth_context())
             return await behaviour(request, context)
         except Exception as exc:
             await _abort(context, exc, method)
@@ -94,10 +107,12 @@ def _unary(behaviour: Any, method: str) -> Any:
     return call
 
 
-def _streaming(behaviour: Any, method: str) -> Any:
+def _streaming(behaviour: Any, method: str, tls: MutualTls | None) -> Any:
     async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         # A handler is an async generator, or a coroutine that writes to the context itself.
         try:
+            if tls is not None:
+                check_caller(tls, method, context.auth_context())
             result = behaviour(request, context)
             if asyncio.iscoroutine(result):
                 await result

@@ -33,6 +33,12 @@ class Lease:
         self._expires_at = granted_at + ttl_s
         self._task = asyncio.create_task(self._renew(), name=f"lease-{lease_id:x}")
 
+    @property
+    def held(self) -> bool:
+        """Whether the lease is valid, asked of the clock: right also in the moment after the process stood still, when
+        ``lost`` is not set yet. The machine's own standstill it does not see."""
+        return not self.lost.is_set() and time.monotonic() < self._expires_at
+
     @classmethod
     async def grant(cls, etcd: EtcdClient, ttl_s: int) -> Self:
         """A new lease, kept alive from now on.

@@ -1,6 +1,7 @@
 """Who is there: every process of a cluster registers under its kind and id, as long as its lease lives.
 
-    /infinite-llm/{cluster}/members/{kind}/{member_id} -> the Member as JSON
+    /infinite-llm/{cluster}/members/{kind}/{member_id}  -> the Member as JSON
+    /infinite-llm/{cluster}/elections/gmanager/{lease}  -> likewise: gManagers that stand for election, the oldest leads
 
 Membership says where a process can be reached, nothing else. That an entry is gone does not mean that the process is
 dead, and requests go on while etcd is away.
@@ -18,6 +19,7 @@ from typing import Literal, get_args
 
 from services.core.errors import ConfigError, UnavailableError
 from services.runtime.config import parse_config
+from services.runtime.election import Election
 from services.runtime.etcd import Condition, EtcdClient, Put
 from services.runtime.etcd_types import KeyValue
 from services.runtime.lease import Lease
@@ -65,6 +67,7 @@ class Membership:
         if not cluster or "/" in cluster:
             raise ConfigError(f"cluster name {cluster!r} must not be empty and must not contain a slash")
         self._etcd = etcd
+        self._cluster = cluster
         self._prefix = f"/infinite-llm/{cluster}/members/"
 
     async def register(self, member: Member, ttl_s: int = DEFAULT_TTL_S) -> Registration:
@@ -89,6 +92,10 @@ class Membership:
         """
         return _members((await self._etcd.range(f"{self._prefix}{kind}/", timeout_s)).entries)
 
+    def gmanager_election(self) -> Election:
+        """Who is the gManager of all that are members; the candidates' values are their Members (``encode_member``)."""
+        return Election(self._etcd, self._cluster, "gmanager")
+
 
 class Registration:
     """One member's entry. If its lease is lost, because etcd or this process hung too long, it is entered again."""
@@ -100,6 +107,12 @@ class Registration:
         self._ttl_s = ttl_s
         self._lease: Lease | None = None
         self._task: asyncio.Task[None] | None = None
+        self._entered = False
+
+    @property
+    def entered(self) -> bool:
+        """Whether the entry stands in etcd, as far as this process can tell."""
+        return self._entered and self._lease is not None and not self._lease.lost.is_set()
 
     async def start(self) -> None:
         """Makes the first attempt and leaves the rest to the background. Called once, by ``Membership.register``."""
@@ -137,6 +150,7 @@ class Registration:
             log.error("another process has registered as this member with a later epoch", extra={"key": self._key})
             await self._drop_lease()
             return True
+        self._entered = True
         log.info("registered", extra={"key": self._key, "address": self._member.address})
         return False
 
@@ -146,10 +160,10 @@ class Registration:
         A swap that timed out raises, and the whole attempt is made again with a new lease. Should the old swap be
         applied after all, either its condition is broken by then, or the new attempt reads it and replaces it.
         """
-        value = json.dumps(dataclasses.asdict(self._member)).encode()
+        value = encode_member(self._member)
         while True:
             current = await self._etcd.get(self._key)
-            other = None if current is None else _member(current)
+            other = None if current is None else decode_member(current.key, current.value)
             if other is not None and other.epoch > self._member.epoch:
                 return False
             condition = Condition(self._key, "mod", 0 if current is None else current.mod_revision)
@@ -158,20 +172,25 @@ class Registration:
                 return True
 
     async def _drop_lease(self) -> None:
+        self._entered = False
         if self._lease is not None:
             lease, self._lease = self._lease, None
             await lease.close()
 
 
-def _members(entries: Iterable[KeyValue]) -> dict[str, Member]:
-    members = (_member(entry) for entry in entries)
-    return {member.member_id: member for member in members if member is not None}
+def encode_member(member: Member) -> bytes:
+    return json.dumps(dataclasses.asdict(member)).encode()
 
 
-def _member(entry: KeyValue) -> Member | None:
-    """None for an entry that is no Member of this version; one odd entry must not hide the others."""
+def decode_member(key: str, value: bytes) -> Member | None:
+    """None for a value that is no Member of this version; one odd entry must not hide the others."""
     try:
-        return parse_config(Member, json.loads(entry.value))
+        return parse_config(Member, json.loads(value))
     except (ConfigError, ValueError) as exc:
-        log.error("membership entry not understood", extra={"key": entry.key, "reason": str(exc)})
+        log.error("membership entry not understood", extra={"key": key, "reason": str(exc)})
         return None
+
+
+def _members(entries: Iterable[KeyValue]) -> dict[str, Member]:
+    members = (decode_member(entry.key, entry.value) for entry in entries)
+    return {member.member_id: member for member in members if member is not None}

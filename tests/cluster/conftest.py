@@ -31,9 +31,30 @@ def needle_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def greedy_reference(random_llama: Path) -> Callable[[list[int], int], tuple[list[int], list[float]]]:
+def clear_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Likewise, with logits so far apart that answers of hundreds of tokens have no near-tie."""
+    path = tmp_path_factory.mktemp("models") / "clear-llama"
+    write_random_llama(path, logit_scale=4.0)
+    return path
+
+
+Reference = Callable[[list[int], int], tuple[list[int], list[float]]]
+
+
+@pytest.fixture(scope="session")
+def greedy_reference(random_llama: Path) -> Reference:
     """transformers' own greedy continuation: tokens, and the margin between the best two logits at each."""
-    model = LlamaForCausalLM.from_pretrained(random_llama, dtype=torch.float32, attn_implementation="eager")
+    return _greedy(random_llama)
+
+
+@pytest.fixture(scope="session")
+def clear_reference(clear_llama: Path) -> Reference:
+    """The same of ``clear_llama``."""
+    return _greedy(clear_llama)
+
+
+def _greedy(path: Path) -> Reference:
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
 
     def generate(prompt: list[int], count: int) -> tuple[list[int], list[float]]:
         tokens = torch.tensor([prompt])

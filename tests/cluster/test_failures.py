@@ -68,11 +68,10 @@ def placed_on(cluster: Cluster) -> tuple[str, str]:
     """The instance that computes the one running request, and a daemon that holds blocks for it."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        requests = cluster.status()["requests"]
-        if requests:
-            lenders = [p["kvdaemon_id"] for p in requests[0]["placement"] if not p["local"]]  # type: ignore[index]
+        for request in cluster.requests():
+            lenders = [place.kvdaemon_id for place in request.placement if not place.local]
             if lenders:
-                return str(requests[0]["instance_id"]), str(lenders[0])  # type: ignore[index]
+                return request.instance_id, lenders[0]
         time.sleep(0.05)
     raise AssertionError(f"no request with blocks elsewhere\n{cluster.logs()}")
 

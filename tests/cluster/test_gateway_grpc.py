@@ -162,8 +162,8 @@ def test_cluster_status(rig: Rig) -> None:
             placement = {"cmpl-1": {"kv-0": BlockCount(4, True)}}
             stats = PoolStats(20 * GEOMETRY.block_bytes, GEOMETRY.block_bytes, 20, free=10, cached=6, in_use=4)
             senders = [
-                HeartbeatSender("instance/instance-0", locator.address, lambda: InstanceSnapshot(1, 2, placement)),
-                HeartbeatSender("kvdaemon/kv-0", locator.address, lambda: KvDaemonSnapshot(stats, GEOMETRY)),
+                HeartbeatSender("instance/instance-0", locator, lambda: InstanceSnapshot(1, 2, placement)),
+                HeartbeatSender("kvdaemon/kv-0", locator, lambda: KvDaemonSnapshot(stats, GEOMETRY)),
             ]
             for sender in senders:
                 sender.start()
@@ -203,7 +203,8 @@ def test_cluster_status(rig: Rig) -> None:
                 return not (await status(cluster_pb2.GetClusterStatusRequest(), timeout=20)).requests
 
             await until(ended, "the end has come")
-            # A daemon whose membership ends is not shown any more.
+            # A daemon whose membership and heartbeats end is not shown any more.
+            await senders[1].close()
             await registration.close()
 
             async def gone() -> bool:

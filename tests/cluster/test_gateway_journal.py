@@ -97,6 +97,22 @@ def test_what_is_written(redis_process: RedisProcess) -> None:
     asyncio.run(scenario())
 
 
+def test_tokens_that_come_quickly_are_written_at_once_and_a_long_request_is_kept(redis_process: RedisProcess) -> None:
+    async def scenario() -> None:
+        client = redis_process.client()
+        journal = RedisJournal(redis_process.url, "c", ttl_s=2, buffer_bytes=1 << 20)
+        journal.started(request("r"))
+        for index in range(300):
+            journal.tokens("r", index, (index,))
+            await asyncio.sleep(0.01)  # in all, longer than it is kept without being written to
+        await journal.close()
+        assert record(redis_process, "r")[1] == list(range(300))
+        assert record(redis_process, "r")[0][b"state"] == b"running"
+        assert client.info("commandstats")["cmdstat_setrange"]["calls"] < 100
+
+    asyncio.run(scenario())
+
+
 def test_a_redis_that_comes_back_gets_everything(redis_process: RedisProcess, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         journal = RedisJournal(redis_process.url, "c", ttl_s=60, buffer_bytes=1 << 20)
@@ -117,7 +133,7 @@ def test_a_redis_that_comes_back_gets_everything(redis_process: RedisProcess, ca
 def test_overflow_drops_the_oldest_and_says_so(redis_process: RedisProcess) -> None:
     async def scenario() -> None:
         redis_process.signal(signal.SIGKILL)
-        journal = RedisJournal(redis_process.url, "c", ttl_s=60, buffer_bytes=5_000)
+        journal = RedisJournal(redis_process.url, "c", ttl_s=60, buffer_bytes=1_300)
         journal.started(request("old"))
         for index in range(100):
             journal.tokens("old", index, (index,))

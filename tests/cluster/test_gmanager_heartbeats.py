@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +17,7 @@ from gateway_rig import CLUSTER, service, until
 from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc
 from services.core.errors import ResyncRequiredError, UnavailableError
 from services.core.placement import BlockCount, InstanceSnapshot
+from services.core.timings import StepTiming
 from services.gateway.cluster import ClusterState, InstanceView
 from services.gateway.gmanager_client import GManagerClient
 from services.rmanager.gmanager_locator import GManagerLocator
@@ -54,16 +56,18 @@ class Observer:
 
 @asynccontextmanager
 async def observer(
-    etcd_endpoint: str, on_instances: Callable[[tuple[InstanceView, ...]], None] = lambda views: None
+    etcd_endpoint: str,
+    on_instances: Callable[[tuple[InstanceView, ...]], None] = lambda views: None,
+    timings: Callable[[], tuple[StepTiming, ...]] = lambda: (),
 ) -> AsyncIterator[Observer]:
     etcd = EtcdClient([etcd_endpoint])
     membership = Membership(etcd, CLUSTER)
     registration = await membership.register(Member("instance", "a", "127.0.0.1:9", epoch=1))
     daemon = await membership.register(Member("kvdaemon", "k", "127.0.0.1:9", epoch=1))
     locator = GManagerLocator(membership)
-    gmanager = GManagerClient(locator.address, on_instances)
+    gmanager = GManagerClient(locator, on_instances)
     watcher = Observer(gmanager, locator)
-    sender = HeartbeatSender("instance/a", locator.address, watcher.snapshot, interval_s=0.05, send_timeout_s=2.0)
+    sender = HeartbeatSender("instance/a", locator, watcher.snapshot, 0.05, timings, send_timeout_s=2.0)
     sender.start()
     try:
         yield watcher
@@ -163,5 +167,33 @@ def test_streams_with_a_gap_are_ended(
                     assert isinstance(error_from_rpc(caught.value), ResyncRequiredError)
         await locator.close()
         await etcd.close()
+
+    asyncio.run(scenario())
+
+
+def test_timings_travel_with_whatever_is_sent_and_cause_no_messages(etcd_endpoint: str, tmp_path: Path) -> None:
+    """An instance whose steps are told as 40 ms each: the gManager learns that, and is not asked more often for it."""
+    asked: list[float] = []
+
+    def timings() -> tuple[StepTiming, ...]:
+        asked.append(asyncio.get_running_loop().time())
+        return (StepTiming(1, 0, 640, 0.04, 0.01, 0.01, steps=5),)
+
+    async def scenario() -> None:
+        with service("gmanager", tmp_path, listen="127.0.0.1:0", etcd=[etcd_endpoint], plan_interval_s=0.1):
+            async with observer(etcd_endpoint, timings=timings) as watcher:
+                watcher.placement["r"] = {"k": BlockCount(3, True)}
+                await watcher.sees("r")
+
+                async def learned() -> bool:
+                    async with make_channel(await watcher.locator.address()) as channel:
+                        stub = gmanager_pb2_grpc.GManagerServiceStub(channel)
+                        view = await stub.GetClusterView(gmanager_pb2.GetClusterViewRequest(), timeout=10)
+                    (told,) = view.instances
+                    return told.HasField("step_error") and told.step_error < 0.2
+
+                await until(learned, "the step's time is predicted", timeout_s=40)
+        pauses = [later - earlier for earlier, later in itertools.pairwise(asked)]
+        assert sorted(pauses)[len(pauses) // 2] > 0.5  # nothing but timings changed: a keep-alive carries them
 
     asyncio.run(scenario())

@@ -5,29 +5,30 @@ Only the control plane is short-circuited: orders are carried out on the ledgers
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from engine_daemon import Daemon
 
 import kernels
-from services.core.blocks import BlockKeySpace, BlockRef, PoolGeometry
-from services.core.errors import ContextTooLongError, PoolExhaustedError
+from services.core.blocks import BlockHandle, BlockKeySpace, BlockRef
+from services.core.errors import ContextTooLongError, PoolExhaustedError, SessionRevokedError
 from services.core.sequence import Request, SamplingParams
-from services.dataplane.kv_pool import KvPool
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import RemoteAttention
 from services.dataplane.transport import Limits
-from services.dataplane.wire import Header
 from services.instance.control import (
     Abort,
+    BeginMove,
+    CopiesSealed,
+    EndMove,
     EndSession,
     LocalSealed,
+    MoveReserved,
     Order,
     PeerOpened,
     PromptDeferred,
@@ -36,7 +37,9 @@ from services.instance.control import (
     Release,
     Replenish,
     Replenished,
+    ReserveMove,
     ReservePrompt,
+    SealCopies,
     SealLocal,
     Stop,
     Submit,
@@ -46,80 +49,12 @@ from services.instance.engine import Engine
 from services.instance.memory import BlockMemory
 from services.instance.model import load_model
 from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, Output, TokenOutput
+from services.instance.passes import PASSES, PassName
+from services.instance.passes.apply import apply_passes
 from services.instance.probe import probe
 from services.instance.scheduler import Scheduler
-from services.kvdaemon.pool_view import PoolView
-from services.kvdaemon.segments import StepPlan
-from services.kvdaemon.sessions import SharedLedger
-from services.kvdaemon.worker import Worker
-from services.rmanager.ledger import Ledger
 
 LIMITS = Limits(1 << 20, 8 << 20)
-
-
-@dataclass(frozen=True)
-class Query:
-    """One QUERY that a daemon answered.
-
-    Attributes:
-        rows: of the longest segment; 1 in decode.
-        distance: from the first row of any segment back to the last key of its blocks there, at least.
-    """
-
-    layer: int
-    window: int
-    rows: int
-    distance: int
-
-
-class _RecordingPoolView(PoolView):
-    def __init__(self, pool: KvPool, queries: list[Query]) -> None:
-        super().__init__(pool, kernels.load("cpu"))
-        self._queries = queries
-
-    def attend(self, query: Header, payload: memoryview, plan: StepPlan, max_answer_bytes: int):
-        attention = plan.attention
-        last = attention.block_pos[attention.block_start[1:].long() - 1] + self._geometry.block_tokens - 1
-        distance = int((attention.query_pos - last).min())
-        self._queries.append(Query(query.layer, query.window, attention.max_query_len, distance))
-        return super().attend(query, payload, plan, max_answer_bytes)
-
-
-class Daemon:
-    """A KV daemon's pool, ledger and worker thread."""
-
-    session_ids = itertools.count(1)
-
-    def __init__(self, hub: LoopbackHub, name: str, geometry: PoolGeometry, blocks: int, mapped: bool) -> None:
-        self.name = name
-        self.pool = KvPool(blocks * geometry.block_bytes)
-        self.shared = SharedLedger(Ledger(self.pool.pool_bytes, lambda: next(Daemon.session_ids)))
-        self._geometry, self._mapped = geometry, mapped
-        self._epoch = 0
-        self.session_id = self.open_session()
-        self._transport = LoopbackTransport(hub, name)
-        self.address = self._transport.listen()
-        self.queries: list[Query] = []
-        self.worker = Worker(self._transport, self.shared, _RecordingPoolView(self.pool, self.queries))
-        self._thread = threading.Thread(target=self.worker.run, daemon=True)
-        self._thread.start()
-
-    def open_session(self) -> int:
-        self._epoch += 1
-        with self.shared as ledger:
-            self.session_id = ledger.open_session("i", self._epoch, self._geometry, self._mapped).session_id
-        return self.session_id
-
-    def revoke(self) -> None:
-        """Ends the session, as after a silence."""
-        with self.shared as ledger:
-            ledger.close_session(self.session_id)
-        self.worker.sessions_ended()
-
-    def stop(self) -> None:
-        self.worker.stop()
-        self._thread.join(10)
-        assert not self._thread.is_alive()
 
 
 class EngineRig:
@@ -136,12 +71,14 @@ class EngineRig:
         max_batch_tokens: int = 128,
         block_tokens: int = 64,
         dtype: str = "float32",
+        passes: SequenceOf[PassName] = PASSES,
     ) -> None:
         torch.set_num_threads(1)
         hub = LoopbackHub()
         attention_kernels = kernels.load("cpu")
         self.model = load_model(model, dtype, None)
         probe(self.model, attention_kernels, block_tokens, dtype)
+        apply_passes(self.model, passes)
         geometry = self.model.shape.geometry(block_tokens, dtype)
         self.local = Daemon(hub, "local", geometry, local_blocks, mapped=True)
         self.lenders = [Daemon(hub, f"lender-{n}", geometry, blocks, False) for n, blocks in enumerate(lenders)]
@@ -155,7 +92,17 @@ class EngineRig:
             blocks = ledger.reserve(self.local.session_id, workspace, workspace, workspace=True)
         space = BlockKeySpace("m", dtype, (0, geometry.kv_heads))
         memory = BlockMemory(
-            geometry, space, self.model.rotary, pool, blocks, "local", self.local.session_id, peers, remote, self
+            geometry,
+            space,
+            self.model.rotary,
+            pool,
+            blocks,
+            "local",
+            self.local.session_id,
+            peers,
+            remote,
+            self,
+            self.local.address,
         )
         scheduler = Scheduler(max_num_seqs, max_batch_tokens)
         self.outputs: list[Output] = []
@@ -163,6 +110,9 @@ class EngineRig:
             self.model, attention, remote, peers, memory, scheduler, self, self.outputs.extend, self._take_snapshot
         )
         self.snapshot = EngineSnapshot()
+        self.move_ends: dict[str, EndMove] = {}
+        self.offer_ttl_s, self.use_within_s = 30.0, 15.0
+        self._moves: dict[str, BeginMove] = {}
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -186,6 +136,19 @@ class EngineRig:
 
     def abort(self, name: str, stream_id: int = 1) -> None:
         self.engine.post(Abort(name, stream_id))
+
+    def move(self, request_id: str, source: str, destination: str, blocks: int) -> str:
+        """Begins a move and answers its id."""
+        move = BeginMove(f"move-{len(self._moves)}", request_id, source, destination, blocks)
+        self._moves[move.move_id] = move
+        self.engine.post(move)
+        return move.move_id
+
+    def moved(self, request_id: str, source: str, destination: str, blocks: int) -> EndMove:
+        """A move's end."""
+        move_id = self.move(request_id, source, destination, blocks)
+        self.wait_until(lambda: move_id in self.move_ends)
+        return self.move_ends[move_id]
 
     def wait(self, *names: str, timeout_s: float = 60.0) -> None:
         """Until these requests have ended."""
@@ -245,12 +208,25 @@ class EngineRig:
                     own = [handle for handle, _ in blocks]
                     now = ledger.seal(self.local.session_id, own, [key for _, key in blocks])
                 self.engine.post(LocalSealed(tuple(zip(own, now, strict=True))))
+            case SealCopies(kvdaemon_id, session_id, blocks):
+                daemon = self._daemon(kvdaemon_id)
+                own = [handle for handle, _ in blocks]
+                with daemon.shared as ledger:
+                    if ledger.revoked(session_id):
+                        return
+                    now = ledger.seal(session_id, own, [key for _, key in blocks])
+                self.engine.post(CopiesSealed(kvdaemon_id, session_id, tuple(zip(own, now, strict=True))))
+            case ReserveMove():
+                self._reserve_move(order)
+            case EndMove():
+                self.move_ends[order.move_id] = order
             case Release(kvdaemon_id, session_id, handles):
                 daemon = self._daemon(kvdaemon_id)
                 if session_id != daemon.session_id:
                     return
                 with daemon.shared as ledger:
-                    ledger.release(daemon.session_id, handles)
+                    if not ledger.revoked(session_id):
+                        ledger.release(session_id, handles)
             case Replenish(count):
                 local = self._take(self.local, count, workspace=True)
                 self.engine.post(Replenished(tuple(local), tuple(self._borrow(count - len(local)))))
@@ -289,11 +265,29 @@ class EngineRig:
                 ledger.release(daemon.session_id, [ref.handle])
         return PromptDeferred(order.age.request_id, order.attempt)
 
-    def _take(self, daemon: Daemon, count: int, workspace: bool):
+    def _reserve_move(self, order: ReserveMove) -> None:
+        daemon = self._daemon(self._moves[order.move_id].destination_kvdaemon_id)
+        with daemon.shared as ledger:
+            found = [] if ledger.revoked(daemon.session_id) else ledger.attach(daemon.session_id, order.keys)
+        reserved = self._take(daemon, len(order.keys) - len(found), workspace=False, ttl_s=self.offer_ttl_s)
+        self._connect(daemon)
+        self.engine.post(
+            MoveReserved(
+                order.move_id,
+                daemon.name,
+                daemon.session_id,
+                tuple(found),
+                tuple(reserved),
+                time.monotonic(),
+                self.use_within_s,
+            )
+        )
+
+    def _take(self, daemon: Daemon, count: int, workspace: bool, ttl_s: float = 0.0) -> list[BlockHandle]:
         try:
             with daemon.shared as ledger:
-                return ledger.reserve(daemon.session_id, count, 1, workspace=workspace) if count else []
-        except PoolExhaustedError:
+                return ledger.reserve(daemon.session_id, count, 1, workspace, ttl_s) if count else []
+        except (PoolExhaustedError, SessionRevokedError):
             return []
 
     def _borrow(self, count: int) -> list[BlockRef]:
@@ -301,10 +295,14 @@ class EngineRig:
         for daemon in self.lenders:
             taken = self._take(daemon, count - len(refs), workspace=False)
             refs += [BlockRef(daemon.name, handle) for handle in taken]
-            if taken and daemon.name not in self._opened:
-                self._opened.add(daemon.name)
-                self.engine.post(PeerOpened(daemon.name, daemon.address, daemon.session_id))
+            if taken:
+                self._connect(daemon)
         return refs
+
+    def _connect(self, daemon: Daemon) -> None:
+        if daemon is not self.local and daemon.name not in self._opened:
+            self._opened.add(daemon.name)
+            self.engine.post(PeerOpened(daemon.name, daemon.address, daemon.session_id))
 
     def _daemon(self, name: str) -> Daemon:
         return next(daemon for daemon in (self.local, *self.lenders) if daemon.name == name)

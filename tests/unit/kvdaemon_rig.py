@@ -18,7 +18,7 @@ from services.dataplane import wire
 from services.dataplane.kv_pool import KvPool
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
 from services.dataplane.transport import Accepted, Buffer, Connection, Limits, Lost, Received
-from services.dataplane.wire import Header, Kind, PlanSegment
+from services.dataplane.wire import Header, Kind, PlanSegment, Role
 from services.kvdaemon.pool_view import PoolView
 from services.kvdaemon.sessions import Sessions, SharedLedger
 from services.kvdaemon.worker import Worker
@@ -35,14 +35,21 @@ def key(number: int) -> bytes:
 
 
 class Rig:
-    """Use as a context manager; ``failure`` is what ended the worker, if anything did."""
+    """Use as a context manager; ``failure`` is what ended the worker, if anything did. Daemons of one hub meet."""
 
-    def __init__(self, blocks: int = 16, geometry: PoolGeometry = GEOMETRY, kernels: AttentionKernels | None = None):
+    def __init__(
+        self,
+        blocks: int = 16,
+        geometry: PoolGeometry = GEOMETRY,
+        kernels: AttentionKernels | None = None,
+        hub: LoopbackHub | None = None,
+        name: str = "daemon",
+    ):
         self.geometry = geometry
         self.pool = KvPool(blocks * geometry.block_bytes)
         self.shared = SharedLedger(Ledger(self.pool.pool_bytes, itertools.count(100).__next__))
-        self.hub = LoopbackHub()
-        server = LoopbackTransport(self.hub, "daemon")
+        self.hub = hub or LoopbackHub()
+        server = LoopbackTransport(self.hub, name)
         self.address = server.listen()
         self.worker = Worker(server, self.shared, PoolView(self.pool, kernels or ReferenceKernels()))
         self.sessions = Sessions(self.shared, self.worker.sessions_ended)
@@ -77,9 +84,9 @@ class Rig:
     def open(self, instance: str = "a", epoch: int = 1, geometry: PoolGeometry | None = None) -> int:
         return self.sessions.open(instance, epoch, geometry or self.geometry, False)[0].session_id
 
-    def reserve(self, session: int, number: int) -> list[BlockHandle]:
+    def reserve(self, session: int, number: int, ttl_s: float = 0.0) -> list[BlockHandle]:
         with self.shared as ledger:
-            return ledger.reserve(session, number, number)
+            return ledger.reserve(session, number, number, ttl_s=ttl_s)
 
     def sealed(self, session: int, keys: Sequence[int]) -> list[BlockHandle]:
         """Blocks of random content, sealed under these keys."""
@@ -98,8 +105,8 @@ class Rig:
 
     # Data plane.
 
-    def connect(self, session: int, limits: Limits = LIMITS) -> Connection:
-        connection = self.transport.connect(self.address, wire.pack_hello(session), limits)
+    def connect(self, session: int, limits: Limits = LIMITS, role: Role = Role.OWNER) -> Connection:
+        connection = self.transport.connect(self.address, wire.Hello(session, role).pack(), limits)
         self._inbox[connection] = []
         return connection
 

@@ -56,3 +56,33 @@ def test_lists_grow_beyond_their_first_size():
         table.move_to_remote(index, BlockRef("far", handle(index)), 1)
     assert len(table.local_blocks) == 50
     assert table.segments["far"].blocks.rows[:, 2].tolist() == [index * 64 for index in range(0, 100, 2)]
+
+
+def test_a_block_goes_from_daemon_to_daemon_and_home():
+    table = table_of(4)
+    for index in range(3):
+        assert table.move_to_remote(index, BlockRef("a", handle(index)), 5) is None
+    a = table.segments["a"]
+    a.sent = 3
+    assert table.move_to_remote(1, BlockRef("b", handle(11)), 6) is None
+    assert a.blocks.rows.tolist() == [[0, 1, 0], [2, 1, 128]]
+    assert a.sent == 1, "what came after the block is told anew"
+    assert table.segments["b"].blocks.rows.tolist() == [[11, 1, 64]]
+    assert table.entries[1].remote == BlockRef("b", handle(11))
+    a.sent = 2
+    assert table.move_to_local(2, handle(50)) is None
+    assert a.sent == 1
+    assert table.local_blocks.tolist() == [[50, 128], [103, 192]]
+    assert table.slot(128) == 50 * 64
+    assert (table.entries[2].remote, table.entries[2].home) == (None, Home.SEALED)
+
+
+def test_a_segment_without_blocks_is_gone_and_a_new_one_has_a_new_handle():
+    table = table_of(2)
+    table.move_to_remote(0, BlockRef("a", handle(7)), 5)
+    emptied = table.move_to_local(0, handle(60))
+    assert emptied is not None
+    assert (emptied.kvdaemon_id, emptied.handle) == ("a", 5)
+    assert table.segments == {}
+    table.move_to_remote(0, BlockRef("a", handle(8)), 9)
+    assert (table.segments["a"].handle, table.segments["a"].sent) == (9, 0)

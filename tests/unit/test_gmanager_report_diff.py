@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,8 +12,12 @@ from services.core.placement import (
     InstanceReport,
     InstanceSnapshot,
     KvDaemonSnapshot,
+    MoveEnd,
+    MoveReport,
     PlacementEntry,
     PoolStats,
+    RunningRequest,
+    WaitingRequest,
 )
 from services.gmanager.view import ClusterView
 from services.rmanager.report_diff import ReportDiff
@@ -70,3 +76,30 @@ def test_the_view_ends_up_with_the_snapshot(history: list[dict[str, dict[str, Bl
             for info in view.requests()
         }
         assert seen == where
+
+
+def test_progress_moves_and_queue_travel_when_they_changed() -> None:
+    diff = ReportDiff("instance/a")
+    slow, fast = RunningRequest("slow", 1.0, 64, 500), RunningRequest("fast", 2.0, 64, 500)
+    old, new = (MoveReport(name, "slow", "k0", "k1", 1, 0.1, MoveEnd.DONE) for name in ("old", "new"))
+    where = {name: {"k0": BlockCount(1, True)} for name in ("slow", "fast")}
+    queue = (WaitingRequest(5, 6),)
+    now = InstanceSnapshot(2, 1, where, None, (old,), 8, (slow, fast), queue)
+    told = diff.next(now)
+    assert told is not None
+    assert told.report == InstanceReport(
+        2, 1, tuple(PlacementEntry(name, "k0", 1, True) for name in where), (), None, 8, (slow, fast), (old,), queue
+    )
+    assert diff.next(replace(now)) is None
+    further = fast._replace(context_tokens=128)
+    told = diff.next(replace(now, progress=(slow, further), moves=(old, new)))
+    assert told is not None
+    assert told.report == InstanceReport(2, 1, max_running=8, progress=(further,), moves=(new,), queue=None)
+    told = diff.next(replace(now, progress=(slow, further), moves=(new,), queue=()))
+    assert told is not None
+    assert told.report == InstanceReport(2, 1, max_running=8, queue=())
+    # A new stream starts with everything that is remembered.
+    told = ReportDiff("instance/a").next(replace(now, moves=(old, new)))
+    assert told is not None
+    assert isinstance(told.report, InstanceReport)
+    assert told.report.moves == (old, new)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from services.core.blocks import PoolGeometry
 from services.core.errors import ResyncRequiredError
 from services.core.placement import (
+    AdmissionHint,
+    BlockCount,
     Heartbeat,
     InstanceReport,
     KvDaemonReport,
     PlacementEntry,
     PoolStats,
+    RunningRequest,
+    WaitingRequest,
 )
 from services.core.sequence import RequestAge
 from services.gmanager.view import ClusterView
@@ -208,3 +214,49 @@ def test_who_is_silent_does_not_starve_the_others() -> None:
     assert view.oldest_starving(1.0) == old
     report(view, "instance/b", None, sequence=1, now=8.0)
     assert view.oldest_starving(9.0) == young  # a was killed or stopped: what it starved for may be done elsewhere
+
+
+def test_what_the_planner_needs_follows_the_changes() -> None:
+    view = ClusterView()
+    view.set_instances({"a": instance("a", "k0"), "silent": instance("silent", "k1")}, 0.0)
+    view.set_kvdaemons(daemons("k0", "k1"), 0.0)
+    report(view, "kvdaemon/k0", formatted(3), now=1.0)
+    young, old = RunningRequest("young", 9.0, 64, 500), RunningRequest("old", 1.0, 128, 400)
+    entries = (PlacementEntry("young", "k0", 2, True), PlacementEntry("old", "k0", 3, True))
+    queue = (WaitingRequest(10, 20),)
+    full = InstanceReport(2, 1, entries, max_running=8, progress=(young, old), queue=queue)
+    report(view, "instance/a", full, now=2.0)
+    first, silent = view.instance_facts()
+    assert (first.heard_at, first.max_running, first.queue) == (2.0, 8, queue)
+    assert first.running == (
+        (old, {"k0": BlockCount(3, True)}),
+        (young, {"k0": BlockCount(2, True)}),
+    )
+    assert (silent.heard_at, silent.running, silent.queue) == (-math.inf, (), ())
+    known, unknown = view.kvdaemon_facts()
+    assert (known.heard_at, known.report) == (1.0, formatted(3))
+    assert (unknown.heard_at, unknown.report) == (-math.inf, None)
+
+    older = old._replace(context_tokens=192)
+    change = InstanceReport(2, 0, (PlacementEntry("old", "k1", 4, False),), max_running=8, progress=(older,))
+    report(view, "instance/a", change, sequence=1, now=3.0)
+    (entry, _) = view.instance_facts()[0].running
+    assert entry == (older, {"k0": BlockCount(3, True), "k1": BlockCount(4, False)})
+    assert view.instance_facts()[0].queue == queue  # unchanged
+    report(view, "instance/a", InstanceReport(1, 0, (), ("young",), max_running=8, queue=()), sequence=2, now=4.0)
+    assert [progress.request_id for progress, _ in view.instance_facts()[0].running] == ["old"]
+    assert view.instance_facts()[0].queue == ()
+
+
+def test_hints_are_shown_until_a_plan_says_otherwise() -> None:
+    view = ClusterView()
+    view.set_instances({"a": instance("a"), "b": instance("b")}, 0.0)
+    before = view.load_version
+    view.set_hints({"b": AdmissionHint(640, 1.5)})
+    assert view.load_version > before
+    before = view.load_version
+    view.set_hints({"b": AdmissionHint(640, 1.5)})
+    assert view.load_version == before
+    assert [info.hint for info in view.instances(0.0)] == [None, AdmissionHint(640, 1.5)]
+    view.forget_reports()
+    assert [info.hint for info in view.instances(0.0)] == [None, None]

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from gmanager_office import leading
 
 from infinitellm.internal.v1 import kvdaemon_pb2, kvdaemon_pb2_grpc
 from infinitellm.internal.v1.gmanager_pb2_grpc import add_GManagerServiceServicer_to_server
@@ -18,6 +19,7 @@ from services.core.sequence import RequestAge
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
 from services.dataplane.peers import PeerSet
 from services.dataplane.transport import Limits
+from services.gmanager.planning import NoPlanning
 from services.gmanager.servicer import GManagerServicer, MembershipSignal
 from services.gmanager.view import ClusterView
 from services.instance.capacity import MEMORY_S, SETTLE_S, Capacity
@@ -114,7 +116,9 @@ async def gmanager(
     view: ClusterView, servicer: type[GManagerServicer] = GManagerServicer
 ) -> AsyncIterator[GManagerClient]:
     server = make_server()
-    add_GManagerServiceServicer_to_server(servicer(view, MembershipSignal(), lambda: 0.0, 1.0), server)
+    add_GManagerServiceServicer_to_server(
+        servicer(view, MembershipSignal(), lambda: 0.0, 1.0, leading(), NoPlanning()), server
+    )
     address = bind(server, "127.0.0.1:0")
     await server.start()
 
@@ -133,7 +137,7 @@ class Rig:
     def __init__(self, rmanager: RManager, daemons: tuple[Daemon, Daemon, Daemon], events: asyncio.Queue[EngineEvent]):
         self.rmanager = rmanager
         self.local, self.first, self.second = daemons
-        self._events = events
+        self.events = events
 
     def reserve(self, attempt: int, blocks: int) -> None:
         self.rmanager.order(ReservePrompt(RequestAge(1.0, "r"), attempt, (), blocks, blocks))
@@ -141,7 +145,7 @@ class Rig:
     async def answer(self, attempt: int) -> PromptReserved | PromptDeferred:
         async with asyncio.timeout(DEADLINE_S):
             while True:
-                event = await self._events.get()
+                event = await self.events.get()
                 if isinstance(event, PromptReserved | PromptDeferred) and event.attempt == attempt:
                     return event
 

@@ -246,7 +246,7 @@ def test_messages_out_of_place(rig: Rig) -> None:
         connection = rig.connect(session)
         rig.send(connection, header, *parts)
         assert reason in rig.refusal(connection)
-    for garbage in (b"", b"\xff" * 64, b"\x01\xff" + bytes(62)):
+    for garbage in (b"", b"\xff" * 64, b"\x02\xff" + bytes(62)):
         connection = rig.connect(session)
         connection.send([garbage])
         assert "INVALID_REQUEST" in rig.refusal(connection)
@@ -367,7 +367,7 @@ def test_peer_that_takes_no_answers_does_not_stall_the_others(rig: Rig) -> None:
     good = rig.connect(session)
     rig.send_plan(good, 1, plan)
     silent = LoopbackTransport(rig.hub, "silent")  # never polled: its answers pile up until its window is full
-    connection = silent.connect(rig.address, wire.pack_hello(session), Limits(1024, 2048))
+    connection = silent.connect(rig.address, wire.Hello(session).pack(), Limits(1024, 2048))
     rig.send_plan(connection, 1, plan)
     for _ in range(20):
         rig.send_query(connection, q, step=1)

@@ -16,7 +16,8 @@ from services.core.errors import (
     SessionRevokedError,
     StaleGenerationError,
 )
-from services.rmanager.ledger import Ledger, Session
+from services.rmanager.holder import Session
+from services.rmanager.ledger import Ledger
 
 
 @pytest.fixture

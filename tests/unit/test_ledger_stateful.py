@@ -31,6 +31,7 @@ class Client:
     open: bool = True
     mapping_out: bool = False
     holds: Counter[BlockHandle] = field(default_factory=Counter)
+    expired: set[BlockHandle] = field(default_factory=set)  # offers taken back, and not released yet
 
     @property
     def writes(self) -> bool:
@@ -41,12 +42,15 @@ class Client:
 class LedgerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = Ledger(BLOCKS * GEOMETRIES[0].block_bytes, itertools.count(1).__next__)
+        self.now = 0.0
+        self.ledger = Ledger(BLOCKS * GEOMETRIES[0].block_bytes, itertools.count(1).__next__, lambda: self.now)
+        self.offers: list[tuple[Client, set[BlockHandle]]] = []  # those of living sessions; all last one second
+        self.reading: list[BlockHandle] = []
         self.clients: list[Client] = []
         self.epochs: dict[str, int] = {}
         self.sealed: dict[BlockHandle, bytes] = {}  # of the present format; some may have been evicted
         self.given: set[tuple[BlockHandle, int]] = set()  # every (handle, owner) of a reservation
-        self.writing: tuple[Client, BlockHandle] | None = None
+        self.writing: tuple[Client, BlockHandle, bool] | None = None  # on behalf of the client
         self.geometry: PoolGeometry | None = None
 
     def some(self, data: st.DataObject) -> Client:
@@ -103,6 +107,19 @@ class LedgerMachine(RuleBasedStateMachine):
         for client in list(clients):
             client.open = False
             assert self.ledger.revoked(client.session_id)
+        self.forget_offers()
+
+    def forget_offers(self) -> None:
+        self.offers = [(client, blocks) for client, blocks in self.offers if client.open and blocks]
+
+    def offered(self, client: Client, handle: BlockHandle) -> bool:
+        return any(owner is client and handle in blocks for owner, blocks in self.offers)
+
+    def withdraw(self, client: Client, handle: BlockHandle) -> None:
+        for owner, blocks in self.offers:
+            if owner is client:
+                blocks.discard(handle)
+        self.forget_offers()
 
     @rule(data=st.data())
     def map_pool(self, data: st.DataObject) -> None:
@@ -121,6 +138,7 @@ class LedgerMachine(RuleBasedStateMachine):
         client = self.some(data)
         self.ledger.close_session(client.session_id)
         client.open = False
+        self.forget_offers()
 
     @precondition(lambda self: any(client.mapping_out for client in self.clients))
     @rule(data=st.data(), rarely=RARELY)
@@ -130,13 +148,19 @@ class LedgerMachine(RuleBasedStateMachine):
         client = data.draw(st.sampled_from([client for client in self.clients if client.mapping_out]))
         self.ledger.hang_up(client.session_id)
         client.open = client.mapping_out = False
+        self.forget_offers()
 
-    @rule(data=st.data(), most=st.integers(1, BLOCKS), least=st.integers(0, 2), workspace=st.booleans())
-    def reserve(self, data: st.DataObject, most: int, least: int, workspace: bool) -> None:
+    @rule(
+        data=st.data(),
+        most=st.integers(1, BLOCKS),
+        least=st.integers(0, 2),
+        kind=st.sampled_from(["workspace", "request", "offer"]),
+    )
+    def reserve(self, data: st.DataObject, most: int, least: int, kind: str) -> None:
         client = self.some(data)
         before = self.ledger.stats()
         try:
-            handles = self.ledger.reserve(client.session_id, most, least, workspace)
+            handles = self.ledger.reserve(client.session_id, most, least, kind == "workspace", kind == "offer")
         except InfiniteLLMError:
             assert not client.open or least > most or before.available < least
             assert self.ledger.stats() == before
@@ -151,6 +175,18 @@ class LedgerMachine(RuleBasedStateMachine):
             client.holds[handle] += 1
             for old in [old for old in self.sealed if old.block == handle.block]:
                 del self.sealed[old]
+        if kind == "offer":
+            self.offers.append((client, set(handles)))
+
+    @precondition(lambda self: self.offers)
+    @rule()
+    def time_passes(self) -> None:
+        """All offers that were not used meanwhile are over; a block under a write is none any more."""
+        self.now += 1.0
+        for client, blocks in self.offers:
+            client.holds -= Counter(blocks)
+            client.expired |= blocks
+        self.offers = []
 
     @rule(data=st.data(), key=st.sampled_from(KEYS))
     def seal(self, data: st.DataObject, key: bytes) -> None:
@@ -167,6 +203,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         assert client.open
         assert client.holds[handle]
+        self.withdraw(client, handle)
         if holder != handle:
             assert self.sealed[holder] == key
             client.holds[holder] += 1
@@ -193,42 +230,54 @@ class LedgerMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject, number: int) -> None:
         client = self.some(data)
         handles = [self.some_handle(data, client) for _ in range(number)]
+        handles += data.draw(st.sampled_from([[], *([handle] for handle in client.expired)]))
         before = self.ledger.stats()
+        held = Counter(handle for handle in handles if handle not in client.expired)
         try:
             self.ledger.release(client.session_id, handles)
         except InfiniteLLMError:
-            assert not client.open or Counter(handles) - client.holds
+            assert not client.open or held - client.holds
             assert self.ledger.stats() == before
             return
         assert client.open
-        assert not Counter(handles) - client.holds
-        client.holds -= Counter(handles)
+        assert not held - client.holds
+        client.holds -= held
+        client.expired -= set(handles)
+        for handle in held:
+            if not client.holds[handle]:
+                self.withdraw(client, handle)
 
     @precondition(lambda self: self.writing is None)
-    @rule(data=st.data())
-    def begin_write(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), on_behalf=st.booleans())
+    def begin_write(self, data: st.DataObject, on_behalf: bool) -> None:
         client = self.some(data)
         handle = self.some_handle(data, client)
+        offered = self.offered(client, handle)
         try:
-            self.ledger.begin_write(client.session_id, handle)
+            self.ledger.begin_write(client.session_id, handle, on_behalf)
         except InfiniteLLMError:
-            assert not client.open or not client.holds[handle] or handle in self.sealed
+            refused = on_behalf and not offered
+            assert not client.open or not client.holds[handle] or handle in self.sealed or refused
             return
-        self.writing = (client, handle)
+        assert offered or not on_behalf
+        self.withdraw(client, handle)
+        self.writing = (client, handle, on_behalf)
 
     @precondition(lambda self: self.writing is not None)
     @rule(key=st.sampled_from(KEYS))
     def finish_write(self, key: bytes) -> None:
         assert self.writing is not None
-        client, handle = self.writing
+        client, handle, on_behalf = self.writing
         self.writing = None
         try:
-            holder = self.ledger.finish_write(client.session_id, handle, key)
+            holder = self.ledger.finish_write(client.session_id, handle, None if on_behalf else key)
         except InfiniteLLMError:
             assert not client.open or not client.holds[handle]
             return
         assert client.open
-        if holder == handle:
+        if on_behalf:
+            assert holder == handle
+        elif holder == handle:
             assert key not in self.sealed.values()
             self.sealed[handle] = key
         else:
@@ -236,12 +285,31 @@ class LedgerMachine(RuleBasedStateMachine):
             client.holds[holder] += 1
             client.holds -= Counter([handle])
 
+    @rule(data=st.data(), key=st.sampled_from(KEYS))
+    def begin_read(self, data: st.DataObject, key: bytes) -> None:
+        client = self.some(data)
+        handle = self.some_handle(data, client)
+        try:
+            self.ledger.begin_read(client.session_id, handle, key)
+        except InfiniteLLMError:
+            assert not client.open or not client.holds[handle] or self.sealed.get(handle) != key
+            return
+        self.reading.append(handle)
+
+    @precondition(lambda self: self.reading)
+    @rule(data=st.data())
+    def finish_read(self, data: st.DataObject) -> None:
+        handle = data.draw(st.sampled_from(self.reading))
+        self.reading.remove(handle)
+        self.ledger.finish_read(handle.block)
+
     @invariant()
     def sound(self) -> None:
         assert self.ledger.check_integrity() == []
         stats = self.ledger.stats()
         held = {handle for client in self.clients if client.writes for handle in client.holds if client.holds[handle]}
-        in_use = held & self.sealed.keys()
+        assert self.sealed.keys() >= set(self.reading), "what is read is never evicted"
+        in_use = (held | set(self.reading)) & self.sealed.keys()
         reserved = held - self.sealed.keys()
         if self.writing is not None:
             reserved.add(self.writing[1])

@@ -93,6 +93,34 @@ def test_missing_file(tmp_path: Path) -> None:
         load_config(Example, tmp_path / "none.yaml")
 
 
+def test_a_directory_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
+    (tmp_path / "10-base.yaml").write_text("{name: a, endpoints: [x, y], tls: {ca: a, verify: false}}")
+    (tmp_path / "20-site.yaml").write_text("{endpoints: [z], tls: {ca: b}}")
+    (tmp_path / "30-empty.yaml").write_text("# nothing\n")
+    (tmp_path / "notes.txt").write_text("{retries: 9}")
+    assert load_config(Example, tmp_path) == Example("a", ("z",), tls=Tls(Path("b")))
+    (tmp_path / "40-odd.yaml").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"40-odd\.yaml: the file must be a mapping"):
+        load_config(Example, tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"empty: no \*\.yaml file"):
+        load_config(Example, tmp_path / "empty")
+
+
+def test_identity_comes_from_the_environment_and_nothing_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POD_NAME", "kv-0")
+    monkeypatch.setenv("POD_IP", "10.0.0.7")
+    monkeypatch.delenv("NODE_NAME", raising=False)
+    text = 'name: "${POD_NAME}"\nendpoints: ["${POD_IP}:70", "$POD_IP"]\ntls: {ca: "/etc/${POD_NAME}.pem"}\n'
+    assert load(tmp_path, text) == Example("kv-0", ("10.0.0.7:70", "$POD_IP"), tls=Tls(Path("/etc/kv-0.pem")))
+    with pytest.raises(ConfigError, match=r"name: \$\{HOME\} is not one of the variables POD_NAME"):
+        load(tmp_path, 'name: "${HOME}"\nendpoints: []\n')
+    with pytest.raises(ConfigError, match=r"tls\.ca: the environment variable NODE_NAME is not set"):
+        load(tmp_path, 'name: a\nendpoints: []\ntls: {ca: "${NODE_NAME}"}\n')
+
+
 def test_log_lines_are_json() -> None:
     formatter = JsonFormatter("instance", "instance-0")
     record = logging.getLogger("x").makeRecord("x", logging.INFO, "f", 1, "hello %s", ("you",), None)

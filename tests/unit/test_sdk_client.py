@@ -19,6 +19,7 @@ from infinitellm import (
     Client,
     ClusterStatus,
     Finished,
+    GManagerStatus,
     InstanceStatus,
     KvDaemonStatus,
     PoolUse,
@@ -99,6 +100,7 @@ class Cluster(cluster_pb2_grpc.ClusterServiceServicer):
                 )
             ],
             models=["needle"],
+            gmanagers=[cluster_pb2.GManagerStatus(gmanager_id="g-1", address="127.0.0.1:3", leads=True)],
         )
 
 
@@ -147,6 +149,7 @@ STATUS = ClusterStatus(
     kvdaemons=(KvDaemonStatus("kv-0", "127.0.0.1:2", 4096, 256, PoolUse(10, 4, 1, 2, 1, 2), 0.25),),
     requests=(RequestStatus("r-1", "i-0", (BlockPlacement("kv-0", 2, True),)),),
     models=("needle",),
+    gmanagers=(GManagerStatus("g-1", "127.0.0.1:3", True),),
 )
 
 

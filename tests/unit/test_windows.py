@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from architectures import VOCAB_SIZE, WINDOW, Architecture, served
-from engine_rig import EngineRig, Query
+from engine_daemon import Query
+from engine_rig import EngineRig
 from torch import Tensor
 
 from kernels import AttentionPlan, LayerParams

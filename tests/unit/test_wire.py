@@ -4,7 +4,7 @@ import pytest
 from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle
 from services.core.errors import InvalidRequestError
 from services.dataplane import wire
-from services.dataplane.wire import Header, Kind, PlanSegment
+from services.dataplane.wire import CopyOrder, Header, Hello, Kind, PlanSegment, Role
 
 
 def test_a_header_survives_the_way():
@@ -45,8 +45,8 @@ def test_a_plan_survives_the_way():
         b"",
         b"short",
         bytes(wire.HEADER_BYTES),
-        b"\x02" + bytes(63),
-        b"\x01\xff" + bytes(62),
+        b"\x01" + bytes(63),
+        b"\x02\xff" + bytes(62),
         Header(Kind.QUERY).pack()[:36] + b"\x09" + bytes(27),
     ],
 )
@@ -66,10 +66,20 @@ def test_a_plan_of_another_length_is_refused(cut: int):
 
 def test_handles_hello_and_blocks():
     assert wire.unpack_handles(3, memoryview(wire.pack_handles([1, 2, 2**32 - 1]))) == [1, 2, 2**32 - 1]
-    assert wire.unpack_hello(wire.pack_hello(2**63 + 1)) == 2**63 + 1
+    for hello in (Hello(2**63 + 1), Hello(5, Role.WRITER)):
+        assert wire.unpack_hello(hello.pack()) == hello
     key, content = wire.split_block(memoryview(b"k" * BLOCK_KEY_BYTES + b"content"), 7)
     assert (key, content) == (b"k" * BLOCK_KEY_BYTES, b"content")
     with pytest.raises(InvalidRequestError):
         wire.split_block(memoryview(b"too short"), 7)
-    with pytest.raises(InvalidRequestError):
-        wire.unpack_hello(b"\x02" + bytes(8))
+    for garbage in (b"\x01" + bytes(9), b"\x02\x07" + bytes(8), b"\x02"):
+        with pytest.raises(InvalidRequestError):
+            wire.unpack_hello(garbage)
+
+
+def test_a_copy_order_survives_the_way():
+    order = CopyOrder(bytes(range(16)), "tcp:10.0.0.7:4711", 2**64 - 1, BlockHandle(2**32 - 1, 7))
+    assert wire.unpack_copy(memoryview(order.pack())) == order
+    for garbage in (order.pack()[:32], b"", order.pack() + b"\xff"):
+        with pytest.raises(InvalidRequestError):
+            wire.unpack_copy(memoryview(garbage))

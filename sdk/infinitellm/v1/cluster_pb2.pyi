@@ -41,6 +41,7 @@ class GetClusterStatusResponse(_message.Message):
     KVDAEMONS_FIELD_NUMBER: _builtins.int
     REQUESTS_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
+    GMANAGERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___InstanceStatus]: ...
     @_builtins.property
@@ -51,6 +52,8 @@ class GetClusterStatusResponse(_message.Message):
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The served models' names."""
 
+    @_builtins.property
+    def gmanagers(self) -> _containers.RepeatedCompositeFieldContainer[Global___GManagerStatus]: ...
     def __init__(
         self,
         *,
@@ -58,14 +61,44 @@ class GetClusterStatusResponse(_message.Message):
         kvdaemons: _abc.Iterable[Global___KvDaemonStatus] | None = ...,
         requests: _abc.Iterable[Global___RequestStatus] | None = ...,
         models: _abc.Iterable[_builtins.str] | None = ...,
+        gmanagers: _abc.Iterable[Global___GManagerStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instances", b"instances", "kvdaemons", b"kvdaemons", "models", b"models", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gmanagers", b"gmanagers", "instances", b"instances", "kvdaemons", b"kvdaemons", "models", b"models", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetClusterStatusResponse: _TypeAlias = GetClusterStatusResponse  # noqa: Y015
+
+@_typing.final
+class GManagerStatus(_message.Message):
+    """One gManager."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GMANAGER_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    LEADS_FIELD_NUMBER: _builtins.int
+    gmanager_id: _builtins.str
+    address: _builtins.str
+    """host:port of its control server."""
+    leads: _builtins.bool
+    """It leads, the others stand by. None does for a moment after the leader was lost, and while etcd is away."""
+    def __init__(
+        self,
+        *,
+        gmanager_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        leads: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "gmanager_id", b"gmanager_id", "leads", b"leads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GManagerStatus: _TypeAlias = GManagerStatus  # noqa: Y015
 
 @_typing.final
 class InstanceStatus(_message.Message):

@@ -28,6 +28,8 @@ class HeartbeatRequest(_message.Message):
     FULL_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
     KVDAEMON_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    HOSTING_FIELD_NUMBER: _builtins.int
     member: _builtins.str
     """Identity of the sending process: "instance/..." or "kvdaemon/..." as in its membership key."""
     sequence: _builtins.int
@@ -38,6 +40,14 @@ class HeartbeatRequest(_message.Message):
     def instance(self) -> Global___InstanceReport: ...
     @_builtins.property
     def kvdaemon(self) -> Global___KvDaemonReport: ...
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTiming]:
+        """What was measured since the last message; of instances."""
+
+    @_builtins.property
+    def hosting(self) -> Global___HostingTiming:
+        """Likewise, of daemons."""
+
     def __init__(
         self,
         *,
@@ -46,16 +56,137 @@ class HeartbeatRequest(_message.Message):
         full: _builtins.bool = ...,
         instance: Global___InstanceReport | None = ...,
         kvdaemon: Global___KvDaemonReport | None = ...,
+        steps: _abc.Iterable[Global___StepTiming] | None = ...,
+        hosting: Global___HostingTiming | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "kvdaemon", b"kvdaemon", "report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hosting", b"hosting", "instance", b"instance", "kvdaemon", b"kvdaemon", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["full", b"full", "instance", b"instance", "kvdaemon", b"kvdaemon", "member", b"member", "report", b"report", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["full", b"full", "hosting", b"hosting", "instance", b"instance", "kvdaemon", b"kvdaemon", "member", b"member", "report", b"report", "sequence", b"sequence", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["instance", "kvdaemon"]  # noqa: Y015
     _WhichOneofArgType_report: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_report) -> _WhichOneofReturnType_report | None: ...
 
 Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
+
+@_typing.final
+class StepTiming(_message.Message):
+    """The mean of several steps alike: with the same daemons, and all with prefill rows or all without."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    BATCH_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    LOCAL_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    STEP_S_FIELD_NUMBER: _builtins.int
+    ATTENTION_S_FIELD_NUMBER: _builtins.int
+    LOCAL_ATTENTION_S_FIELD_NUMBER: _builtins.int
+    REMOTES_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """How many; what follows is for one of them."""
+    batch_tokens: _builtins.float
+    """All tokens computed."""
+    prefill_tokens: _builtins.float
+    """Those of prefill chunks among them."""
+    local_context_tokens: _builtins.float
+    """In the own pool, of all requests in the batch."""
+    step_s: _builtins.float
+    """From the step's beginning until its tokens were there."""
+    attention_s: _builtins.float
+    """Of it, from sending queries until the last answer was merged, summed over layers."""
+    local_attention_s: _builtins.float
+    """Of that, the own pool's kernel."""
+    @_builtins.property
+    def remotes(self) -> _containers.RepeatedCompositeFieldContainer[Global___RemoteTiming]: ...
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int = ...,
+        batch_tokens: _builtins.float = ...,
+        prefill_tokens: _builtins.float = ...,
+        local_context_tokens: _builtins.float = ...,
+        step_s: _builtins.float = ...,
+        attention_s: _builtins.float = ...,
+        local_attention_s: _builtins.float = ...,
+        remotes: _abc.Iterable[Global___RemoteTiming] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_s", b"attention_s", "batch_tokens", b"batch_tokens", "local_attention_s", b"local_attention_s", "local_context_tokens", b"local_context_tokens", "prefill_tokens", b"prefill_tokens", "remotes", b"remotes", "step_s", b"step_s", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepTiming: _TypeAlias = StepTiming  # noqa: Y015
+
+@_typing.final
+class RemoteTiming(_message.Message):
+    """One daemon's part in a step, as the instance sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KVDAEMON_ID_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    ANSWER_S_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    kvdaemon_id: _builtins.str
+    messages: _builtins.float
+    """Queries answered."""
+    rows: _builtins.float
+    """Requests of the batch with blocks there."""
+    context_tokens: _builtins.float
+    """Of those requests, there."""
+    answer_s: _builtins.float
+    """From sending a layer's query until its answer was taken, summed over layers."""
+    late: _builtins.float
+    """Share of the answers that were waited for; for the others the time is an upper bound."""
+    def __init__(
+        self,
+        *,
+        kvdaemon_id: _builtins.str = ...,
+        messages: _builtins.float = ...,
+        rows: _builtins.float = ...,
+        context_tokens: _builtins.float = ...,
+        answer_s: _builtins.float = ...,
+        late: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_s", b"answer_s", "context_tokens", b"context_tokens", "kvdaemon_id", b"kvdaemon_id", "late", b"late", "messages", b"messages", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoteTiming: _TypeAlias = RemoteTiming  # noqa: Y015
+
+@_typing.final
+class HostingTiming(_message.Message):
+    """A daemon's own computing for queries without prefill rows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPUTE_S_FIELD_NUMBER: _builtins.int
+    messages: _builtins.float
+    context_tokens: _builtins.float
+    """Contexts of those queries, summed, divided by the number of layers."""
+    compute_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        messages: _builtins.float = ...,
+        context_tokens: _builtins.float = ...,
+        compute_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_s", b"compute_s", "context_tokens", b"context_tokens", "messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostingTiming: _TypeAlias = HostingTiming  # noqa: Y015
 
 @_typing.final
 class InstanceReport(_message.Message):
@@ -66,8 +197,14 @@ class InstanceReport(_message.Message):
     PLACEMENT_FIELD_NUMBER: _builtins.int
     ENDED_REQUEST_IDS_FIELD_NUMBER: _builtins.int
     OLDEST_STARVING_FIELD_NUMBER: _builtins.int
+    MAX_RUNNING_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
     running_requests: _builtins.int
     waiting_requests: _builtins.int
+    max_running: _builtins.int
+    """Requests that it can run at the same time."""
     @_builtins.property
     def placement(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestPlacementEntry]:
         """Entries that changed."""
@@ -80,6 +217,18 @@ class InstanceReport(_message.Message):
     def oldest_starving(self) -> Global___RequestAge:
         """The oldest request that cannot go on for want of blocks; absent where there is none."""
 
+    @_builtins.property
+    def progress(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunningRequest]:
+        """Of running requests; entries that changed."""
+
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___MoveReport]:
+        """Moves that have ended."""
+
+    @_builtins.property
+    def queue(self) -> Global___WaitingQueue:
+        """The waiting requests; absent if they have not changed."""
+
     def __init__(
         self,
         *,
@@ -88,14 +237,138 @@ class InstanceReport(_message.Message):
         placement: _abc.Iterable[Global___RequestPlacementEntry] | None = ...,
         ended_request_ids: _abc.Iterable[_builtins.str] | None = ...,
         oldest_starving: Global___RequestAge | None = ...,
+        max_running: _builtins.int = ...,
+        progress: _abc.Iterable[Global___RunningRequest] | None = ...,
+        moves: _abc.Iterable[Global___MoveReport] | None = ...,
+        queue: Global___WaitingQueue | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_starving", b"oldest_starving"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_starving", b"oldest_starving", "queue", b"queue"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_request_ids", b"ended_request_ids", "oldest_starving", b"oldest_starving", "placement", b"placement", "running_requests", b"running_requests", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_request_ids", b"ended_request_ids", "max_running", b"max_running", "moves", b"moves", "oldest_starving", b"oldest_starving", "placement", b"placement", "progress", b"progress", "queue", b"queue", "running_requests", b"running_requests", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InstanceReport: _TypeAlias = InstanceReport  # noqa: Y015
+
+@_typing.final
+class RunningRequest(_message.Message):
+    """A running request, as planning sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ARRIVAL_TIME_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    FINAL_TOKENS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    arrival_time: _builtins.float
+    """Unix seconds, as the gateway saw it."""
+    context_tokens: _builtins.int
+    """That have been computed, in whole blocks."""
+    final_tokens: _builtins.int
+    """Length of the context when all of its output has been generated."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        arrival_time: _builtins.float = ...,
+        context_tokens: _builtins.int = ...,
+        final_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_time", b"arrival_time", "context_tokens", b"context_tokens", "final_tokens", b"final_tokens", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunningRequest: _TypeAlias = RunningRequest  # noqa: Y015
+
+@_typing.final
+class WaitingQueue(_message.Message):
+    """Requests without blocks, oldest first, the first hundred."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___WaitingRequest]: ...
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___WaitingRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitingQueue: _TypeAlias = WaitingQueue  # noqa: Y015
+
+@_typing.final
+class WaitingRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    REMAINING_TOKENS_FIELD_NUMBER: _builtins.int
+    context_tokens: _builtins.int
+    remaining_tokens: _builtins.int
+    """Output still to come at most."""
+    def __init__(
+        self,
+        *,
+        context_tokens: _builtins.int = ...,
+        remaining_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "remaining_tokens", b"remaining_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitingRequest: _TypeAlias = WaitingRequest  # noqa: Y015
+
+@_typing.final
+class MoveReport(_message.Message):
+    """What became of a move that had been accepted (InstanceService.MoveBlocks)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_KVDAEMON_ID_FIELD_NUMBER: _builtins.int
+    DESTINATION_KVDAEMON_ID_FIELD_NUMBER: _builtins.int
+    MOVED_BLOCKS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    move_id: _builtins.str
+    request_id: _builtins.str
+    source_kvdaemon_id: _builtins.str
+    destination_kvdaemon_id: _builtins.str
+    moved_blocks: _builtins.int
+    """That lie at the destination now."""
+    seconds: _builtins.float
+    """From the instruction to the end."""
+    end: _builtins.str
+    """"DONE", or why it ended early: REQUEST_ENDED, SOURCE_LOST, DESTINATION_LOST, COPY_FAILED, EXPIRED."""
+    def __init__(
+        self,
+        *,
+        move_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        source_kvdaemon_id: _builtins.str = ...,
+        destination_kvdaemon_id: _builtins.str = ...,
+        moved_blocks: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+        end: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_kvdaemon_id", b"destination_kvdaemon_id", "end", b"end", "move_id", b"move_id", "moved_blocks", b"moved_blocks", "request_id", b"request_id", "seconds", b"seconds", "source_kvdaemon_id", b"source_kvdaemon_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveReport: _TypeAlias = MoveReport  # noqa: Y015
 
 @_typing.final
 class RequestAge(_message.Message):
@@ -329,6 +602,8 @@ class InstanceView(_message.Message):
     WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
     LOCAL_FREE_BLOCKS_FIELD_NUMBER: _builtins.int
     HEARTBEAT_AGE_S_FIELD_NUMBER: _builtins.int
+    HINT_FIELD_NUMBER: _builtins.int
+    STEP_ERROR_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     address: _builtins.str
     model: _builtins.str
@@ -339,6 +614,12 @@ class InstanceView(_message.Message):
     local_free_blocks: _builtins.int
     """Free and cached blocks of its own daemon's pool."""
     heartbeat_age_s: _builtins.float
+    step_error: _builtins.float
+    """Median error of the predicted time of a step, relative; absent before the first prediction."""
+    @_builtins.property
+    def hint(self) -> Global___AdmissionHint:
+        """Present if a new request would do well to start here."""
+
     def __init__(
         self,
         *,
@@ -351,14 +632,44 @@ class InstanceView(_message.Message):
         waiting_requests: _builtins.int = ...,
         local_free_blocks: _builtins.int = ...,
         heartbeat_age_s: _builtins.float = ...,
+        hint: Global___AdmissionHint | None = ...,
+        step_error: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step_error", b"_step_error", "hint", b"hint", "step_error", b"step_error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_error", b"_step_error", "address", b"address", "heartbeat_age_s", b"heartbeat_age_s", "hint", b"hint", "instance_id", b"instance_id", "local_free_blocks", b"local_free_blocks", "local_kvdaemon_id", b"local_kvdaemon_id", "max_model_len", b"max_model_len", "model", b"model", "running_requests", b"running_requests", "step_error", b"step_error", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__step_error: _TypeAlias = _typing.Literal["step_error"]  # noqa: Y015
+    _WhichOneofArgType__step_error: _TypeAlias = _typing.Literal["_step_error", b"_step_error"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_error) -> _WhichOneofReturnType__step_error | None: ...
+
+Global___InstanceView: _TypeAlias = InstanceView  # noqa: Y015
+
+@_typing.final
+class AdmissionHint(_message.Message):
+    """What the planner says of an instance that has room for one more request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOM_TOKENS_FIELD_NUMBER: _builtins.int
+    GAIN_FIELD_NUMBER: _builtins.int
+    room_tokens: _builtins.int
+    """Tokens of KV cache that its own pool has room for, beyond what its requests are expected to need."""
+    gain: _builtins.float
+    """Output tokens per second that one more request of median length adds to the cluster, as modelled."""
+    def __init__(
+        self,
+        *,
+        room_tokens: _builtins.int = ...,
+        gain: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "heartbeat_age_s", b"heartbeat_age_s", "instance_id", b"instance_id", "local_free_blocks", b"local_free_blocks", "local_kvdaemon_id", b"local_kvdaemon_id", "max_model_len", b"max_model_len", "model", b"model", "running_requests", b"running_requests", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gain", b"gain", "room_tokens", b"room_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___InstanceView: _TypeAlias = InstanceView  # noqa: Y015
+Global___AdmissionHint: _TypeAlias = AdmissionHint  # noqa: Y015
 
 @_typing.final
 class GetClusterViewRequest(_message.Message):
@@ -382,26 +693,163 @@ class GetClusterViewResponse(_message.Message):
     INSTANCES_FIELD_NUMBER: _builtins.int
     KVDAEMONS_FIELD_NUMBER: _builtins.int
     REQUESTS_FIELD_NUMBER: _builtins.int
+    GMANAGERS_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
+    PLANNER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___InstanceView]: ...
     @_builtins.property
     def kvdaemons(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvDaemonView]: ...
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestView]: ...
+    @_builtins.property
+    def gmanagers(self) -> _containers.RepeatedCompositeFieldContainer[Global___GManagerView]: ...
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___MoveView]:
+        """The latest moves, oldest first."""
+
+    @_builtins.property
+    def planner(self) -> Global___PlannerView:
+        """Absent where the planner is off."""
+
     def __init__(
         self,
         *,
         instances: _abc.Iterable[Global___InstanceView] | None = ...,
         kvdaemons: _abc.Iterable[Global___KvDaemonView] | None = ...,
         requests: _abc.Iterable[Global___RequestView] | None = ...,
+        gmanagers: _abc.Iterable[Global___GManagerView] | None = ...,
+        moves: _abc.Iterable[Global___MoveView] | None = ...,
+        planner: Global___PlannerView | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["planner", b"planner"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instances", b"instances", "kvdaemons", b"kvdaemons", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gmanagers", b"gmanagers", "instances", b"instances", "kvdaemons", b"kvdaemons", "moves", b"moves", "planner", b"planner", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetClusterViewResponse: _TypeAlias = GetClusterViewResponse  # noqa: Y015
+
+@_typing.final
+class PlannerView(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLANS_FIELD_NUMBER: _builtins.int
+    THROUGHPUT_FIELD_NUMBER: _builtins.int
+    PLANNED_THROUGHPUT_FIELD_NUMBER: _builtins.int
+    UNMET_FIELD_NUMBER: _builtins.int
+    plans: _builtins.int
+    """Plans made by this leader."""
+    throughput: _builtins.float
+    """Output tokens per second of the cluster, as modelled by the latest plan: without its moves, and with them."""
+    planned_throughput: _builtins.float
+    @_builtins.property
+    def unmet(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why instances that are short of memory were not helped by the latest plan, one text for each."""
+
+    def __init__(
+        self,
+        *,
+        plans: _builtins.int = ...,
+        throughput: _builtins.float = ...,
+        planned_throughput: _builtins.float = ...,
+        unmet: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["planned_throughput", b"planned_throughput", "plans", b"plans", "throughput", b"throughput", "unmet", b"unmet"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannerView: _TypeAlias = PlannerView  # noqa: Y015
+
+@_typing.final
+class MoveView(_message.Message):
+    """One move that the planner has ordered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVE_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_KVDAEMON_ID_FIELD_NUMBER: _builtins.int
+    DESTINATION_KVDAEMON_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    PLANNED_BLOCKS_FIELD_NUMBER: _builtins.int
+    MOVED_BLOCKS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    PREDICTED_GAIN_FIELD_NUMBER: _builtins.int
+    MEASURED_GAIN_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    move_id: _builtins.str
+    request_id: _builtins.str
+    instance_id: _builtins.str
+    source_kvdaemon_id: _builtins.str
+    destination_kvdaemon_id: _builtins.str
+    kind: _builtins.str
+    """"lend", "relieve" or "home"."""
+    planned_blocks: _builtins.int
+    moved_blocks: _builtins.int
+    state: _builtins.str
+    """"PLANNED", "MOVING", or how it ended: "DONE", a refusal, why it ended early, "LOST"."""
+    seconds: _builtins.float
+    predicted_gain: _builtins.float
+    """Output tokens per second that the cluster gains: as modelled, and as measured around the move."""
+    measured_gain: _builtins.float
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        move_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        instance_id: _builtins.str = ...,
+        source_kvdaemon_id: _builtins.str = ...,
+        destination_kvdaemon_id: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        planned_blocks: _builtins.int = ...,
+        moved_blocks: _builtins.int = ...,
+        state: _builtins.str = ...,
+        seconds: _builtins.float = ...,
+        predicted_gain: _builtins.float = ...,
+        measured_gain: _builtins.float | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_measured_gain", b"_measured_gain", "measured_gain", b"measured_gain"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_measured_gain", b"_measured_gain", "destination_kvdaemon_id", b"destination_kvdaemon_id", "instance_id", b"instance_id", "kind", b"kind", "measured_gain", b"measured_gain", "move_id", b"move_id", "moved_blocks", b"moved_blocks", "planned_blocks", b"planned_blocks", "predicted_gain", b"predicted_gain", "reason", b"reason", "request_id", b"request_id", "seconds", b"seconds", "source_kvdaemon_id", b"source_kvdaemon_id", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__measured_gain: _TypeAlias = _typing.Literal["measured_gain"]  # noqa: Y015
+    _WhichOneofArgType__measured_gain: _TypeAlias = _typing.Literal["_measured_gain", b"_measured_gain"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__measured_gain) -> _WhichOneofReturnType__measured_gain | None: ...
+
+Global___MoveView: _TypeAlias = MoveView  # noqa: Y015
+
+@_typing.final
+class GManagerView(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GMANAGER_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    LEADS_FIELD_NUMBER: _builtins.int
+    gmanager_id: _builtins.str
+    address: _builtins.str
+    leads: _builtins.bool
+    """It leads, and its lease is valid."""
+    def __init__(
+        self,
+        *,
+        gmanager_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        leads: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "gmanager_id", b"gmanager_id", "leads", b"leads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GManagerView: _TypeAlias = GManagerView  # noqa: Y015
 
 @_typing.final
 class KvDaemonView(_message.Message):

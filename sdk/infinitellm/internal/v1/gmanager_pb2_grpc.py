@@ -27,6 +27,8 @@ if _version_not_supported:
 
 class GManagerServiceStub(object):
     """A cache of what instances and daemons say of themselves; rebuilt from their heartbeats, and possibly stale.
+
+    Several gManagers may run; one leads, by election in etcd. The others answer every call with UNAVAILABLE (NOT_LEADER).
     """
 
     def __init__(self, channel):
@@ -59,6 +61,8 @@ class GManagerServiceStub(object):
 
 class GManagerServiceServicer(object):
     """A cache of what instances and daemons say of themselves; rebuilt from their heartbeats, and possibly stale.
+
+    Several gManagers may run; one leads, by election in etcd. The others answer every call with UNAVAILABLE (NOT_LEADER).
     """
 
     def Heartbeat(self, request_iterator, context):
@@ -126,6 +130,8 @@ def add_GManagerServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class GManagerService(object):
     """A cache of what instances and daemons say of themselves; rebuilt from their heartbeats, and possibly stale.
+
+    Several gManagers may run; one leads, by election in etcd. The others answer every call with UNAVAILABLE (NOT_LEADER).
     """
 
     @staticmethod

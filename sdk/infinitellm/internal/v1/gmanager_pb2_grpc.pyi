@@ -27,7 +27,10 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class GManagerServiceStub:
-    """A cache of what instances and daemons say of themselves; rebuilt from their heartbeats, and possibly stale."""
+    """A cache of what instances and daemons say of themselves; rebuilt from their heartbeats, and possibly stale.
+
+    Several gManagers may run; one leads, by election in etcd. The others answer every call with UNAVAILABLE (NOT_LEADER).
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -50,7 +53,10 @@ class GManagerServiceStub:
 
 @_typing.type_check_only
 class GManagerServiceAsyncStub(GManagerServiceStub):
-    """A cache of what instances and daemons say of themselves; rebuilt from their heartbeats, and possibly stale."""
+    """A cache of what instances and daemons say of themselves; rebuilt from their heartbeats, and possibly stale.
+
+    Several gManagers may run; one leads, by election in etcd. The others answer every call with UNAVAILABLE (NOT_LEADER).
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Heartbeat: _aio.StreamUnaryMultiCallable[_gmanager_pb2.HeartbeatRequest, _gmanager_pb2.HeartbeatResponse]  # type: ignore[assignment]
@@ -69,7 +75,10 @@ class GManagerServiceAsyncStub(GManagerServiceStub):
     """Answers everything known. Changes nothing; a retry is safe."""
 
 class GManagerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """A cache of what instances and daemons say of themselves; rebuilt from their heartbeats, and possibly stale."""
+    """A cache of what instances and daemons say of themselves; rebuilt from their heartbeats, and possibly stale.
+
+    Several gManagers may run; one leads, by election in etcd. The others answer every call with UNAVAILABLE (NOT_LEADER).
+    """
 
     @_abc_1.abstractmethod
     def Heartbeat(

@@ -40,6 +40,11 @@ class InstanceServiceStub(object):
                 request_serializer=infinitellm_dot_internal_dot_v1_dot_instance__pb2.ServeRequest.SerializeToString,
                 response_deserializer=infinitellm_dot_internal_dot_v1_dot_instance__pb2.ServeResponse.FromString,
                 _registered_method=True)
+        self.MoveBlocks = channel.unary_unary(
+                '/infinitellm.internal.v1.InstanceService/MoveBlocks',
+                request_serializer=infinitellm_dot_internal_dot_v1_dot_instance__pb2.MoveBlocksRequest.SerializeToString,
+                response_deserializer=infinitellm_dot_internal_dot_v1_dot_instance__pb2.MoveBlocksResponse.FromString,
+                _registered_method=True)
 
 
 class InstanceServiceServicer(object):
@@ -58,6 +63,19 @@ class InstanceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MoveBlocks(self, request, context):
+        """Moves sealed blocks of a running request from one daemon to another while the request is computed; called by the
+        gManager. The instance chooses which blocks, and reserves room for them first; open blocks never move.
+
+        Answers as soon as that is decided, before anything has moved; how the move ended is told in a heartbeat. Refusals
+        are answers, not errors. Idempotent by move_id: a repeated call gets the first one's answer, so a retry is safe.
+        Errors: INVALID_ARGUMENT (INVALID_REQUEST: source and destination are the same, or no blocks), UNAVAILABLE
+        (SHUTTING_DOWN).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InstanceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -65,6 +83,11 @@ def add_InstanceServiceServicer_to_server(servicer, server):
                     servicer.Serve,
                     request_deserializer=infinitellm_dot_internal_dot_v1_dot_instance__pb2.ServeRequest.FromString,
                     response_serializer=infinitellm_dot_internal_dot_v1_dot_instance__pb2.ServeResponse.SerializeToString,
+            ),
+            'MoveBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveBlocks,
+                    request_deserializer=infinitellm_dot_internal_dot_v1_dot_instance__pb2.MoveBlocksRequest.FromString,
+                    response_serializer=infinitellm_dot_internal_dot_v1_dot_instance__pb2.MoveBlocksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -95,6 +118,33 @@ class InstanceService(object):
             '/infinitellm.internal.v1.InstanceService/Serve',
             infinitellm_dot_internal_dot_v1_dot_instance__pb2.ServeRequest.SerializeToString,
             infinitellm_dot_internal_dot_v1_dot_instance__pb2.ServeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/infinitellm.internal.v1.InstanceService/MoveBlocks',
+            infinitellm_dot_internal_dot_v1_dot_instance__pb2.MoveBlocksRequest.SerializeToString,
+            infinitellm_dot_internal_dot_v1_dot_instance__pb2.MoveBlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

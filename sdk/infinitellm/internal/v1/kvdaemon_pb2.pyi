@@ -191,6 +191,7 @@ class ReserveRequest(_message.Message):
     MIN_BLOCKS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     WORKSPACE_FIELD_NUMBER: _builtins.int
+    TTL_S_FIELD_NUMBER: _builtins.int
     session_id: _builtins.int
     max_blocks: _builtins.int
     """Blocks wanted."""
@@ -200,6 +201,10 @@ class ReserveRequest(_message.Message):
     """The request they are for (logs only); empty for an instance's workspace."""
     workspace: _builtins.bool
     """The blocks belong to the instance, not to a request (counted as workspace)."""
+    ttl_s: _builtins.float
+    """Seconds after which unused blocks are free again; each use of one of them begins the time anew. 0: they last as long
+    as the session.
+    """
     def __init__(
         self,
         *,
@@ -208,10 +213,11 @@ class ReserveRequest(_message.Message):
         min_blocks: _builtins.int = ...,
         request_id: _builtins.str = ...,
         workspace: _builtins.bool = ...,
+        ttl_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_blocks", b"max_blocks", "min_blocks", b"min_blocks", "request_id", b"request_id", "session_id", b"session_id", "workspace", b"workspace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_blocks", b"max_blocks", "min_blocks", b"min_blocks", "request_id", b"request_id", "session_id", b"session_id", "ttl_s", b"ttl_s", "workspace", b"workspace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -87,6 +87,9 @@ class KvDaemonServiceServicer(object):
     def Reserve(self, request, context):
         """Takes free blocks (evicting cached ones, least recently used first) and promises them to the session.
 
+        With a time to live they are an offer: other daemons may fill them on behalf of the session over the data plane, each
+        block once, and blocks that nobody has begun to fill in time are free again.
+
         Not idempotent, not retried: after a timeout the session is given up. Errors: RESOURCE_EXHAUSTED (POOL_EXHAUSTED)
         when fewer than min_blocks are free; ABORTED (SESSION_REVOKED).
         """
@@ -102,7 +105,8 @@ class KvDaemonServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Seal(self, request, context):
-        """Seals open blocks of the mapped pool: full, hashed, from now on immutable and readable by all.
+        """Seals blocks that are full, written in the mapped pool or by another daemon: hashed, from now on immutable and
+        readable by all.
 
         If a block of the same key is sealed already, the session gets a hold on that one and its own block stays open.
         Not retried. Errors: ABORTED (SESSION_REVOKED, STALE_GENERATION).

@@ -45,13 +45,17 @@ class KvDaemonServiceStub:
     Reserve: _grpc.UnaryUnaryMultiCallable[_kvdaemon_pb2.ReserveRequest, _kvdaemon_pb2.ReserveResponse]
     """Takes free blocks (evicting cached ones, least recently used first) and promises them to the session.
 
+    With a time to live they are an offer: other daemons may fill them on behalf of the session over the data plane, each
+    block once, and blocks that nobody has begun to fill in time are free again.
+
     Not idempotent, not retried: after a timeout the session is given up. Errors: RESOURCE_EXHAUSTED (POOL_EXHAUSTED)
     when fewer than min_blocks are free; ABORTED (SESSION_REVOKED).
     """
     Attach: _grpc.UnaryUnaryMultiCallable[_kvdaemon_pb2.AttachRequest, _kvdaemon_pb2.AttachResponse]
     """Adds one hold on each sealed block found under the given keys. Not retried. Errors: ABORTED (SESSION_REVOKED)."""
     Seal: _grpc.UnaryUnaryMultiCallable[_kvdaemon_pb2.SealRequest, _kvdaemon_pb2.SealResponse]
-    """Seals open blocks of the mapped pool: full, hashed, from now on immutable and readable by all.
+    """Seals blocks that are full, written in the mapped pool or by another daemon: hashed, from now on immutable and
+    readable by all.
 
     If a block of the same key is sealed already, the session gets a hold on that one and its own block stays open.
     Not retried. Errors: ABORTED (SESSION_REVOKED, STALE_GENERATION).
@@ -81,13 +85,17 @@ class KvDaemonServiceAsyncStub(KvDaemonServiceStub):
     Reserve: _aio.UnaryUnaryMultiCallable[_kvdaemon_pb2.ReserveRequest, _kvdaemon_pb2.ReserveResponse]  # type: ignore[assignment]
     """Takes free blocks (evicting cached ones, least recently used first) and promises them to the session.
 
+    With a time to live they are an offer: other daemons may fill them on behalf of the session over the data plane, each
+    block once, and blocks that nobody has begun to fill in time are free again.
+
     Not idempotent, not retried: after a timeout the session is given up. Errors: RESOURCE_EXHAUSTED (POOL_EXHAUSTED)
     when fewer than min_blocks are free; ABORTED (SESSION_REVOKED).
     """
     Attach: _aio.UnaryUnaryMultiCallable[_kvdaemon_pb2.AttachRequest, _kvdaemon_pb2.AttachResponse]  # type: ignore[assignment]
     """Adds one hold on each sealed block found under the given keys. Not retried. Errors: ABORTED (SESSION_REVOKED)."""
     Seal: _aio.UnaryUnaryMultiCallable[_kvdaemon_pb2.SealRequest, _kvdaemon_pb2.SealResponse]  # type: ignore[assignment]
-    """Seals open blocks of the mapped pool: full, hashed, from now on immutable and readable by all.
+    """Seals blocks that are full, written in the mapped pool or by another daemon: hashed, from now on immutable and
+    readable by all.
 
     If a block of the same key is sealed already, the session gets a hold on that one and its own block stays open.
     Not retried. Errors: ABORTED (SESSION_REVOKED, STALE_GENERATION).
@@ -126,6 +134,9 @@ class KvDaemonServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_kvdaemon_pb2.ReserveResponse, _abc.Awaitable[_kvdaemon_pb2.ReserveResponse]]:
         """Takes free blocks (evicting cached ones, least recently used first) and promises them to the session.
 
+        With a time to live they are an offer: other daemons may fill them on behalf of the session over the data plane, each
+        block once, and blocks that nobody has begun to fill in time are free again.
+
         Not idempotent, not retried: after a timeout the session is given up. Errors: RESOURCE_EXHAUSTED (POOL_EXHAUSTED)
         when fewer than min_blocks are free; ABORTED (SESSION_REVOKED).
         """
@@ -144,7 +155,8 @@ class KvDaemonServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kvdaemon_pb2.SealRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kvdaemon_pb2.SealResponse, _abc.Awaitable[_kvdaemon_pb2.SealResponse]]:
-        """Seals open blocks of the mapped pool: full, hashed, from now on immutable and readable by all.
+        """Seals blocks that are full, written in the mapped pool or by another daemon: hashed, from now on immutable and
+        readable by all.
 
         If a block of the same key is sealed already, the session gets a hold on that one and its own block stays open.
         Not retried. Errors: ABORTED (SESSION_REVOKED, STALE_GENERATION).

@@ -1,0 +1,59 @@
+"""What one process has said on its present heartbeat stream, put together. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from services.core.placement import (
+    BlockCount,
+    InstanceReport,
+    KvDaemonReport,
+    Report,
+    RunningRequest,
+    WaitingRequest,
+)
+
+
+@dataclass(slots=True)
+class Reporter:
+    """One process.
+
+    Attributes:
+        open: the stream.
+        instance, kvdaemon: its latest report.
+        placement: request id -> daemon id -> blocks; every inner mapping has at least one entry.
+        progress: of running requests.
+        queue: of waiting ones, oldest first.
+    """
+
+    stream: int
+    next_sequence: int
+    last_heartbeat: float
+    open: bool = True
+    instance: InstanceReport | None = None
+    kvdaemon: KvDaemonReport | None = None
+    placement: dict[str, dict[str, BlockCount]] = field(default_factory=dict)
+    progress: dict[str, RunningRequest] = field(default_factory=dict)
+    queue: tuple[WaitingRequest, ...] = ()
+
+    def apply(self, report: Report) -> None:
+        """Takes in what has changed; cost in proportion to that."""
+        if isinstance(report, KvDaemonReport):
+            self.kvdaemon = report
+            return
+        self.instance = report
+        for entry in report.placement:
+            if entry.num_blocks:
+                count = BlockCount(entry.num_blocks, entry.local)
+                self.placement.setdefault(entry.request_id, {})[entry.kvdaemon_id] = count
+            elif (where := self.placement.get(entry.request_id)) is not None:
+                where.pop(entry.kvdaemon_id, None)
+                if not where:
+                    del self.placement[entry.request_id]
+        for progress in report.progress:
+            self.progress[progress.request_id] = progress
+        for request_id in report.ended:
+            self.placement.pop(request_id, None)
+            self.progress.pop(request_id, None)
+        if report.queue is not None:
+            self.queue = report.queue

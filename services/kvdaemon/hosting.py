@@ -1,0 +1,35 @@
+"""What a daemon computes for others, for the gManager's cost model: sums, until a heartbeat asks."""
+
+from __future__ import annotations
+
+import threading
+
+from services.core.timings import HostingTiming
+
+
+class Hosting:
+    """Filled by the worker thread, emptied by the asyncio thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._messages = 0
+        self._context_tokens = 0.0
+        self._compute_s = 0.0
+
+    def add(self, context_tokens: float, compute_s: float) -> None:
+        """Takes in one query without prefill rows.
+
+        Args:
+            context_tokens: of its rows in this pool, divided by the number of layers.
+        """
+        with self._lock:
+            self._messages += 1
+            self._context_tokens += context_tokens
+            self._compute_s += compute_s
+
+    def drain(self) -> tuple[HostingTiming, ...]:
+        """Everything since the last call; nothing if there was no such query."""
+        with self._lock:
+            taken = HostingTiming(self._messages, self._context_tokens, self._compute_s)
+            self._messages, self._context_tokens, self._compute_s = 0, 0.0, 0.0
+        return (taken,) if taken.messages else ()
