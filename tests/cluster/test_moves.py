@@ -95,7 +95,7 @@ def test_blocks_that_two_requests_share(cluster: Cluster, reference: Reference) 
 
 
 def test_refusals(cluster: Cluster, reference: Reference) -> None:
-    prompt, count = prompt_of(64 * 6, seed=46), 300
+    prompt, count = prompt_of(64 * 6, seed=46), 1500
     mover = Mover(cluster)
     stream = Stream(cluster, prompt, count)
     stream.wait_for_tokens(3)
@@ -133,7 +133,7 @@ def test_refusals(cluster: Cluster, reference: Reference) -> None:
 def test_a_daemon_is_lost_in_the_middle_of_a_move(
     model: Path, reference: Reference, tmp_path: Path, lost: str, how: signal.Signals, transport: str
 ) -> None:
-    prompt, count = prompt_of(64 * 18, seed=47), 200
+    prompt, count = prompt_of(64 * 18, seed=47), 1500
     with start(model, tmp_path / "c", kvdaemons=3, transport=transport) as cluster:
         mover = Mover(cluster)
         stream = Stream(cluster, prompt, count)
