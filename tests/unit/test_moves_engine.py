@@ -199,7 +199,7 @@ def test_a_request_that_ends_in_the_middle(model: Path) -> None:
 def test_room_that_is_not_used_in_time_is_given_back(model: Path, reference: Reference) -> None:
     prompt = prompt_of(64 * 8, 11)
     with EngineRig(model, local_blocks=40, lenders=(20, 20)) as rig:
-        rig.submit("r", prompt, 300)
+        rig.submit("r", prompt, 1200)
         decode(rig, 3)
         move(rig, "local", "lender-0", 2)
         rig.use_within_s = -1.0
@@ -208,7 +208,7 @@ def test_room_that_is_not_used_in_time_is_given_back(model: Path, reference: Ref
             assert (end.end, end.moved_blocks) == (MoveEnd.EXPIRED, 0)
             assert rig.stats()[2].reserved == 0
         rig.wait("r")
-        reference.generate(prompt, 300).check_tokens(rig.tokens("r"))
+        reference.generate(prompt, 1200).check_tokens(rig.tokens("r"))
         rig.check_nothing_held()
 
 
