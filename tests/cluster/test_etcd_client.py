@@ -171,22 +171,28 @@ def test_calls_to_a_stopped_etcd_time_out(etcd_process) -> None:
         async with client_of(etcd_process.endpoint, timeout_s=1.0) as etcd:
             before = await etcd.put("/a", b"1")
             lease_id = await etcd.lease_grant(30)
+            late = etcd.transaction([Condition("/a", "mod", before)], [Put("/a", b"2")])
             etcd_process.pause()
-            for call in (etcd.get("/a"), etcd.put("/a", b"2"), etcd.lease_keepalive(lease_id)):
+            for call in (etcd.get("/a"), late, etcd.lease_keepalive(lease_id)):
                 with pytest.raises(UnavailableError):
                     await call
             etcd_process.resume()
-            # Whether the write that timed out was applied is open; a swap on what was read before tells.
+            # The write that timed out may have been applied, may be yet, or never is; of two swaps of one revision one
+            # at the most succeeds, whichever comes first.
             deadline = time.monotonic() + 30
             while True:
                 try:
                     swapped = await etcd.transaction([Condition("/a", "mod", before)], [Put("/a", b"3")])
+                    got = await etcd.get("/a")
                     break
                 except UnavailableError:
                     assert time.monotonic() < deadline
-            got = await etcd.get("/a")
             assert got is not None
-            assert got.value == (b"3" if swapped.succeeded else b"2")
+            if swapped.succeeded:
+                assert got.value == b"3"
+            else:
+                assert got.value in (b"2", b"3"), "b'3' if a swap of this loop was applied after it had timed out"
+                assert got.mod_revision > before
 
     asyncio.run(scenario())
 
