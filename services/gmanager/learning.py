@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from services.core.placement import Timings
 from services.core.timings import RemoteTiming, StepTiming
@@ -25,6 +25,14 @@ GUESSED_DAEMON = DaemonCosts(message_s=1e-4, row_s=2e-6, query_s=2e-5, context_t
 FIRST = 5  # timings that set the scale
 FAR_OFF = 0.5  # median relative error of predictions ...
 _REMEMBERED = 16  # ... over as many timings at least
+
+
+@dataclass(frozen=True, slots=True)
+class KnownCosts:
+    """Costs of the processes of which enough has been observed, by id."""
+
+    instances: Mapping[str, InstanceCosts] = field(default_factory=dict)
+    kvdaemons: Mapping[str, DaemonCosts] = field(default_factory=dict)
 
 
 class Learning:
@@ -48,13 +56,13 @@ class Learning:
             elif member_id in self._known_kvdaemons:
                 self._model.observe_hosting(member_id, timing)
 
-    def instance(self, instance_id: str) -> InstanceCosts | None:
-        """None as long as too little is known."""
-        return self._model.instance(instance_id) if instance_id in self._known_instances else None
-
-    def kvdaemon(self, kvdaemon_id: str) -> DaemonCosts | None:
-        """None as long as too little is known."""
-        return self._model.kvdaemon(kvdaemon_id) if kvdaemon_id in self._known_kvdaemons else None
+    @property
+    def known(self) -> KnownCosts:
+        """As of now: it does not change with what is observed later."""
+        return KnownCosts(
+            {name: self._model.instance(name) for name in self._known_instances},
+            {name: self._model.kvdaemon(name) for name in self._known_kvdaemons},
+        )
 
     def step_error(self, instance_id: str) -> float | None:
         """Median relative error of the predicted time of a decode step; None before the first prediction."""

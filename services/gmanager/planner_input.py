@@ -14,7 +14,7 @@ from dataclasses import replace
 from services.core.blocks import PoolGeometry
 from services.core.placement import KvDaemonReport
 from services.gmanager.cost_model import DaemonCosts, InstanceCosts
-from services.gmanager.learning import GUESSED_DAEMON, GUESSED_INSTANCE, Learning, like_instance
+from services.gmanager.learning import GUESSED_DAEMON, GUESSED_INSTANCE, KnownCosts, like_instance
 from services.gmanager.planner.load import (
     ClusterLoad,
     DaemonLoad,
@@ -36,15 +36,16 @@ def cluster_geometry(kvdaemons: Iterable[KvDaemonFacts]) -> PoolGeometry | None:
 def make_load(
     instances: Sequence[InstanceFacts],
     kvdaemons: Sequence[KvDaemonFacts],
-    learned: Learning,
+    known: KnownCosts,
     moved_at: Mapping[str, float],
 ) -> ClusterLoad:
     """The cluster without regard to moves under way.
 
     Args:
+        known: what has been learned.
         moved_at: by request id, when blocks of it were moved last, or were to be.
     """
-    costs = _instance_costs(instances, learned)
+    costs = _instance_costs(instances, known)
     owners = {facts.member.local_kvdaemon_id: facts.member.member_id for facts in instances}
     only = cluster_geometry(kvdaemons)
     daemons = []
@@ -53,7 +54,7 @@ def make_load(
         if facts.report is not None and geometry is not None:
             alike = costs.get(owners.get(facts.member.member_id, "")) or next(iter(costs.values()), None)
             guess = GUESSED_DAEMON if alike is None else like_instance(alike, geometry.layers)
-            daemons.append(_daemon(facts, facts.report, geometry, learned.kvdaemon(facts.member.member_id) or guess))
+            daemons.append(_daemon(facts, facts.report, geometry, known.kvdaemons.get(facts.member.member_id, guess)))
     sizes = {daemon.kvdaemon_id: daemon.geometry.block_tokens for daemon in daemons}
     return ClusterLoad(
         tuple(
@@ -65,16 +66,16 @@ def make_load(
     )
 
 
-def _instance_costs(instances: Sequence[InstanceFacts], learned: Learning) -> dict[str, InstanceCosts]:
+def _instance_costs(instances: Sequence[InstanceFacts], known: KnownCosts) -> dict[str, InstanceCosts]:
     """By instance id; those of which nothing is known, nor of another one of their model, are left out."""
     by_model: dict[str, InstanceCosts] = {}
     for facts in instances:
-        known = learned.instance(facts.member.member_id)
-        if known is not None:
-            by_model.setdefault(facts.member.model, known)
+        own = known.instances.get(facts.member.member_id)
+        if own is not None:
+            by_model.setdefault(facts.member.model, own)
     answer = {}
     for facts in instances:
-        costs = learned.instance(facts.member.member_id) or by_model.get(facts.member.model)
+        costs = known.instances.get(facts.member.member_id) or by_model.get(facts.member.model)
         if costs is not None:
             answer[facts.member.member_id] = costs
     return answer

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.core.errors import InfiniteLLMError
-from services.core.placement import AdmissionHint, Heartbeat, InstanceReport
+from services.core.placement import AdmissionHint, BlockCount, Heartbeat, InstanceReport
 from services.gmanager.instance_client import MoveAnswer, MoveOrder
 from services.gmanager.learning import Learning
 from services.gmanager.move_book import NOT_LEADER, UNREACHABLE, MoveBook, MoveRecord
@@ -149,9 +149,10 @@ class ActivePlanning:
                     _log_end(record)
 
     async def run(self) -> None:
-        """Plans for ever, while this gManager leads."""
+        """Plans for ever, while this gManager leads. Planning takes a quarter of the time at most."""
+        took_s = 0.0
         while True:
-            await asyncio.sleep(self._interval_s)
+            await asyncio.sleep(max(self._interval_s, 3 * took_s))
             if self._office.fencing_token is None:
                 self._led_since = None
                 continue
@@ -159,39 +160,38 @@ class ActivePlanning:
             if self._led_since is None:
                 self._led_since = now
             try:
-                await self._plan_once(now)
+                took_s = await self._plan_once(now)
             except Exception:  # a bug; the cluster goes on without plans, and this is not the time to lose its view
                 logger.exception("planning failed")
 
-    async def _plan_once(self, now: float) -> None:
+    async def _plan_once(self, now: float) -> float:
+        """Plans and gives the orders, if there is enough to go by. Answers how long planning took, in seconds."""
         instances, kvdaemons = self._view.instance_facts(), self._view.kvdaemon_facts()
         assert self._led_since is not None
         told = [*(facts.heard_at for facts in instances), *(facts.heard_at for facts in kvdaemons)]
         if -math.inf in told and now - self._led_since < self._policy.stale_s:
-            return
+            return 0.0
         self._learned.keep({f.member.member_id for f in instances}, {f.member.member_id for f in kvdaemons})
         self._book.abandon(now)
         for record in self._book.measure(now):
             _log_gain(record)
-        load = self._load(instances, kvdaemons, now)
-        made = await asyncio.to_thread(plan, load, now, self._policy)
-        if self._office.fencing_token is None:
-            return
-        unmet = tuple(f"{entry.instance_id}: {entry.reason}" for entry in made.unmet)
-        self._summary = PlanSummary(self._summary.plans + 1, made.throughput, made.planned_throughput, unmet)
-        self._view.set_hints(_hints(made, load))
-        await self._order(made, instances, kvdaemons, now)
-
-    def _load(self, instances: Sequence[InstanceFacts], kvdaemons: Sequence[KvDaemonFacts], now: float) -> ClusterLoad:
         placed = {progress.request_id: where for facts in instances for progress, where in facts.running}
         self._book.forget_requests(placed.keys())
+        under_way = self._book.under_way(lambda move: _blocks(placed.get(move.request_id, {}), move.creditor))
+        known, moved_at = self._learned.known, dict(self._book.moved_at)
 
-        def blocks_at(move: Move) -> int:
-            count = placed.get(move.request_id, {}).get(move.creditor)
-            return 0 if count is None else count.num_blocks
+        def make() -> tuple[ClusterLoad, Plan]:
+            load = with_moves(make_load(instances, kvdaemons, known, moved_at), under_way, now)
+            return load, plan(load, now, self._policy)
 
-        load = make_load(instances, kvdaemons, self._learned, self._book.moved_at)
-        return with_moves(load, self._book.under_way(blocks_at), now)
+        load, made = await asyncio.to_thread(make)  # for thousands of instances it takes as long as many heartbeats
+        took_s = self._clock() - now
+        if self._office.fencing_token is not None:
+            unmet = tuple(f"{entry.instance_id}: {entry.reason}" for entry in made.unmet)
+            self._summary = PlanSummary(self._summary.plans + 1, made.throughput, made.planned_throughput, unmet)
+            self._view.set_hints(_hints(made, load))
+            await self._order(made, instances, kvdaemons, now)
+        return took_s
 
     # ------------------------------------------------------------ orders
 
@@ -207,8 +207,7 @@ class ActivePlanning:
             move_id = secrets.token_hex(8)
             concerned = [move.debtor, *(beside[name] for name in (move.source, move.creditor) if name in beside)]
             where = next((w for p, w in members[move.debtor].running if p.request_id == move.request_id), {})
-            before = where[move.creditor].num_blocks if move.creditor in where else 0
-            self._book.plan(move_id, move, concerned, before, now)
+            self._book.plan(move_id, move, concerned, _blocks(where, move.creditor), now)
             by_instance.setdefault(move.debtor, []).append((move_id, move))
         await self._orders.keep(frozenset(facts.member.address for facts in instances))
         async with asyncio.TaskGroup() as tasks:
@@ -251,6 +250,10 @@ class ActivePlanning:
             else:
                 logger.info("move refused", extra={**_about(move_id, move), "why": answer.refusal})
                 self._book.refused(move_id, answer.refusal, self._clock())
+
+
+def _blocks(where: Mapping[str, BlockCount], kvdaemon_id: str) -> int:
+    return where[kvdaemon_id].num_blocks if kvdaemon_id in where else 0
 
 
 def _hints(made: Plan, load: ClusterLoad) -> dict[str, AdmissionHint]:

@@ -91,7 +91,7 @@ class RobustFit:
         """Takes in one observation. ``x >= 0``, not all 0. A ``y`` that is not positive and finite says nothing."""
         if not (math.isfinite(y) and y > 0):
             return
-        scaled = list(map(mul, x, self._prior))
+        scaled: list[float] = list(map(mul, x, self._prior))
         predicted = _dot(scaled, self._factors)
         norm = max(math.sqrt(y * predicted), y / _FARTHEST, predicted / _FARTHEST)
         z = [a / norm for a in scaled]

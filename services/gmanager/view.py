@@ -230,7 +230,7 @@ class ClusterView:
         return tuple(answer)
 
     def instance_facts(self) -> tuple[InstanceFacts, ...]:
-        """All instances, by id. Mappings are the view's own: use them before the next heartbeat, or copy them."""
+        """All instances, by id, as of now: what is answered does not change with later heartbeats."""
         answer = []
         for member_id in sorted(self._instances):
             reporter = self._reporters.get(f"instance/{member_id}")
@@ -245,7 +245,7 @@ class ClusterView:
                     self._instances[member_id],
                     reporter.last_heartbeat,
                     reporter.instance.max_running,
-                    tuple((progress, reporter.placement.get(progress.request_id, {})) for progress in running),
+                    tuple((progress, dict(reporter.placement.get(progress.request_id, {}))) for progress in running),
                     reporter.queue,
                 )
             )

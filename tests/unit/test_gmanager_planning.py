@@ -26,7 +26,7 @@ from services.core.placement import (
 )
 from services.core.timings import HostingTiming, RemoteTiming, StepTiming
 from services.gmanager.instance_client import MoveAnswer, MoveOrder
-from services.gmanager.learning import FIRST, Learning, like_instance
+from services.gmanager.learning import FIRST, KnownCosts, Learning, like_instance
 from services.gmanager.move_book import FORGOTTEN_S, MEASURE_S, MoveBook
 from services.gmanager.office import Office
 from services.gmanager.output_rate import OutputRates
@@ -69,7 +69,7 @@ class TestLoad:
         daemons = [daemon_facts("ka", pool(20, 5)), daemon_facts("km", pool(30, 20, workspace=0))]
         learned = Learning()
         learned.observe("instance/a", (StepTiming(1, 0, 1000, 0.03, 0.02, 0.02),) * FIRST, 0.0)
-        load = make_load([facts(entry, queue=(WaitingRequest(70, 30),))], daemons, learned, {"r": 3.0})
+        load = make_load([facts(entry, queue=(WaitingRequest(70, 30),))], daemons, learned.known, {"r": 3.0})
         (told,) = load.instances
         assert (told.instance_id, told.kvdaemon_id, told.max_batch, told.heard_at) == ("a", "ka", 8, 5.0)
         assert told.waiting == (WaitingLoad(70, 30),)
@@ -86,35 +86,35 @@ class TestLoad:
     def test_pools_that_nobody_has_formatted_can_take_the_only_geometry_there_is(self) -> None:
         plain = KvDaemonReport(PoolStats(7 * BLOCK))
         daemons = [daemon_facts("ka", pool(20, 5)), daemon_facts("km", plain), daemon_facts("silent", None)]
-        load = make_load([facts()], daemons, Learning(), {})
+        load = make_load([facts()], daemons, KnownCosts(), {})
         assert [(d.kvdaemon_id, d.free_blocks) for d in load.kvdaemons] == [("ka", 5), ("km", 7)]
         other = KvDaemonReport(PoolStats(BLOCK, BLOCK, 1, free=1), PoolGeometry(1, 1, 64, 8, "float32"))
-        load = make_load([facts()], [*daemons, daemon_facts("ko", other)], Learning(), {})
+        load = make_load([facts()], [*daemons, daemon_facts("ko", other)], KnownCosts(), {})
         assert [d.kvdaemon_id for d in load.kvdaemons] == ["ka", "ko"]
 
     def test_what_is_not_known_is_taken_from_those_alike(self) -> None:
         idle = InstanceFacts(instance("b"), 5.0, 8, (), ())
         daemons = [daemon_facts(name, pool(20, 5)) for name in ("ka", "kb", "km")]
         learned = Learning()
-        load = make_load([facts(), idle], daemons, learned, {})
+        load = make_load([facts(), idle], daemons, learned.known, {})
         assert [i.heard_at for i in load.instances] == [-math.inf] * 2  # left alone
         step = StepTiming(1, 0, 1000, 0.03, 0.021, 0.021)
         learned.observe("instance/a", (step,) * 5, 0.0)
-        load = make_load([facts(), idle], daemons, learned, {})
-        costs = learned.instance("a")
+        load = make_load([facts(), idle], daemons, learned.known, {})
+        costs = learned.known.instances.get("a")
         assert costs is not None
         assert [(i.heard_at, i.costs) for i in load.instances] == [(5.0, costs)] * 2
         assert [d.costs for d in load.kvdaemons] == [like_instance(costs, GEOMETRY.layers)] * 3
         remote = RemoteTiming("km", 2, 1, 640, 0.5)
         learned.observe("instance/a", (replace(step, remotes=(remote,)),) * 5, 0.0)
-        load = make_load([facts(), idle], daemons, learned, {})
-        assert load.kvdaemons[2].costs == learned.kvdaemon("km")
+        load = make_load([facts(), idle], daemons, learned.known, {})
+        assert load.kvdaemons[2].costs == learned.known.kvdaemons["km"]
 
     def test_moves_under_way_count_as_done_but_for_room_that_is_reserved_already(self) -> None:
         where = {"ka": BlockCount(12, True), "kb": BlockCount(2, False)}
         entry = (RunningRequest("long", 1.0, 13 * 64, 2000), where)
         daemons = [daemon_facts("ka", pool(20, 1)), daemon_facts("kb", pool(30, 10))]
-        load = make_load([facts(entry)], daemons, Learning(), {})
+        load = make_load([facts(entry)], daemons, KnownCosts(), {})
         moves = [Move("lend", "long", "a", "ka", "kb", 3, 1.0, ""), Move("lend", "gone", "a", "ka", "kb", 9, 1.0, "")]
         then = with_moves(load, moves, 7.0)
         (request,) = then.instances[0].requests
@@ -134,9 +134,9 @@ class TestLearning:
     def test_the_first_timings_set_the_scale(self) -> None:
         learned = Learning()
         learned.observe("instance/a", (steps_like(1, 1000),) * (FIRST - 1), 0.0)
-        assert learned.instance("a") is None
+        assert learned.known.instances.get("a") is None
         learned.observe("instance/a", (steps_like(1, 1000, factor=50.0), steps_like(1, 1000)), 0.0)  # an outlier
-        costs = learned.instance("a")
+        costs = learned.known.instances.get("a")
         assert costs is not None
         assert costs.other_s(1) == pytest.approx(0.032, rel=0.2)
         assert costs.local_s(1000) == pytest.approx(0.01, rel=0.2)
@@ -150,7 +150,7 @@ class TestLearning:
         assert error < 0.05
         for number in range(60):
             learned.observe("instance/a", (steps_like(1 + number % 4, 3000 + 10 * number, factor=6.0),), 0.0)
-        costs = learned.instance("a")
+        costs = learned.known.instances.get("a")
         assert costs is not None
         assert costs.other_s(2) == pytest.approx(6 * 0.034, rel=0.15)
         assert costs.local_s(3000) == pytest.approx(6 * 0.03, rel=0.15)
@@ -161,15 +161,15 @@ class TestLearning:
             learned.observe("instance/a", (steps_like(1, 1000 * (1 + number % 7)),), 0.0)
         far = RemoteTiming("k", 2, 1, 640, 0.5)
         learned.observe("instance/a", (steps_like(1, 1000, 1.0, far),) * (FIRST - 1), 0.0)
-        assert learned.kvdaemon("k") is None
+        assert learned.known.kvdaemons.get("k") is None
         learned.observe("instance/a", (steps_like(1, 1000, 1.0, far),) * FIRST, 0.0)
-        costs = learned.kvdaemon("k")
+        costs = learned.known.kvdaemons.get("k")
         assert costs is not None
         assert costs.answer_s(2, 1, 640) == pytest.approx(0.5, rel=0.1)
         assert costs.context_token_s == pytest.approx(1e-5, rel=0.3)  # it computes like its debtor
         for _ in range(100):
             learned.observe("kvdaemon/k", (HostingTiming(2, 640.0, 0.1),), 0.0)
-        after = learned.kvdaemon("k")
+        after = learned.known.kvdaemons.get("k")
         assert after is not None
         assert after.compute_s(2, 640) == pytest.approx(0.1, rel=0.3)
 
@@ -177,14 +177,14 @@ class TestLearning:
         """They say something only if less was expected of the daemon."""
         learned = Learning()
         learned.observe("instance/a", (steps_like(1, 1000, 1.0, RemoteTiming("k", 2, 1, 640, 0.1)),) * 2 * FIRST, 0.0)
-        before = learned.kvdaemon("k")
+        before = learned.known.kvdaemons.get("k")
         assert before is not None
         bound = RemoteTiming("k", 2, 1, 640, 0.2, late=0.0)
         learned.observe("instance/a", (steps_like(1, 1000, 1.0, bound),) * 20, 0.0)
-        assert learned.kvdaemon("k") == before
+        assert learned.known.kvdaemons.get("k") == before
         bound = RemoteTiming("k", 2, 1, 640, 0.01, late=0.0)
         learned.observe("instance/a", (steps_like(1, 1000, 1.0, bound),) * 200, 0.0)
-        after = learned.kvdaemon("k")
+        after = learned.known.kvdaemons.get("k")
         assert after is not None
         assert after.answer_s(2, 1, 640) < 0.02
 
@@ -196,7 +196,7 @@ class TestLearning:
         assert learned.step_error("a") is not None
         learned.keep([], [])
         assert learned.rates.between(["a"], 0.0, 2.0) == 0.0
-        assert (learned.step_error("a"), learned.instance("a"), learned.kvdaemon("k")) == (None, None, None)
+        assert (learned.step_error("a"), learned.known) == (None, KnownCosts())
 
 
 class TestMoveBook:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from infinitellm import ClusterStatus, GManagerStatus
 from services.core.errors import ConfigError
 from services.launcher.checkpoint_info import CheckpointInfo, inspect_checkpoint
 from services.launcher.cli import main
@@ -19,6 +20,7 @@ from services.launcher.demo import DemoOptions, plan_demo
 from services.launcher.options import ClusterOptions
 from services.launcher.plan import ProcessSpec, Surroundings, make_plan
 from services.launcher.run_directory import RunDirectory
+from services.launcher.status import status_text
 
 AROUND = Surroundings(
     python="/venv/python",
@@ -113,6 +115,18 @@ def test_threads_share_the_processors() -> None:
     assert threads == {"kvdaemon-0": 5, "kvdaemon-mem-0": 5, "instance-0": 5}
 
 
+def test_several_gmanagers_stand_for_election() -> None:
+    specs = plan(gmanagers=3)
+    names = [name for name in specs if name.startswith("gmanager")]
+    assert names == ["gmanager-0", "gmanager-1", "gmanager-2"]
+    assert specs["gmanager-2"].config == {
+        "cluster": "local",
+        "etcd": ["127.0.0.1:1001"],
+        "member_id": "gmanager-2",
+        "listen": "127.0.0.1:0",
+    }
+
+
 def test_overlay_adds_keys_to_every_service_of_a_kind() -> None:
     specs = plan(overlay={"instance": {"max_num_seqs": 8, "num_threads": 3}})
     for name in ("instance-0", "instance-1"):
@@ -128,6 +142,7 @@ def test_overlay_adds_keys_to_every_service_of_a_kind() -> None:
         ({"overlay": {"instance": {"member_id": "x"}}}, r"instance\.member_id is set by the launcher"),
         ({"overlay": {"instance": {"block_tokens": 32768}}}, "--pool-mib 64 is smaller than one rBlock"),
         ({"overlay": {"instance": {"block_tokens": "many"}}}, "block_tokens must be an integer"),
+        ({"gmanagers": 0}, "--gmanagers must be at least 1"),
         ({"instances": 0}, "--instances must be at least 1"),
         ({"kvdaemons": -1}, "--kvdaemons must be at least 0"),
         ({"pool_mib": 0}, "--pool-mib must be at least 1"),
@@ -254,6 +269,15 @@ def test_run_directories(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         RunDirectory.create(tmp_path / "other")
     with pytest.raises(ConfigError, match="too long"):
         RunDirectory.create(tmp_path / ("x" * 90))
+
+
+def test_status_shows_who_leads() -> None:
+    gmanagers = (GManagerStatus("g-0", "127.0.0.1:1", False), GManagerStatus("g-1", "127.0.0.1:2", True))
+    lines = status_text(ClusterStatus((), (), (), ("m",), gmanagers)).splitlines()
+    assert [line.split(maxsplit=2) for line in lines if line.startswith("g-")] == [
+        ["g-0", "127.0.0.1:1", "stands by"],
+        ["g-1", "127.0.0.1:2", "leads"],
+    ]
 
 
 def test_tables() -> None:
