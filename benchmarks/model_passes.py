@@ -87,8 +87,8 @@ def _variants(run: Run, name: str, model: Model) -> dict[str, Model]:
 
 def _measure_case(run: Run, name: str, variants: dict[str, Model], case: _Case) -> None:
     calls: dict[str, Callable[[], object]] = {
-        _ONEDNN: _products(variants[f"+ {PASSES[0]}"], case),
-        _OWN: _products(variants[f"+ {PASSES[-2]}"], case),
+        _ONEDNN: _products(variants["+ fuse_linears"], case),
+        _OWN: _products(variants["+ fuse_attention"], case),
     }
     calls.update((key, _forward(model, case)) for key, model in variants.items())
     clock = time.thread_time if run.options.threads == 1 else time.perf_counter

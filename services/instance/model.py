@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,8 @@ class Model:
     """A decoder-only language model. Used by the engine thread.
 
     Attributes:
-        attention_modules: of each layer, the one that calls the attention function.
+        attention_modules: of each layer, the one that called the attention function when the model was loaded.
+        compute: a forward, as ``forward`` but for the rotary regimes; transformers' own unless a pass replaces it.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Model:
         self.attention_modules = attention_modules
         self.shape = shape
         self.rotary = rotary
+        self.compute: Callable[[Tensor, Tensor, Tensor], Tensor] = self._by_transformers
 
     @torch.inference_mode()
     def forward(
@@ -86,6 +89,9 @@ class Model:
             [n, vocab_size] logits in the model's dtype.
         """
         self.rotary.long_rows = long_rows
+        return self.compute(token_ids, positions, logit_rows)
+
+    def _by_transformers(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
         output = self.module(
             input_ids=token_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kernels import layer_ops
 from services.core.errors import UnsupportedModelError
@@ -21,7 +21,8 @@ from services.instance.passes.linears import fuse, pack
 from services.instance.passes.mlp import fuse_mlps
 from services.instance.passes.norms import recognised
 from services.instance.passes.replace import replace_modules
-from services.instance.passes.trace import LayerTrace, run, trace
+from services.instance.passes.trace import LayerTrace, Trace, trace
+from services.instance.passes.whole_model import fuse_model
 
 _log = logging.getLogger(__name__)
 
@@ -37,35 +38,36 @@ def apply_passes(model: Model, names: Collection[PassName] = PASSES, num_threads
     Raises:
         UnsupportedModelError: the model does not compute the same afterwards, although every replacement did.
     """
-    module, positions = model.module, model.shape.max_model_len
     if not names:
         return {}
-    layers, logits = trace(module, model.attention_modules, positions)
-    dtype: torch.dtype = module.dtype  # type: ignore[assignment]
-    ops = layer_ops.load(logits.device, dtype, num_threads)
+    traced = trace(model)
+    layers, dtype = traced.layers, traced.logits.dtype
+    ops = layer_ops.load(traced.logits.device, dtype, num_threads)
     passes: dict[PassName, Callable[[], int]] = {
         "fuse_linears": lambda: fuse(layers),
-        "pack_linears": lambda: pack(module, layers, ops),
-        "fuse_norms": lambda: replace_modules(module, layers, partial(recognised, ops=ops, dtype=dtype)),
+        "pack_linears": lambda: pack(model.module, layers, ops),
+        "fuse_norms": lambda: replace_modules(model.module, layers, partial(recognised, ops=ops, dtype=dtype)),
         "fuse_mlps": lambda: fuse_mlps(layers, ops),
         "fuse_attention": lambda: fuse_attention(layers, ops),
         "fuse_layers": lambda: fuse_layers(layers, ops),
+        "fuse_model": lambda: fuse_model(model, traced),
     }
     done = {name: apply() for name, apply in passes.items() if name in names}
-    _check(model, layers, logits)
+    _check(model, traced)
     _log.info("model rewritten", extra={"model": model.shape.name, "layers": len(layers), "passes": done})
     return done
 
 
-def _check(model: Model, layers: Sequence[LayerTrace], logits: Tensor) -> None:
+def _check(model: Model, traced: Trace) -> None:
     """Every layer on what it was given when traced, then all that stands before and behind the layers."""
-    wrong = [f"layer {layer.attention.params.layer}" for layer in layers if not reproduces(layer)]
+    wrong = [f"layer {layer.attention.params.layer}" for layer in traced.layers if not reproduces(layer)]
     with ExitStack() as hooks:
-        for layer in layers:
+        for layer in traced.layers:
             handle = layer.layer.current.register_forward_hook(partial(_as_traced, layer))
             hooks.callback(handle.remove)
-        error = typical_error(run(model.module, model.shape.max_model_len), logits)
-    if not error <= TOLERANCE[logits.dtype]:  # also catches NaN
+        logits = model.forward(traced.token_ids, traced.positions, torch.arange(len(traced.token_ids)))
+    error = typical_error(logits, traced.logits)
+    if not error <= TOLERANCE[traced.logits.dtype]:  # also catches NaN
         wrong.append(f"the logits (off by {error:.3g} of their spread)")
     if wrong:
         raise UnsupportedModelError(

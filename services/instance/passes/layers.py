@@ -35,7 +35,7 @@ class _Parts:
     behind_mlp: nn.Module | None
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
     """Takes the place of a decoder layer; transformers' contract is kept.
 
     Args:
@@ -50,7 +50,7 @@ class _Layer(nn.Module):
         self.attention = attention
 
 
-class PlainLayer(_Layer):
+class PlainLayer(Layer):
     """Part by part.
 
     Args:
@@ -85,7 +85,7 @@ class PlainLayer(_Layer):
         return y if self._multiplier == 1 else y * self._multiplier
 
 
-class WholeLayer(_Layer):
+class WholeLayer(Layer):
     """In one operation before and one behind the attention function."""
 
     def __init__(self, original: nn.Module, attention: PlainAttention, op: LayerOp) -> None:

@@ -40,6 +40,11 @@ class FusedLinear(nn.Module):
         self._parts: tuple[Tensor, ...] = ()
         self._missing: set[int] = set()
 
+    @property
+    def holds_nothing(self) -> bool:
+        """Whether no input and no product is kept."""
+        return self._input is None and not self._parts
+
     def part(self, index: int, x: Tensor) -> Tensor:
         """Columns of the product with x, [..., sizes[index]]; held only until each part has been asked for."""
         if x is not self._input:
@@ -95,7 +100,7 @@ def fuse(layers: Sequence[LayerTrace]) -> int:
     for layer in layers:
         for calls in _siblings(layer):
             linears = [call.module for call in calls if isinstance(call.module, nn.Linear)]
-            fused = FusedLinear(_stacked(linears), [linear.out_features for linear in linears])
+            fused = FusedLinear(stacked(linears), [linear.out_features for linear in linears])
             for index, call in enumerate(calls):
                 call.put(LinearPart(fused, index))
             if reproduces(layer):
@@ -127,11 +132,14 @@ def _siblings(layer: LayerTrace) -> list[list[Call]]:
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Not a subclass (LoRA, quantised layers, parametrised ones), and nobody listens to its calls."""
-    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+    """Not a subclass (LoRA, quantised layers, parametrised ones), and nobody listens to its calls or replaces them."""
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    return not module._forward_hooks and not module._forward_pre_hooks
 
 
-def _stacked(linears: Sequence[nn.Linear]) -> nn.Linear:
+def stacked(linears: Sequence[nn.Linear]) -> nn.Linear:
+    """One layer with the outputs of all; a missing bias is zero."""
     with torch.device("meta"):
         stacked = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears), bias=False)
     stacked.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kernels import LayerParams
 from services.instance.dist_attention import AttentionContext
+from services.instance.model import Model
 
 _ROWS = 16
 
@@ -39,7 +40,7 @@ class Call:
 
     Attributes:
         parent, name: where the module is, as an attribute; a pass may have put another there since.
-        path: from the layer to it, with dots; empty for the layer.
+        path: from the layer to it, with dots; empty for the layer itself.
         is_leaf: whether it had no parts.
         input: the first tensor among its arguments.
         output: the tensor that it answered, or the first of a tuple.
@@ -92,6 +93,24 @@ class LayerTrace:
         return [call for call in self.calls if call.is_leaf and call.path.startswith(f"{part.path}.")]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """One forward of a model.
+
+    Attributes:
+        token_ids, positions: [rows].
+        outside: calls of all modules that neither are in a layer nor hold layers, in the order in which they ended;
+            paths are from the model.
+        logits: [rows, vocab_size].
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    layers: tuple[LayerTrace, ...]
+    outside: tuple[Call, ...]
+    logits: Tensor
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same elements in memory, in whatever shape."""
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
@@ -109,44 +128,32 @@ class StandIn(AttentionContext):
         return output
 
 
-@torch.inference_mode()
-def run(module: nn.Module, positions: int) -> Tensor:
-    """One forward of a model; answers the logits of all its rows.
-
-    Args:
-        positions: of the model; the rows lie evenly between the first and the last of them.
-    """
-    config = module.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
-    tokens = torch.randint(0, int(config.vocab_size), (1, _ROWS), generator=torch.Generator().manual_seed(0))
-    places = torch.linspace(0, positions - 1, _ROWS, dtype=torch.float64).round().long()
-    output = module(input_ids=tokens, position_ids=places[None], use_cache=False, logits_to_keep=torch.arange(_ROWS))
-    logits: Tensor = output.logits[0]
-    return logits
-
-
-def trace(
-    module: nn.Module, attention_modules: Sequence[nn.Module], positions: int
-) -> tuple[tuple[LayerTrace, ...], Tensor]:
-    """Takes down the model's decoder layers in one forward, and its logits; a ``StandIn`` is attached afterwards.
-
-    Args:
-        attention_modules: of each layer, the one that calls the attention function.
-    """
-    recorders = [_Recorder(number) for number in range(len(attention_modules))]
+def trace(model: Model) -> Trace:
+    """Takes down one forward; a ``StandIn`` is attached afterwards."""
+    rows = torch.arange(_ROWS)
+    token_ids = torch.randint(0, model.shape.vocab_size, (_ROWS,), generator=torch.Generator().manual_seed(0))
+    positions = torch.linspace(0, model.shape.max_model_len - 1, _ROWS, dtype=torch.float64).round().long()
+    recorders = [_Recorder(number) for number in range(len(model.attention_modules))]
     stand_in = _Listener(recorders)
-    stand_in.attach_to(module)
-    handles = []
-    for recorder, part in zip(recorders, attention_modules, strict=True):
-        place = _layer_around(module, part)
+    stand_in.attach_to(model.module)
+    outside: list[Call] = []
+    handles, inside = [], set[nn.Module]()
+    for recorder, part in zip(recorders, model.attention_modules, strict=True):
+        place = _layer_around(model.module, part)
         if place is not None:
             handles += recorder.listen(*place)
+            inside.update(place[0].get_submodule(place[1]).modules())
+    for path, module in model.module.named_modules():
+        if inside.isdisjoint(module.modules()):
+            above, _, name = path.rpartition(".")
+            handles.append(_hook(model.module.get_submodule(above), name, path, outside))
     try:
-        logits = run(module, positions)
+        logits = model.forward(token_ids, positions, rows)
     finally:
         for handle in handles:
             handle.remove()
     layers = (recorder.finish(stand_in) for recorder in recorders)
-    return tuple(layer for layer in layers if layer is not None), logits
+    return Trace(token_ids, positions, tuple(layer for layer in layers if layer), tuple(outside), logits)
 
 
 class _Recorder:

@@ -1,0 +1,133 @@
+"""The way through a model: embedding, angles, layers, norm, output layer.
+
+What lies between these in transformers' Python is looked for in the trace; where there is anything else (a factor of
+the embeddings or the logits, say), the model keeps its own. The norm is computed only for the rows that are sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from services.instance.model import Model
+from services.instance.passes.attention import Angles
+from services.instance.passes.check import TOLERANCE, typical_error
+from services.instance.passes.layers import Layer
+from services.instance.passes.trace import Call, Trace, same
+
+
+@dataclass(frozen=True, slots=True)
+class _Rotary:
+    """A call of a rotary module: what stands in the place of the hidden states and of the positions."""
+
+    module: nn.Module
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Angles:
+        def now(value: object) -> object:
+            if not isinstance(value, Tensor):
+                return value
+            return x if value.is_floating_point() else positions
+
+        angles: Angles = self.module(*map(now, self.args), **{key: now(value) for key, value in self.kwargs.items()})
+        return angles
+
+
+class WholeModel:
+    """Computes what transformers' model does.
+
+    Args:
+        layers: each with the index of its angles in ``rotaries``; None: it needs none.
+    """
+
+    def __init__(
+        self,
+        embedding: nn.Module,
+        rotaries: Sequence[_Rotary],
+        layers: Sequence[tuple[nn.Module, int | None]],
+        norm: nn.Module,
+        output: nn.Module,
+    ) -> None:
+        self._embedding = embedding
+        self._rotaries = tuple(rotaries)
+        self._layers = tuple(layers)
+        self._norm = norm
+        self._output = output
+
+    def __call__(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
+        """As ``Model.forward``."""
+        x = self._embedding(token_ids[None])
+        angles = [rotary(x, positions[None]) for rotary in self._rotaries]
+        for layer, which in self._layers:
+            x = layer(x, position_embeddings=None if which is None else angles[which])
+        logits: Tensor = self._output(self._norm(x[0].index_select(0, logit_rows)))
+        return logits
+
+
+def fuse_model(model: Model, traced: Trace) -> int:
+    """Lets the model compute as ``WholeModel``, where it can be; answers 1 or 0."""
+    whole = _recognised(model, traced)
+    if whole is None:
+        return 0
+    arguments = (traced.token_ids, traced.positions, torch.arange(len(traced.token_ids)))
+    expected = model.forward(*arguments)
+    with torch.inference_mode():
+        got = whole(*arguments)
+    if not typical_error(got, expected) <= TOLERANCE[expected.dtype]:
+        return 0
+    model.compute = whole
+    return 1
+
+
+def _recognised(model: Model, traced: Trace) -> WholeModel | None:
+    layers, outside = [layer.layer for layer in traced.layers], list(traced.outside)
+    if len(layers) < len(model.attention_modules) or not all(isinstance(layer.current, Layer) for layer in layers):
+        return None
+    if not all(same(a.output, b.input) for a, b in pairwise(layers)):
+        return None
+    embedding = _only(c for c in outside if same(c.input, traced.token_ids) and same(c.output, layers[0].input))
+    norm = _only(call for call in outside if same(call.input, layers[-1].output))
+    output = _only(call for call in outside if same(call.output, traced.logits))
+    if embedding is None or norm is None or output is None or not torch.equal(output.input, norm.output):
+        return None
+    rotaries: list[Call] = []
+    which: list[int | None] = []
+    for layer in layers:
+        angles = layer.kwargs.get("position_embeddings")
+        call = _origin(outside, angles)
+        if call is None and angles is not None:
+            return None
+        if call is not None and call not in rotaries:
+            rotaries.append(call)
+        which.append(None if call is None else rotaries.index(call))
+    known = [embedding, norm, output, *rotaries]
+    if not all(any(_is_part(call, whole) for whole in known) for call in outside):
+        return None
+    return WholeModel(
+        embedding.current,
+        [_Rotary(call.current, call.args, dict(call.kwargs)) for call in rotaries],
+        list(zip((layer.current for layer in layers), which, strict=True)),
+        norm.current,
+        output.current,
+    )
+
+
+def _only(calls: Iterable[Call]) -> Call | None:
+    found = list(calls)
+    return found[0] if len(found) == 1 else None
+
+
+def _origin(calls: Sequence[Call], angles: object) -> Call | None:
+    """The outermost call that answered these."""
+    if not isinstance(angles, tuple):
+        return None
+    return next((call for call in reversed(calls) if not call.bare and call.output is angles[0]), None)
+
+
+def _is_part(call: Call, whole: Call) -> bool:
+    return call.path == whole.path or call.path.startswith(f"{whole.path}.")
