@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -46,16 +48,16 @@ def build_batch(scheduled: SequenceOf[Scheduled], tables: SequenceOf[BlockTable]
     peer is lost.
     """
     tokens: list[int] = []
-    positions: list[NDArray[np.int64]] = []
-    slots: list[NDArray[np.int64]] = []
+    positions: list[int] = []
+    slots: list[int] = []
     blocks: list[NDArray[np.int64]] = []
     starts = [0]
     logit_rows: list[int] = []
     for item, table in zip(scheduled, tables, strict=True):
         first, end = item.sequence.computed, item.sequence.computed + item.count
         tokens += item.sequence.tokens[first:end]
-        positions.append(np.arange(first, end))
-        slots.append(_slots(table, first, end))
+        positions += range(first, end)
+        slots += _slots(table, first, end)
         blocks.append(table.local_blocks)
         starts.append(starts[-1] + item.count)
         if item.samples:
@@ -64,15 +66,15 @@ def build_batch(scheduled: SequenceOf[Scheduled], tables: SequenceOf[BlockTable]
     plan = AttentionPlan(
         query_start=torch.tensor(starts, dtype=torch.int32),
         query_pos=torch.tensor([item.sequence.computed for item in scheduled], dtype=torch.int32),
-        block_start=torch.tensor(np.cumsum([0, *(len(part) for part in blocks)]), dtype=torch.int32),
+        block_start=torch.tensor([0, *accumulate(map(len, blocks))], dtype=torch.int32),
         block_ids=torch.from_numpy(local[:, 0].astype(np.int32)),
         block_pos=torch.from_numpy(local[:, 1].astype(np.int32)),
         max_query_len=max(item.count for item in scheduled),
     )
     return Batch(
         token_ids=torch.tensor(tokens, dtype=torch.int64),
-        positions=torch.from_numpy(np.concatenate(positions)),
-        step=StepTensors(torch.from_numpy(np.concatenate(slots)), plan),
+        positions=torch.tensor(positions, dtype=torch.int64),
+        step=StepTensors(torch.tensor(slots, dtype=torch.int64), plan),
         shares=_shares(scheduled, tables, starts),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         long_rows=_long_rows(scheduled, rotary),
@@ -86,13 +88,13 @@ def _long_rows(scheduled: SequenceOf[Scheduled], rotary: RotaryRegimes) -> Tenso
     return torch.tensor(long).repeat_interleave(torch.tensor([item.count for item in scheduled]))
 
 
-def _slots(table: BlockTable, first: int, end: int) -> NDArray[np.int64]:
-    """[end - first] places in the local pool of the tokens at positions first .. end."""
-    size = table.block_tokens
-    base = first // size
-    bases = np.array([table.slot(index * size) for index in range(base, -(-end // size))])
-    at = np.arange(first, end)
-    return bases[at // size - base] + at % size
+def _slots(table: BlockTable, first: int, end: int) -> Iterator[int]:
+    """Places in the local pool of the tokens at positions first .. end, block by block."""
+    while first < end:
+        block_end = min(end, first - first % table.block_tokens + table.block_tokens)
+        slot = table.slot(first)
+        yield from range(slot, slot + block_end - first)
+        first = block_end
 
 
 def _shares(

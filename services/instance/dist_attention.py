@@ -83,6 +83,7 @@ class DistAttention(AttentionContext):
     def __init__(self, kernels: AttentionKernels, pool: Tensor, remote: RemoteAttention | None) -> None:
         self._kernels = kernels
         self._pool = pool
+        self._head_dim, self._dtype = pool.shape[5], pool.dtype
         self._remote = remote
         self._step: StepTensors | None = None
         self.calls = 0
@@ -112,13 +113,17 @@ class DistAttention(AttentionContext):
         self.times.add(time.perf_counter() - begun, local_ended - local_begun)
         if sinks is not None:
             self._kernels.merge_sinks(out, lse, sinks)
-        return (out if value_dim == out.shape[2] else out[..., :value_dim].contiguous()).to(dtype)
+        if value_dim < self._head_dim:
+            out = out[..., :value_dim].contiguous()
+        return out if out.dtype is dtype else out.to(dtype)
 
     def _fit(self, x: Tensor) -> Tensor:
         """[rows, heads, dim] as [rows, heads, the pool's head_dim], in its dtype; each row contiguous."""
-        missing = self._pool.shape[-1] - x.shape[-1]
-        x = (functional.pad(x, (0, missing)) if missing else x).to(self._pool.dtype)
-        return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+        dim = self._head_dim
+        if x.shape[2] == x.stride(1) == dim and x.stride(2) == 1 and x.dtype is self._dtype:
+            return x
+        missing = dim - x.shape[2]
+        return (functional.pad(x, (0, missing)) if missing else x).to(self._dtype).contiguous()
 
 
 def dist_attention_forward(

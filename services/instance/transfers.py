@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, BlockRef
+from services.core.errors import PeerLostError
 from services.core.placement import MoveEnd
 from services.core.sequence import Sequence
 from services.dataplane.peers import Copied, PeerSet, Sealed
@@ -188,33 +189,37 @@ class Transfers:
         if transfer.memory is None or now > transfer.use_before:
             self._fail(transfer, MoveEnd.EXPIRED)
             return True
-        if not self._peers.is_connected(through):
+        tag = self._next_tag
+        try:
+            peer = self._peers.get(through)
+            if transfer.target.kvdaemon_id == through:
+                content = memoryview(self._pool[transfer.source.handle.block])
+                if not peer.has_room_to_write(BLOCK_KEY_BYTES + len(content)):
+                    return False
+                self._peers.write_block(through, tag, transfer.target.handle, transfer.key, content)
+            else:
+                order = self._copy_order(transfer)
+                if not peer.has_room_to_write(COPY_BYTES + len(order.address)):
+                    return False
+                self._peers.copy_block(through, tag, transfer.source.handle, order)
+        except PeerLostError:
             return False  # peer_lost will take it out
-        tag, peer = self._next_tag, self._peers.get(through)
-        if transfer.target.kvdaemon_id == through:
-            content = memoryview(self._pool[transfer.source.handle.block])
-            if not peer.has_room_to_write(BLOCK_KEY_BYTES + len(content)):
-                return False
-            self._peers.write_block(through, tag, transfer.target.handle, transfer.key, content)
-        else:
-            order = self._copy_order(transfer)
-            if order is None or not peer.has_room_to_write(COPY_BYTES + len(order.address)):
-                return False
-            self._peers.copy_block(through, tag, transfer.source.handle, order)
         self._next_tag += 1
         self._sent[tag] = transfer
         transfer.stage, transfer.sent_at = Stage.SENT, now
         return True
 
-    def _copy_order(self, transfer: Transfer) -> CopyOrder | None:
-        """None where the target's daemon is lost; ``peer_lost`` will follow."""
+    def _copy_order(self, transfer: Transfer) -> CopyOrder:
+        """
+        Raises:
+            PeerLostError: there is no connection to the target's daemon.
+        """
         kvdaemon_id, handle = transfer.target
-        session_id = self._holds.session_id(kvdaemon_id)
         local = kvdaemon_id == self._holds.local_id
-        if session_id is None:
-            return None
         address = self._local_address if local else self._peers.get(kvdaemon_id).address
+        session_id = self._holds.session_id(kvdaemon_id)
         assert address is not None, "nothing is moved to a pool that nobody reaches"
+        assert session_id is not None
         return CopyOrder(transfer.key, address, session_id, handle)
 
     def _shipped(self, sealed: Sealed) -> None:
