@@ -6,6 +6,7 @@ tokenizer has as many tokens as the model, so that every drawn id has a text and
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 _SEED = 1
+_BYTES = 256
 _END = "<|end|>"
 _SPACE = "\u0120"  # how byte-level tokenizers write a space
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -87,15 +89,20 @@ def write_random_checkpoint(directory: Path, shape: CheckpointShape) -> int:
     """
     torch.manual_seed(_SEED)
     model = AutoModelForCausalLM.from_config(shape.make_config(), dtype=torch.bfloat16)
-    model.generation_config.bos_token_id = None
     model.save_pretrained(directory)
     make_tokenizer(shape.settings["vocab_size"]).save_pretrained(directory)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def random_prompt(shape: CheckpointShape, tokens: int, draw: random.Random) -> tuple[int, ...]:
+    """Whole words: no token is part of a character, none ends a text."""
+    last = int(shape.settings["vocab_size"]) - 2
+    return tuple(draw.randint(_BYTES, last) for _ in range(tokens))
+
+
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level: the 256 bytes, then made-up words with a space before them, then the end of a text."""
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(_word(n) for n in range(vocab_size - 257))]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(_word(n) for n in range(vocab_size - _BYTES - 1))]
     tokenizer = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.checkpoints import SHAPES, CheckpointShape, write_random_checkpoint
+from benchmarks.checkpoints import SHAPES, CheckpointShape, random_prompt, write_random_checkpoint
 from benchmarks.harness import Run, Samples, main
 from benchmarks.http_load import Ask, Load, send_load
 from benchmarks.peers.agreement import Agreement, DisagreementError, compare_steps, greedy_steps
@@ -33,7 +33,6 @@ MAX_MODEL_LEN = 8192
 MAX_NUM_SEQS = 64
 KV_BYTES = 1 << 30
 REPETITIONS = 5
-_FIRST_WORD = 256  # of the random checkpoints: below are single bytes, the last token ends a text
 _SEED = 4000
 _CHECKED_PROMPTS = (3, 64, 65, 200, 700, 1500)  # tokens: within a block and beyond, within a chunk and beyond
 _CHECKED_TOKENS = 16
@@ -135,14 +134,18 @@ def _measure_workload(
             [_draw_ask(shape, workload, draw) for _ in range(workload.at_once)] for _ in range(workload.in_a_row)
         ]
         for side in turn.order(sides):
-            run.progress.update(f"{shape.name}, {workload.name}, {turn.label}: {side.server.name}")
             time.sleep(_PAUSE_S)
             before = side.server.processor_s()
             loads = asyncio.run(_send(side.server, batches))
-            taken_s = side.server.processor_s_since(before)
+            taken_us = 1e6 * side.server.processor_s_since(before) / workload.tokens
+            tokens_per_s = workload.tokens / sum(load.wall_s for load in loads)
+            run.progress.update(
+                f"{shape.name}, {workload.name}, {turn.label}, {side.server.name}: {tokens_per_s:.0f} tokens/s, "
+                f"{taken_us:.0f} us of processor time a token"
+            )
             if turn.recorded:
-                side.tokens_per_s.append(workload.tokens / sum(load.wall_s for load in loads))
-                side.processor_us.append(1e6 * taken_s / workload.tokens)
+                side.tokens_per_s.append(tokens_per_s)
+                side.processor_us.append(taken_us)
                 side.tpot_ms.append(1000 * statistics.median(load.tpot_s for load in loads))
     _record(run, shape, workload, *sides)
 
@@ -180,7 +183,7 @@ def _compare_answers(ours: PinnedServer, vllm: PinnedServer, shape: CheckpointSh
     """A fast wrong server is no peer. Raises DisagreementError."""
     total = Agreement(0, 0)
     for tokens in _CHECKED_PROMPTS:
-        prompt = _draw_prompt(shape, tokens, draw)
+        prompt = random_prompt(shape, tokens, draw)
         answers = [greedy_steps(server.address, server.model, prompt, _CHECKED_TOKENS) for server in (ours, vllm)]
         total += compare_steps(*answers)
     if total.same < _LEAST_SAME * len(_CHECKED_PROMPTS):
@@ -202,12 +205,7 @@ def _idle_share(server: PinnedServer) -> float:
 
 
 def _draw_ask(shape: CheckpointShape, workload: Workload, draw: random.Random) -> Ask:
-    return Ask(_draw_prompt(shape, workload.prompt_tokens, draw), workload.output_tokens)
-
-
-def _draw_prompt(shape: CheckpointShape, tokens: int, draw: random.Random) -> tuple[int, ...]:
-    last = int(shape.settings["vocab_size"]) - 2
-    return tuple(draw.randint(_FIRST_WORD, last) for _ in range(tokens))
+    return Ask(random_prompt(shape, workload.prompt_tokens, draw), workload.output_tokens)
 
 
 def _chosen(run: Run) -> Sequence[Workload]:

@@ -29,10 +29,20 @@ class Process:
         fields = self._fields()
         return bool(fields) and fields[_STATE] not in "ZX"
 
+    @property
+    def command(self) -> tuple[str, ...]:
+        """Its command line; empty if it is gone."""
+        with suppress(OSError):
+            return tuple(Path(f"/proc/{self.pid}/cmdline").read_text().rstrip("\0").split("\0"))
+        return ()
+
     def processor_s(self) -> float:
         """Processor time that it has taken since its start, in seconds, to a hundredth; 0 if it is gone."""
-        fields = self._fields()
-        return (int(fields[_USER_TICKS]) + int(fields[_SYSTEM_TICKS])) / _TICKS_PER_S if fields else 0.0
+        return _taken_s(self._fields())
+
+    def main_thread_s(self) -> float:
+        """The part of it that its first thread has taken."""
+        return _taken_s(_stat(self.pid, f"task/{self.pid}/")) if self._fields() else 0.0
 
     def kill(self) -> None:
         """Ends it, if it is still there."""
@@ -59,9 +69,13 @@ def family(pid: int) -> list[Process]:
     return [found[member] for member in pids]
 
 
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat behind the name; empty if there is no such process."""
+def _taken_s(fields: list[str]) -> float:
+    return (int(fields[_USER_TICKS]) + int(fields[_SYSTEM_TICKS])) / _TICKS_PER_S if fields else 0.0
+
+
+def _stat(pid: int, task: str = "") -> list[str]:
+    """The fields of /proc/PID/stat behind the name, or of one of its tasks; empty if there is no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/{task}stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []

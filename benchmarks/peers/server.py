@@ -47,6 +47,7 @@ class ServerCommand:
     Attributes:
         argv: program and arguments.
         environment: variables on top of this process's own.
+        directory: where it runs; None: where this process does.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ServerCommand:
     port: int
     argv: tuple[str, ...]
     environment: Mapping[str, str]
+    directory: Path | None = None
 
 
 class PinnedServer:
@@ -63,7 +65,8 @@ class PinnedServer:
         self.name = command.name
         self.model = command.model
         self.address = f"{HOST}:{command.port}"
-        variables = (f"{name}={value}" for name, value in command.environment.items())
+        where = () if command.directory is None else (f"--chdir={command.directory}",)
+        variables = (*where, *(f"{name}={value}" for name, value in command.environment.items()))
         pinned = (_program("taskset"), "--cpu-list", ",".join(map(str, cores)), *command.argv)
         self._child = Child(command.name, (_program("env"), *variables, *pinned), log_file)
         self._started: list[Process] = []
