@@ -2,7 +2,7 @@
  *
  * Queries stay bfloat16; the factor is applied to the scores.
  */
-#define AHEAD_BYTES 16384 /* prefetched that far ahead: latency times bandwidth, within the first cache */
+#define AHEAD_BYTES 16384 /* prefetched that far ahead: several times latency times bandwidth */
 
 /* A block's layer is 2 * kv_heads parts in a row: keys and values of the first head, of the second, ... What to
  * prefetch while a part of this run is used: a part further on, in this block or the next. */

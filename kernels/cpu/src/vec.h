@@ -69,9 +69,10 @@ INLINE vf widen_half(vh h) {
 INLINE int element_size(int dtype) { return dtype == FLOAT32 || dtype == PAIRS ? 4 : 2; }
 INLINE const char *element(const void *p, int64_t i, int dtype) { return (const char *)p + i * element_size(dtype); }
 
-/* Into the first-level cache. Spread thinly between arithmetic: a core has few misses in flight. Never faults. */
+/* Into the second-level cache: more misses may be in flight there than in the first, and the hardware, which sees the
+ * reads that follow, prefetches along. Spread thinly between arithmetic all the same. Never faults. */
 INLINE void prefetch_lines(const char *from, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 3);
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 /* WIDTH elements from index i of an array of a dtype; the dtype is a compile-time constant wherever this is called. */
