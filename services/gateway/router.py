@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import Protocol, TypeVar
 
 from services.core.errors import NoInstanceError
+from services.core.placement import AdmissionHint
 from services.gateway.cluster import InstanceView
 from services.gateway.instance_client import Attempt, InstanceClient
 from services.gateway.requests import GenerationRequest
@@ -92,11 +94,7 @@ class Router:
             # 0: the instance does not say how much it takes.
             if client.ready and not client.retired and (not client.max_model_len or client.max_model_len >= longest)
         ]
-        return min(
-            candidates,
-            key=lambda client: (client.instance_id in avoid, client.room_tokens < now, _load(client)),
-            default=None,
-        )
+        return preferred(candidates, now, avoid)
 
     def _on_change(self) -> None:
         """Wakes the waiting, and lets go of instances that are neither listed nor used."""
@@ -109,7 +107,36 @@ class Router:
             closing.add_done_callback(self._closing.discard)
 
 
-def _load(client: InstanceClient) -> tuple[int, int, float, int, str]:
+class Candidate(Protocol):
+    """An instance, as far as the choice depends on it; see InstanceClient."""
+
+    @property
+    def instance_id(self) -> str: ...
+    @property
+    def hint(self) -> AdmissionHint | None: ...
+    @property
+    def room_tokens(self) -> int: ...
+    @property
+    def outstanding_tokens(self) -> int: ...
+    @property
+    def outstanding_requests(self) -> int: ...
+    @property
+    def local_free_blocks(self) -> int: ...
+
+
+AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
+
+
+def preferred(candidates: Iterable[AnyCandidate], tokens: int, avoid: Collection[str]) -> AnyCandidate | None:
+    """The instance that a request of ``tokens`` tokens should go to. Pure; a simulator asks it as well."""
+    return min(
+        candidates,
+        key=lambda client: (client.instance_id in avoid, client.room_tokens < tokens, _load(client)),
+        default=None,
+    )
+
+
+def _load(client: Candidate) -> tuple[int, int, float, int, str]:
     """Smaller is better. Prompt tokens first: they are both the work ahead and the memory taken."""
     gain = client.hint.gain if client.hint is not None else 0.0
     return (
