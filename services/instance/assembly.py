@@ -152,7 +152,7 @@ def assemble(
         desk,
         local.opened.data_address(config.transport),
     )
-    scheduler = Scheduler(max_num_seqs, config.max_batch_tokens)
+    scheduler = Scheduler(max_num_seqs, config.max_batch_tokens, config.mixed_step_s)
     board = SnapshotBoard(local.kvdaemon_id, max_num_seqs)
     engine = Engine(model, attention, remote, peers, memory, scheduler, desk, publish, board.put)
     settings = RManagerSettings(

@@ -31,6 +31,8 @@ class InstanceConfig:
         max_model_len: longest context in tokens; the checkpoint's own limit where not given.
         max_num_seqs: sequences in one batch at most.
         max_batch_tokens: tokens computed in one step at most; the size of a prefill chunk.
+        mixed_step_s: about how long a step takes at most that computes prompts beside requests that decode; chunks are
+            made as small as that needs.
         block_tokens: tokens of an rBlock.
         num_threads: of the model and of the kernels.
         passes: over the loaded model, as services/instance/passes names them; all that apply where not given.
@@ -59,6 +61,7 @@ class InstanceConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_batch_tokens: int = 1024
+    mixed_step_s: float = 0.2
     block_tokens: int = 64
     num_threads: int = 1
     passes: tuple[PassName, ...] = PASSES
@@ -86,8 +89,14 @@ class InstanceConfig:
                 f"instance config: max_batch_tokens ({self.max_batch_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}), or running sequences could not all take a step"
             )
-        for name in ("transfer_timeout_s", "call_timeout_s", "startup_timeout_s", "heartbeat_interval_s"):
-            if getattr(self, name) <= 0:
+        for name in (
+            "mixed_step_s",
+            "transfer_timeout_s",
+            "call_timeout_s",
+            "startup_timeout_s",
+            "heartbeat_interval_s",
+        ):
+            if not getattr(self, name) > 0:
                 raise ConfigError(f"instance config: {name} must be positive, got {getattr(self, name)}")
         if self.stall_timeout_s <= self.transfer_timeout_s:
             raise ConfigError(

@@ -152,6 +152,7 @@ class Engine:
             elif item.sequence.request.progress:
                 self._progress(item.sequence)
         step_s = time.perf_counter() - begun
+        self._scheduler.took(scheduled, step_s)
         self.timings.add(scheduled, tables, step_s, self._attention.times, self._remote.answers)
 
     def _append(self, sequence: Sequence, drawn: Sample) -> None:

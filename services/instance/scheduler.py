@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from services.core.sequence import Sequence, SequenceState
+from services.instance.pace import Pace
 
 GrowBlocks = Callable[[Sequence, int], bool]
 
@@ -28,11 +31,15 @@ class Scheduler:
 
     Both lists are ordered by age, oldest first. A sequence is WAITING or RESERVING in ``waiting`` and RUNNING in
     ``running``.
+
+    Args:
+        mixed_step_s: about how long a step may take that decodes and computes prompts; chunks become smaller for it.
     """
 
-    def __init__(self, max_num_seqs: int, max_batch_tokens: int) -> None:
+    def __init__(self, max_num_seqs: int, max_batch_tokens: int, mixed_step_s: float = math.inf) -> None:
         self._max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
+        self._pace = Pace(mixed_step_s)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
 
@@ -70,6 +77,9 @@ class Scheduler:
             if sequence.pending == 1 and budget and grow(sequence, len(sequence.tokens)):
                 batch.append(Scheduled(sequence, 1))
                 budget -= 1
+        if batch:
+            paced = self._pace.prompt_tokens()
+            budget = budget if paced is None else min(budget, paced)
         for sequence in self.running:
             if sequence.pending > 1 and budget:
                 count = self._chunk(sequence, budget, grow)
@@ -77,6 +87,10 @@ class Scheduler:
                     batch.append(Scheduled(sequence, count))
                     budget -= count
         return batch
+
+    def took(self, batch: SequenceOf[Scheduled], step_s: float) -> None:
+        """Tells how long a step took."""
+        self._pace.took(sum(item.count for item in batch if item.count > 1), step_s)
 
     def _chunk(self, sequence: Sequence, budget: int, grow: GrowBlocks) -> int:
         """The largest chunk, by halves, that has blocks now; 0 if not even a small one has."""

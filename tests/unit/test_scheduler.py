@@ -28,6 +28,42 @@ def test_decodes_come_first_and_prefill_fills_the_rest_of_the_budget():
     assert names(scheduler.schedule(always)) == [("a", 1), ("b", 1), ("prefill", 98)]
 
 
+def test_a_chunk_beside_decoding_requests_is_as_small_as_their_pace_needs():
+    scheduler = Scheduler(8, 512, mixed_step_s=0.2)
+    prompt, decoding = sequence("prompt", 10_000, 1), sequence("decoding", 10, 2, 9)
+    running(scheduler, prompt)
+    alone = scheduler.schedule(always)
+    assert names(alone) == [("prompt", 512)]
+    scheduler.took(alone, 1.024)  # 2 ms a token
+    running(scheduler, decoding)
+    assert names(scheduler.schedule(always)) == [("decoding", 1), ("prompt", 100)]
+    scheduler.took(scheduler.schedule(always)[:1], 0.1)  # decoding alone
+    assert names(scheduler.schedule(always)) == [("decoding", 1), ("prompt", 50)]
+
+
+def test_a_prompt_goes_on_however_slow_steps_are_and_alone_it_is_not_held_back():
+    scheduler = Scheduler(8, 512, mixed_step_s=0.2)
+    prompt, decoding = sequence("prompt", 10_000, 1), sequence("decoding", 10, 2, 9)
+    running(scheduler, prompt)
+    scheduler.took(scheduler.schedule(always), 500.0)
+    assert names(scheduler.schedule(always)) == [("prompt", 512)]
+    running(scheduler, decoding)
+    assert names(scheduler.schedule(always)) == [("decoding", 1), ("prompt", 16)]
+
+
+def test_steps_that_become_cheaper_allow_larger_chunks_again():
+    scheduler = Scheduler(8, 512, mixed_step_s=0.2)
+    running(scheduler, sequence("prompt", 10_000, 1), sequence("decoding", 10, 2, 9))
+    batch = scheduler.schedule(always)
+    assert names(batch) == [("decoding", 1), ("prompt", 511)], "nothing is known yet"
+    scheduler.took(batch, 5.11)
+    assert names(scheduler.schedule(always))[1] == ("prompt", 20)
+    for _ in range(12):
+        batch = scheduler.schedule(always)
+        scheduler.took(batch, 0.001 * batch[1].count)
+    assert 190 <= scheduler.schedule(always)[1].count <= 200
+
+
 def test_only_a_chunk_that_reaches_the_end_is_sampled():
     scheduler = Scheduler(8, 64)
     running(scheduler, sequence("p", 100, 1))
