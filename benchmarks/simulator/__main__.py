@@ -1,7 +1,7 @@
 """How much does pooled memory give on clusters that are not at hand?
 
-    python -m benchmarks.simulator [--all] [--model NAME ...] [--trace NAME ...] [--policy NAME ...] [--hardware NAME]
-        [--gpus N] [--prompts computed|prefilled] [--arrivals poisson|bursty] [--load X] [--seconds S] [--seed N]
+    python -m benchmarks.simulator [--all [--cluster paper|large]] [--model NAME ...] [--trace NAME ...] [--policy NAME ...] 
+        [--hardware NAME] [--gpus N] [--prompts computed|prefilled] [--arrivals poisson|bursty] [--load X] [--seconds S] [--seed N]
         [--max-num-seqs N] [--plots DIR] [--quick] [--json FILE]
 
 ``--all`` simulates the paper's cluster and one of a thousand GPUs, and holds the ratios against the published ones.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.harness import Run, main
@@ -32,7 +32,7 @@ _QUICK_S = 20.0
 
 def measure(run: Run) -> None:
     options = run.options
-    workloads: Iterable[Workload] = (*paper_cluster(), *large_cluster()) if options.all else _chosen(run)
+    workloads = _everything(options.cluster) if options.all else _chosen(run)
     policies = POLICIES if options.all else tuple(_POLICIES[name] for name in options.policy)
     comparisons = []
     for workload in workloads:
@@ -41,6 +41,13 @@ def measure(run: Run) -> None:
     judge(run, comparisons)
     if options.plots is not None:
         _plot(comparisons, options.plots)
+
+
+def _everything(clusters: Sequence[str]) -> Iterable[Workload]:
+    if "paper" in clusters:
+        yield from paper_cluster()
+    if "large" in clusters:
+        yield from large_cluster()
 
 
 def _chosen(run: Run) -> Iterable[Workload]:
@@ -87,6 +94,7 @@ def _plot(comparisons: list[Comparison], directory: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="the paper's cluster and a thousand GPUs; minutes")
+    parser.add_argument("--cluster", nargs="+", choices=("paper", "large"), default=["paper", "large"], help="of --all")
     parser.add_argument("--model", nargs="+", choices=sorted(_MODELS), default=[PAPER_MODELS[0].name])
     parser.add_argument("--trace", nargs="+", choices=list(_TRACES), default=["0", "3"])
     parser.add_argument("--policy", nargs="+", choices=list(_POLICIES), default=[policy.name for policy in POLICIES])

@@ -17,7 +17,7 @@ from benchmarks.simulator.traces import ArrivalKind, Trace, arrivals, draw_lengt
 
 Prompts = Literal["computed", "prefilled"]
 
-SATURATED = 1.25  # of the reference rate: more than can be served
+SATURATED = 2.0  # of the reference rate: more than can be served
 _SAMPLES = 20_000
 
 

@@ -181,8 +181,10 @@ class SimulatedInstance:
             return
         while (found := self.scheduler.next_to_reserve(_RESERVING_AT_ONCE)) is not None:
             sequence = cast(SimulatedSequence, found)
-            if not self._reserve(sequence):
-                self._short_of_room = True
+            older = self._lending.oldest_starving()
+            for_older = older is not None and older < sequence.age
+            if for_older or not self._reserve(sequence):
+                self._short_of_room = not for_older  # who waits for somebody older does not starve itself
                 self._reserve_at = now + RETRY_S
                 return
             self._short_of_room = False
@@ -192,9 +194,6 @@ class SimulatedInstance:
 
     def _reserve(self, sequence: SimulatedSequence) -> bool:
         """All blocks of a prompt, or none."""
-        older = self._lending.oldest_starving()
-        if older is not None and older < sequence.age:
-            return False
         needed = self._serving.blocks_for(len(sequence.tokens))
         local = min(needed, self._pool.free)
         grants = self._lending.borrow(self.index, needed - local) if needed > local else []

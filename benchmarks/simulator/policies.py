@@ -85,7 +85,9 @@ class ClusterSpec:
         The workspace is sized as ``services.instance.assembly.size_workspace`` does it.
         """
         block = self.policy.block_tokens
-        total, max_num_seqs, workspace = kv_tokens // block, self.max_num_seqs, 0
+        # A wide instance may run as many sequences as the instances that its devices would otherwise be.
+        max_num_seqs = self.max_num_seqs * max(1, self.instance_devices // self.model.devices)
+        total, workspace = kv_tokens // block, 0
         if self.policy.pooled:
             chunks = 2 * (-(-self.max_batch_tokens // block) + 1)
             max_num_seqs = min(max_num_seqs, total // 2 - chunks)

@@ -126,7 +126,9 @@ def work(
                 part.pairs += count * there
     own = devices[index]
     rates = own.rates
-    local_s = rates.attention_s + rates.compute_s(context, pairs)
+    # What others take of the device makes its computing longer, and not the time in which it waits for answers.
+    stretch = 1.0 / (1.0 - min(own.busy, _MOST_HOSTING))
+    local_s = (rates.attention_s + rates.compute_s(context, pairs)) * stretch
     longest_s = sent_s = 0.0
     for lender, part in parts.items():
         device, link, rows = devices[lender], links[lender], part.rows + part.prefill_rows
@@ -136,15 +138,14 @@ def work(
         longest_s = max(longest_s, part.answer_s)
         sent_s += rates.sending_s(link, rows)
     attention_s = max(local_s, longest_s, sent_s) + POST_S * rates.layers * len(parts)
-    stretch = 1.0 / (1.0 - min(own.busy, _MOST_HOSTING))
     return Work(
         steps,
         tokens,
         prefill,
         context,
-        (rates.other_s(tokens) + attention_s) * stretch,
-        attention_s * stretch,
-        local_s * stretch,
+        rates.other_s(tokens) * stretch + attention_s,
+        attention_s,
+        local_s,
         parts,
     )
 

@@ -23,6 +23,7 @@ GUESSED_INSTANCE = InstanceCosts(
 )
 GUESSED_DAEMON = DaemonCosts(message_s=1e-4, row_s=2e-6, query_s=2e-5, context_token_s=1e-7)
 FIRST = 5  # timings that set the scale
+LEAST = 0.01  # of a guess: what a coefficient that was learned to be 0 begins with when it serves as a guess itself
 FAR_OFF = 0.5  # median relative error of predictions ...
 _REMEMBERED = 16  # ... over as many timings at least
 
@@ -96,7 +97,7 @@ class Learning:
         self._model.observe_step(instance_id, replace(timing, remotes=remotes))
         error = self._model.step_error(instance_id)
         if error is not None and error > FAR_OFF and len(latest) == _REMEMBERED:
-            self._model.calibrate_instance(instance_id, scaled_costs(self._model.instance(instance_id), latest))
+            self._model.calibrate_instance(instance_id, begin_again(self._model.instance(instance_id), latest))
             latest.clear()
 
     # ------------------------------------------------------------ daemons
@@ -123,7 +124,24 @@ class Learning:
 
 def like_instance(costs: InstanceCosts, layers: float) -> DaemonCosts:
     """A daemon that computes as fast as an instance does, with the usual way there and back."""
-    return replace(GUESSED_DAEMON, query_s=costs.attention_s / layers, context_token_s=costs.context_token_s)
+    return replace(
+        GUESSED_DAEMON,
+        query_s=max(costs.attention_s / layers, LEAST * GUESSED_DAEMON.query_s),
+        context_token_s=max(costs.context_token_s, LEAST * GUESSED_DAEMON.context_token_s),
+    )
+
+
+def begin_again(learned: InstanceCosts, timings: Collection[StepTiming]) -> InstanceCosts:
+    """What was learned, to the scale of the timings; all coefficients > 0, or nothing could be learned of them."""
+    scaled, guess = scaled_costs(learned, timings), scaled_costs(GUESSED_INSTANCE, timings)
+    return InstanceCosts(
+        step_s=max(scaled.step_s, LEAST * guess.step_s),
+        token_s=max(scaled.token_s, LEAST * guess.token_s),
+        knee_tokens=scaled.knee_tokens,
+        compute_token_s=max(scaled.compute_token_s, LEAST * guess.compute_token_s),
+        attention_s=max(scaled.attention_s, LEAST * guess.attention_s),
+        context_token_s=max(scaled.context_token_s, LEAST * guess.context_token_s),
+    )
 
 
 def scaled_costs(guess: InstanceCosts, timings: Collection[StepTiming]) -> InstanceCosts:

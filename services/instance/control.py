@@ -154,10 +154,15 @@ class PromptReserved:
 
 @dataclass(frozen=True, slots=True)
 class PromptDeferred:
-    """Answer to ReservePrompt: no room now."""
+    """Answer to ReservePrompt: no room now.
+
+    Attributes:
+        for_older: whether there is room was not even asked, as an older request elsewhere starves.
+    """
 
     request_id: str
     attempt: int
+    for_older: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,7 +181,7 @@ class RManager:
             await self._look(_FRESH_S)
             older = self._view.oldest_starving
             if older is not None and older < order.age:  # what comes free is not for us
-                self._post(PromptDeferred(order.age.request_id, order.attempt))
+                self._post(PromptDeferred(order.age.request_id, order.attempt, for_older=True))
                 return
             refusal = self._too_long(order)
             if refusal is not None:

@@ -260,3 +260,18 @@ def test_capacity_is_judged_over_a_while() -> None:
     capacity.see(10, now + 3)
     assert capacity.limit(now + MEMORY_S) == 20  # what was known before all that is too long ago
     assert capacity.limit(now + 10 * MEMORY_S) == 10
+
+
+def test_who_waits_for_an_older_request_is_told_so() -> None:
+    """It does not starve itself then; if all who wait said so, a cluster would admit one prompt after the other."""
+
+    async def run() -> None:
+        async with rig() as r:
+            r.view.apply(1, starving_since(0.5), 0.0)
+            r.reserve(1, 1)
+            answer = await r.answer(1)
+            assert isinstance(answer, PromptDeferred)
+            assert answer.for_older
+            assert r.reserved() == (0, 0, 0)
+
+    asyncio.run(run())
