@@ -1,8 +1,8 @@
 """How much does pooled memory give on clusters that are not at hand?
 
-    python -m benchmarks.simulator [--all [--cluster paper|large]] [--model NAME ...] [--trace NAME ...] [--policy NAME ...] 
-        [--hardware NAME] [--gpus N] [--prompts computed|prefilled] [--arrivals poisson|bursty] [--load X] [--seconds S] [--seed N]
-        [--max-num-seqs N] [--plots DIR] [--quick] [--json FILE]
+    python -m benchmarks.simulator [--all [--cluster paper|large ...]] [--model NAME ...] [--trace NAME ...]
+        [--policy NAME ...] [--hardware NAME] [--gpus N] [--prompts computed|prefilled] [--arrivals poisson|bursty]
+        [--load X] [--seconds S] [--seed N] [--max-num-seqs N] [--plots DIR] [--quick] [--json FILE]
 
 ``--all`` simulates the paper's cluster and one of a thousand GPUs, and holds the ratios against the published ones.
 """

@@ -14,7 +14,7 @@ from infinitellm.internal.v1 import kvdaemon_pb2, kvdaemon_pb2_grpc
 from infinitellm.internal.v1.gmanager_pb2_grpc import add_GManagerServiceServicer_to_server
 from services.core.blocks import PoolGeometry
 from services.core.errors import PeerLostError, UnavailableError
-from services.core.placement import Heartbeat, KvDaemonReport
+from services.core.placement import Heartbeat, InstanceReport, KvDaemonReport
 from services.core.sequence import RequestAge
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
 from services.dataplane.peers import PeerSet
@@ -134,8 +134,15 @@ async def gmanager(
 class Rig:
     """An rManager with a local daemon of 4 blocks and two lenders of 8; use ``rig()``."""
 
-    def __init__(self, rmanager: RManager, daemons: tuple[Daemon, Daemon, Daemon], events: asyncio.Queue[EngineEvent]):
+    def __init__(
+        self,
+        rmanager: RManager,
+        daemons: tuple[Daemon, Daemon, Daemon],
+        events: asyncio.Queue[EngineEvent],
+        view: ClusterView,
+    ):
         self.rmanager = rmanager
+        self.view = view  # the gManager's
         self.local, self.first, self.second = daemons
         self.events = events
 
@@ -169,7 +176,7 @@ async def rig() -> AsyncIterator[Rig]:
         await own.open()
         settings = RManagerSettings("i", GEOMETRY, "loopback", 0, DEADLINE_S)
         rmanager = RManager(settings, own, client, peers, events.put_nowait, lambda reason: pytest.fail(reason))
-        yield Rig(rmanager, daemons, events)
+        yield Rig(rmanager, daemons, events, view)
         await rmanager.close()
         await own.close()
     peers.close()
@@ -267,7 +274,9 @@ def test_who_waits_for_an_older_request_is_told_so() -> None:
 
     async def run() -> None:
         async with rig() as r:
-            r.view.apply(1, starving_since(0.5), 0.0)
+            r.view.set_instances({"other": Member("instance", "other", "other:1")}, 0.0)
+            starving = InstanceReport(0, 1, oldest_starving=RequestAge(0.5, "older"))
+            r.view.apply(1, Heartbeat("instance/other", 0, True, starving), 0.0)
             r.reserve(1, 1)
             answer = await r.answer(1)
             assert isinstance(answer, PromptDeferred)
