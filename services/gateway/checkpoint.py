@@ -9,6 +9,8 @@ from typing import Any
 
 from services.core.errors import ConfigError
 
+_POSITIONS = ("max_position_embeddings", "n_positions")  # the second is GPT-2's and GPT-J's name
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -47,7 +49,7 @@ def load_checkpoint(directory: Path, name: str | None, max_model_len: int | None
     # Models of several modalities keep the language model's numbers in a section of their own.
     text = config.get("text_config", config)
     vocab_size = _positive(text, "vocab_size", directory)
-    own_limit = _positive(text, "max_position_embeddings", directory)
+    own_limit = _positive(text, next((key for key in _POSITIONS if key in text), _POSITIONS[0]), directory)
     if max_model_len is not None and max_model_len > own_limit:
         raise ConfigError(f"max_model_len: {max_model_len} is more than the checkpoint's {own_limit} positions")
     eos_ids = (

@@ -53,6 +53,11 @@ def test_the_begin_token(tmp_path: Path, tokenizer: object, bos: str) -> None:
     assert load_checkpoint(directory, "name", 50).bos_token == bos
 
 
+def test_the_other_name_of_the_limit(tmp_path: Path) -> None:
+    config = {"vocab_size": 10, "n_positions": 100}
+    assert load_checkpoint(write(tmp_path, config=config), None, None).max_model_len == 100
+
+
 def test_limits_and_names(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(write(tmp_path, config=CONFIG), "name", 50)
     assert (checkpoint.name, checkpoint.max_model_len) == ("name", 50)
