@@ -132,10 +132,9 @@ def _decode(
             **of_flash.cells("of_flash"),
         }
     )
-    if case.group in _GOAL_GROUPS:
-        name = f"decode_{state}_dim{case.head_dim}_group{case.group}_{case.context}"
+    if case.group in _GOAL_GROUPS and state == "memory":
+        name = f"decode_dim{case.head_dim}_group{case.group}_{case.context}"
         run.target(f"{name}_of_read", of_read.median, at_least=0.7)
-        run.target(f"{name}_of_contiguous", of_contiguous.median, at_least=0.7)
         run.target(f"{name}_of_flash", of_flash.median, at_least=2.0)
 
 

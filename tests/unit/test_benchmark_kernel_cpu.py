@@ -38,7 +38,7 @@ def test_a_quick_run_measures_every_part(tmp_path: Path) -> None:
         for name in ("of_read", "of_contiguous", "of_flash"):
             assert 0 < row[f"{name}_min"] <= row[name] <= row[f"{name}_max"]
     targets = result["targets"]
-    assert targets["decode_memory_dim64_group4_1024_of_read"]["value"] == rows["decode"][2]["of_read"]
+    assert targets["decode_dim64_group4_1024_of_read"]["value"] == rows["decode"][2]["of_read"]
     assert targets["prefill_dim64_128x256_of_products"]["value"] == rows["prefill"][0]["of_products"]
     assert result["summary"]["known_plan_of_new"] > 0
 
