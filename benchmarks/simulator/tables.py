@@ -25,7 +25,7 @@ _SHORTER_S = {"short": 40.0, "0": 60.0, "1": 100.0}
 _MODERATE_TRACES = ("0", "2", "5")
 _MANY_DURATION_S = 30.0
 _MANY_TRACES = ("2", "8")
-_MANY_MODELS = PAPER_MODELS[2:]  # of one device each, a thousand instances would take hours, see README.md
+_MANY_MODELS = PAPER_MODELS[2:]  # a thousand instances of one device each take too long, see README.md
 
 
 def paper_cluster() -> Iterator[Workload]:
