@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from services.core.sequence import RequestAge
+from services.rmanager.lenders import shares
 
 
 class Pool:
@@ -84,16 +85,14 @@ class PooledMemory:
         return self._blocks
 
     def borrow(self, debtor: int, blocks: int) -> list[Grant]:
-        """In proportion to the room that each has, the one with most room first."""
-        rooms = [(pool.free, index) for index, pool in enumerate(self._pools) if index != debtor and pool.free]
-        free = sum(room for room, _ in rooms)
-        grants, left = [], min(blocks, free)
-        for room, index in sorted(rooms, key=lambda entry: (-entry[0], entry[1])):
-            share = min(room, -(-blocks * room // free), left)
+        """Of those that the rManager asks."""
+        rooms = [(-pool.free, index) for index, pool in enumerate(self._pools) if index != debtor and pool.free]
+        rooms.sort()
+        grants = []
+        for (_, index), share in zip(rooms, shares(blocks, [-room for room, _ in rooms]), strict=True):
             if share:
                 self._pools[index].take(share)
                 grants.append(Grant(index, share))
-                left -= share
         return grants
 
     def starves(self, instance: int, oldest: RequestAge | None) -> None:

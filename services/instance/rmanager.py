@@ -43,6 +43,7 @@ from services.instance.control import (
 from services.instance.move_desk import MoveDesk
 from services.rmanager.daemon_client import DaemonSession
 from services.rmanager.gmanager_client import GManagerClient
+from services.rmanager.lenders import shares
 from services.runtime.tls import MutualTls
 
 _log = logging.getLogger(__name__)
@@ -267,17 +268,13 @@ class RManager:
     # ------------------------------------------------------------ other daemons
 
     async def _borrow(self, blocks: int, request_id: str) -> list[_Hold]:
-        """Up to ``blocks`` blocks reserved on other daemons, in proportion to their room, interleaved."""
+        """Up to ``blocks`` blocks reserved on other daemons, interleaved."""
         await self._look(0.0)
         rooms = [room for room in self._view.rooms if room.free_blocks]
-        free = sum(room.free_blocks for room in rooms)
-        if not free:
-            return []
-        wanted = [min(room.free_blocks, -(-blocks * room.free_blocks // free)) for room in rooms]
         grants: list[list[_Hold]] = []
         left = blocks
-        for room, share in zip(rooms, wanted, strict=True):
-            granted = await self._reserve_at(room, min(share, left), request_id)
+        for room, share in zip(rooms, shares(blocks, [room.free_blocks for room in rooms]), strict=True):
+            granted = await self._reserve_at(room, share, request_id)
             left -= len(granted)
             grants.append(granted)
         for at, room in enumerate(rooms):  # views are stale: whoever has more may fill the gap

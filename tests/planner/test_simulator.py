@@ -236,10 +236,12 @@ def test_the_planner_moves_blocks_and_learns_what_steps_cost() -> None:
 # ------------------------------------------------------------ pools
 
 
-def test_borrowing_is_in_proportion_to_room() -> None:
+def test_blocks_are_borrowed_as_the_rmanager_borrows_them() -> None:
     pools = [Pool(100), Pool(300), Pool(100), Pool(50)]
     lending = PooledMemory(pools)
     assert [(grant.instance, grant.blocks) for grant in lending.borrow(0, 90)] == [(1, 60), (2, 20), (3, 10)]
+    assert [(grant.instance, grant.blocks) for grant in PooledMemory(pools).borrow(0, 3)] == [(1, 3)]
+    pools[1].give(3)
     assert sum(grant.blocks for grant in lending.borrow(0, 1000)) == 360
     assert lending.borrow(0, 1) == []
 

@@ -189,16 +189,16 @@ def test_blocks_of_a_session_that_ended_are_never_handed_to_the_engine() -> None
     async def run() -> None:
         async with rig() as r:
             r.second.reserving.open.clear()
-            r.reserve(1, 10)  # 4 of the local daemon, 3 of each of the others
+            r.reserve(1, 12)  # 4 of each daemon
             await r.second.reserving.asked.wait()
-            assert r.reserved() == (4, 3, 0)
+            assert r.reserved() == (4, 4, 0)
             r.rmanager.order(EndSession("first", 1, "its data connection broke"))
             await r.first.wait_for_sessions(0)
             r.second.reserving.open.set()
             assert isinstance(await r.answer(1), PromptDeferred)
-            r.reserve(2, 10)
+            r.reserve(2, 12)
             assert isinstance(await r.answer(2), PromptReserved)
-            assert r.reserved() == (4, 3, 3)
+            assert r.reserved() == (4, 4, 4)
 
     asyncio.run(run())
 
@@ -208,15 +208,15 @@ def test_a_lender_that_is_lost_while_it_gets_its_blocks_back_costs_no_answer() -
 
     async def run() -> None:
         async with rig() as r:
-            r.reserve(1, 10)
+            r.reserve(1, 12)
             assert isinstance(await r.answer(1), PromptReserved)
             r.first.releasing.open.clear()
-            r.reserve(2, 11)  # one more than there is left: what was got is given back
+            r.reserve(2, 9)  # one more than there is left: what was got is given back
             await r.first.releasing.asked.wait()
             r.rmanager.order(EndSession("first", 1, "its data connection broke"))
             assert isinstance(await r.answer(2), PromptDeferred)
             await r.first.wait_for_sessions(0)
-            assert r.reserved() == (4, 0, 3)
+            assert r.reserved() == (4, 0, 4)
             r.first.releasing.open.set()
 
     asyncio.run(run())
