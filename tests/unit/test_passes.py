@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import SERVED, Architecture, served
+from architectures import SERVED, VOCAB_SIZE, Architecture, served
 from torch import Tensor, nn
 
 from kernels import LayerParams, layer_ops
@@ -129,6 +129,18 @@ def test_a_layer_is_two_calls_where_all_its_parts_are_operations(tmp_path: Path)
         apply_passes(model)
         assert all(isinstance(layer, WholeLayer) for layer in model.module.model.layers)
         assert isinstance(model.compute, WholeModel) == (name != "granite")
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "starcoder2"])
+@pytest.mark.parametrize("rows", [[], [6], [0, 3, 4]])
+def test_rows_that_nobody_wants_change_nothing(name: str, rows: list[int], tmp_path: Path):
+    model = load(served(name), tmp_path)
+    apply_passes(model)
+    assert isinstance(model.compute, WholeModel)
+    ids, positions = torch.randint(0, VOCAB_SIZE, (7,), generator=torch.Generator().manual_seed(3)), torch.arange(7)
+    some, every = (model.forward(ids, positions, torch.tensor(r, dtype=torch.int64)) for r in (rows, range(7)))
+    assert some.shape == (len(rows), VOCAB_SIZE)
+    assert torch.allclose(some, every[rows], rtol=0, atol=1e-4 * float(every.abs().max()))
 
 
 @pytest.mark.skipif(not has_own_products(), reason="no compiled products for this processor")

@@ -51,12 +51,13 @@ class PlainAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         return self.attend(hidden_states, position_embeddings), None
 
-    def attend(self, x: Tensor, angles: Angles | None) -> Tensor:
-        """x: [1, rows, hidden]; the answer, too."""
+    def attend(self, x: Tensor, angles: Angles | None, rows: Tensor | None = None) -> Tensor:
+        """x: [1, rows, hidden]; the answer, too, or only some of its rows."""
         qkv = self.qkv(x)[0]
         if self.heads is not None:
             self.heads(qkv, *self.angles(angles))
-        answer: Tensor = self.output(self.between(qkv).view(1, len(qkv), -1))
+        attended = some_rows(self.between(qkv), rows)
+        answer: Tensor = self.output(attended.view(1, len(attended), -1))
         return answer
 
     def angles(self, angles: Angles | None) -> Angles | tuple[None, None]:
@@ -67,6 +68,11 @@ class PlainAttention(nn.Module):
         """The attention function: [rows, all heads * head_dim] to [rows, q_heads, head_dim]."""
         q, k, v = torch.split(qkv.view(len(qkv), self._all_heads, -1), self._counts, dim=1)
         return attention_context(self)(q, k, v, self._params, self._sinks)
+
+
+def some_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """[len(rows), ...] of x [all rows, ...]; None: all of them."""
+    return x if rows is None else x.index_select(0, rows)
 
 
 def fuse_attention(layers: Sequence[LayerTrace], ops: LayerOps) -> int:

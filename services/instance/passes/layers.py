@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kernels.layer_ops import LayerOp, LayerOps, LayerParts
-from services.instance.passes.attention import Angles, PlainAttention
+from services.instance.passes.attention import Angles, PlainAttention, some_rows
 from services.instance.passes.check import agree
 from services.instance.passes.linears import PackedLinear
 from services.instance.passes.mlp import GatedMlp
@@ -37,6 +37,9 @@ class _Parts:
 
 class Layer(nn.Module):
     """Takes the place of a decoder layer; transformers' contract is kept.
+
+    ``rows`` in ``forward`` says which rows are wanted. All of them take part in the attention, but nothing behind it is
+    computed for the others.
 
     Args:
         original: plain attributes of it are this one's, too: models look at them.
@@ -67,12 +70,18 @@ class PlainLayer(Layer):
         self._multiplier = multiplier
 
     def forward(
-        self, hidden_states: Tensor, *_: object, position_embeddings: Angles | None = None, **__: object
+        self,
+        hidden_states: Tensor,
+        *_: object,
+        position_embeddings: Angles | None = None,
+        rows: Tensor | None = None,
+        **__: object,
     ) -> Tensor:
         """hidden_states: [1, rows, hidden]; the answer, too."""
         x = hidden_states
         y = x if self.before_attention is None else self.before_attention(x)
-        y = self._scaled(self.attention.attend(y, position_embeddings), self.behind_attention)
+        y = self._scaled(self.attention.attend(y, position_embeddings, rows), self.behind_attention)
+        x = some_rows(x[0], rows)[None]
         if isinstance(self.before_mlp, RmsNorm):
             x, y = y, self.before_mlp.op.add(y, x)  # y was computed here: it may be written to
         else:
@@ -93,11 +102,17 @@ class WholeLayer(Layer):
         self.op = op
 
     def forward(
-        self, hidden_states: Tensor, *_: object, position_embeddings: Angles | None = None, **__: object
+        self,
+        hidden_states: Tensor,
+        *_: object,
+        position_embeddings: Angles | None = None,
+        rows: Tensor | None = None,
+        **__: object,
     ) -> Tensor:
         """hidden_states: [1, rows, hidden]; the answer, too."""
         qkv = self.op.begin(hidden_states, *self.attention.angles(position_embeddings))
-        return self.op.finish(hidden_states, self.attention.between(qkv))
+        attended = some_rows(self.attention.between(qkv), rows)
+        return self.op.finish(some_rows(hidden_states[0], rows)[None], attended)
 
 
 def fuse_layers(layers: Sequence[LayerTrace], ops: LayerOps) -> int:

@@ -1,7 +1,8 @@
 """The way through a model: embedding, angles, layers, norm, output layer.
 
 What lies between these in transformers' Python is looked for in the trace; where there is anything else (a factor of
-the embeddings or the logits, say), the model keeps its own. The norm is computed only for the rows that are sampled.
+the embeddings or the logits, say), the model keeps its own. Behind the last attention only the rows that are sampled
+are computed: of a prompt's chunk that is one, or none.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class WholeModel:
     """Computes what transformers' model does.
 
     Args:
-        layers: each with the index of its angles in ``rotaries``; None: it needs none.
+        layers: each with the index of its angles in ``rotaries``; None: it needs none. Each is a ``Layer``.
     """
 
     def __init__(
@@ -63,10 +64,14 @@ class WholeModel:
         """As ``Model.forward``."""
         x = self._embedding(token_ids[None])
         angles = [rotary(x, positions[None]) for rotary in self._rotaries]
-        for layer, which in self._layers:
-            x = layer(x, position_embeddings=None if which is None else angles[which])
-        logits: Tensor = self._output(self._norm(x[0].index_select(0, logit_rows)))
-        return logits
+        last, count = len(self._layers) - 1, len(logit_rows)
+        # Not every module takes no rows at all: one is computed then.
+        wanted = None if count == len(token_ids) else logit_rows if count else torch.zeros(1, dtype=torch.int64)
+        for at, (layer, which) in enumerate(self._layers):
+            embedded = None if which is None else angles[which]
+            x = layer(x, position_embeddings=embedded, rows=wanted if at == last else None)
+        logits: Tensor = self._output(self._norm(x[0]))
+        return logits[:count]
 
 
 def fuse_model(model: Model, traced: Trace) -> int:
@@ -74,12 +79,13 @@ def fuse_model(model: Model, traced: Trace) -> int:
     whole = _recognised(model, traced)
     if whole is None:
         return 0
-    arguments = (traced.token_ids, traced.positions, torch.arange(len(traced.token_ids)))
-    expected = model.forward(*arguments)
-    with torch.inference_mode():
-        got = whole(*arguments)
-    if not typical_error(got, expected) <= TOLERANCE[expected.dtype]:
-        return 0
+    for every in (1, 3):  # all rows, and some of them
+        arguments = (traced.token_ids, traced.positions, torch.arange(0, len(traced.token_ids), every))
+        expected = model.forward(*arguments)
+        with torch.inference_mode():
+            got = whole(*arguments)
+        if not typical_error(got, expected) <= TOLERANCE[expected.dtype]:
+            return 0
     model.compute = whole
     return 1
 
