@@ -1,17 +1,20 @@
 /* Matrix products with packed weights, for vectors of 16 floats (in 16 registers a tile would be too small to pay);
  * products of bfloat16 where the instruction set has them. Included once per instruction set, behind layer_op_rows.h.
  *
- * A tile of TILE_ROWS rows and one panel's columns is summed up in registers. Panels are walked outermost: the first tile
- * reads a panel from memory, prefetching what follows, the others from the cache. Rows are walked in blocks that stay in
- * the second-level cache beside the panel.
+ * A tile of TILE_ROWS rows and one panel's columns is summed up in registers. Panels are walked outermost, in pieces that
+ * stay in the second-level cache beside the rows: all tiles use a piece before the next one, and each prefetches its share
+ * of the next one meanwhile, so that memory is read all the time. Sums go through memory between two pieces; the order of
+ * additions, and so the result, is that of the words, whatever the pieces and tiles.
  */
 typedef uint32_t vu_mem __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 #define VECTORS 4 /* of a panel's columns */
 #define COLUMNS (VECTORS * WIDTH)
 #define TILE_ROWS 6 /* times VECTORS sums, in 32 registers */
+#define MOST_TILES 48 /* of a block of rows */
 #define BLOCK_BYTES (512 << 10)
-#define PREFETCH_BYTES 4096
+#define PIECE_WORDS 512     /* of a panel: 128 KiB */
+#define PREFETCH_BYTES 4096 /* ahead, where there is one tile */
 
 INLINE float as_float(uint32_t bits) {
     float x;
@@ -29,44 +32,80 @@ INLINE vf add_product(vf sum, uint32_t x, vu w, int dtype) {
     return sum + splat(as_float(x)) * (vf)w;
 }
 
-/* sums [rows, COLUMNS] of x [rows, words] and a panel [words, COLUMNS]. */
+/* What a tile prefetches: a few cache lines with every word, a constant number. */
+typedef struct {
+    const char *from, *end;
+} memory_range;
+
+/* sums [rows, COLUMNS] of x [rows, count], rows stride apart, and a piece [count, COLUMNS]; added to what sums hold if
+ * more. */
 INLINE void sum_tile(
-    float *sums, const uint32_t *x, const uint32_t *panel, int64_t words, int rows, int prefetch, int dtype
+    float *sums, const uint32_t *x, int64_t stride, const uint32_t *piece, int64_t count, int rows, int more,
+    memory_range ahead, int lines, int dtype
 ) {
     vf sum[TILE_ROWS][VECTORS];
     for (int r = 0; r < rows; r++)
-        for (int j = 0; j < VECTORS; j++) sum[r][j] = (vf){0};
+        for (int j = 0; j < VECTORS; j++) sum[r][j] = more ? load(sums + r * COLUMNS + j * WIDTH) : (vf){0};
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < words; i++, panel += COLUMNS) {
+    for (int64_t i = 0; i < count; i++, piece += COLUMNS) {
         vu w[VECTORS];
-        if (prefetch) prefetch_lines((const char *)panel + PREFETCH_BYTES, COLUMNS * 4);
-        for (int j = 0; j < VECTORS; j++) w[j] = *(const vu_mem *)(panel + j * WIDTH);
+        if (ahead.from < ahead.end) {
+            prefetch_lines(ahead.from, lines * 64);
+            ahead.from += lines * 64;
+        }
+        for (int j = 0; j < VECTORS; j++) w[j] = *(const vu_mem *)(piece + j * WIDTH);
         for (int r = 0; r < rows; r++)
-            for (int j = 0; j < VECTORS; j++) sum[r][j] = add_product(sum[r][j], x[r * words + i], w[j], dtype);
+            for (int j = 0; j < VECTORS; j++) sum[r][j] = add_product(sum[r][j], x[r * stride + i], w[j], dtype);
     }
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < VECTORS; j++) store(sums + r * COLUMNS + j * WIDTH, sum[r][j]);
 }
 
 INLINE void sum_tile_of(
-    float *sums, const uint32_t *x, const uint32_t *panel, int64_t words, int rows, int prefetch, int dtype
+    float *sums, const uint32_t *x, int64_t stride, const uint32_t *piece, int64_t count, int rows, int more,
+    memory_range ahead, int lines, int dtype
 ) {
     switch (rows) { /* so that a tile's sums stay in registers */
-        case 1: sum_tile(sums, x, panel, words, 1, prefetch, dtype); break;
-        case 2: sum_tile(sums, x, panel, words, 2, prefetch, dtype); break;
-        case 3: sum_tile(sums, x, panel, words, 3, prefetch, dtype); break;
-        case 4: sum_tile(sums, x, panel, words, 4, prefetch, dtype); break;
-        case 5: sum_tile(sums, x, panel, words, 5, prefetch, dtype); break;
-        default: sum_tile(sums, x, panel, words, 6, prefetch, dtype); break;
+        case 1: sum_tile(sums, x, stride, piece, count, 1, more, ahead, lines, dtype); break;
+        case 2: sum_tile(sums, x, stride, piece, count, 2, more, ahead, lines, dtype); break;
+        case 3: sum_tile(sums, x, stride, piece, count, 3, more, ahead, lines, dtype); break;
+        case 4: sum_tile(sums, x, stride, piece, count, 4, more, ahead, lines, dtype); break;
+        case 5: sum_tile(sums, x, stride, piece, count, 5, more, ahead, lines, dtype); break;
+        default: sum_tile(sums, x, stride, piece, count, 6, more, ahead, lines, dtype); break;
     }
 }
 
-/* Only the first tile of a panel prefetches: the others find it in the cache. */
-INLINE void sum_rows(
-    float *sums, const uint32_t *x, const uint32_t *panel, int64_t words, int rows, int first, int dtype
+/* Rows first .. end of a product's input, in tiles of even size. */
+typedef struct {
+    const uint32_t *x;
+    int64_t words, rows;
+    int tiles;
+} row_block;
+
+INLINE int64_t tile_start(const row_block *block, int tile) { return block->rows * tile / block->tiles; }
+
+/* sums [tiles][TILE_ROWS, COLUMNS] of all rows of a block and a panel [words, COLUMNS]; next is what will be read then. */
+INLINE void sum_panel(
+    float (*sums)[TILE_ROWS * COLUMNS], const row_block *block, const uint32_t *panel, const uint32_t *next, int dtype
 ) {
-    if (first) sum_tile_of(sums, x, panel, words, rows, 1, dtype);
-    else sum_tile_of(sums, x, panel, words, rows, 0, dtype);
+    const int64_t words = block->words;
+    const int tiles = block->tiles, lines = tiles == 1 ? 4 : tiles <= 3 ? 2 : 1;
+    const int64_t most = tiles == 1 ? words : PIECE_WORDS;
+    for (int64_t first = 0; first < words; first += most) {
+        const int64_t count = words - first < most ? words - first : most, bytes = count * COLUMNS * 4;
+        const uint32_t *piece = panel + first * COLUMNS;
+        const char *then = (const char *)(first + count < words ? piece + count * COLUMNS : next);
+        for (int tile = 0; tile < tiles; tile++) {
+            const int64_t row = tile_start(block, tile);
+            const int rows = (int)(tile_start(block, tile + 1) - row);
+            const uint32_t *x = block->x + row * words + first;
+            memory_range ahead = {then + bytes * tile / tiles / 64 * 64, then + bytes * (tile + 1) / tiles / 64 * 64};
+            if (tiles == 1) ahead = (memory_range){(const char *)piece + PREFETCH_BYTES, (const char *)INTPTR_MAX};
+            if (lines == 4) sum_tile_of(sums[tile], x, words, piece, count, rows, first > 0, ahead, 4, dtype);
+            else if (lines == 2) sum_tile_of(sums[tile], x, words, piece, count, rows, first > 0, ahead, 2, dtype);
+            else sum_tile_of(sums[tile], x, words, piece, count, rows, first > 0, ahead, 1, dtype);
+        }
+    }
 }
 
 /* One vector of columns of one row: sum and, in a gated product, the sum of what is gated. */
@@ -115,23 +154,27 @@ INLINE void write_tile(
 INLINE void product_as(const product_call *call, int64_t first, int64_t end, int dtype) {
     const int64_t words = dtype == FLOAT32 ? call->in : call->in / 2, panel_words = words * COLUMNS;
     const int64_t gate_panels = call->activation >= 0 ? call->columns / COLUMNS : 0;
-    const uint32_t *x = call->x, *weight = call->weight;
-    float sums[2][TILE_ROWS * COLUMNS] __attribute__((aligned(64)));
-    int64_t block = BLOCK_BYTES / (4 * words) / TILE_ROWS * TILE_ROWS;
-    if (block < TILE_ROWS) block = TILE_ROWS;
-    for (int64_t start = 0; start < call->rows; start += block) {
-        const int64_t rows = call->rows - start < block ? call->rows - start : block;
-        const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-        for (int64_t panel = first; panel < end; panel++)
-            for (int64_t tile = 0; tile < tiles; tile++) { /* of even size */
-                const int64_t row = start + rows * tile / tiles, next = start + rows * (tile + 1) / tiles;
-                const int count = (int)(next - row);
-                for (int part = 0; part < (gate_panels ? 2 : 1); part++) {
-                    const uint32_t *w = weight + (panel + part * gate_panels) * panel_words;
-                    sum_rows(sums[part], x + row * words, w, words, count, !tile, dtype);
-                }
-                write_tile(call, sums[0], sums[gate_panels ? 1 : 0], row, count, panel, dtype);
+    const uint32_t *weight = call->weight;
+    float sums[2][MOST_TILES][TILE_ROWS * COLUMNS] __attribute__((aligned(64)));
+    int64_t most = BLOCK_BYTES / (4 * words) / TILE_ROWS;
+    most = (most < 1 ? 1 : most > MOST_TILES ? MOST_TILES : most) * TILE_ROWS;
+    for (int64_t start = 0; start < call->rows; start += most) {
+        const int64_t rows = call->rows - start < most ? call->rows - start : most;
+        const row_block block = {
+            (const uint32_t *)call->x + start * words, words, rows, (int)((rows + TILE_ROWS - 1) / TILE_ROWS)
+        };
+        for (int64_t panel = first; panel < end; panel++) {
+            const uint32_t *plain = weight + panel * panel_words, *gated = plain + gate_panels * panel_words;
+            sum_panel(sums[0], &block, plain, gate_panels ? gated : plain + panel_words, dtype);
+            if (gate_panels) sum_panel(sums[1], &block, gated, plain + panel_words, dtype);
+            for (int tile = 0; tile < block.tiles; tile++) {
+                const int64_t row = tile_start(&block, tile);
+                const int count = (int)(tile_start(&block, tile + 1) - row);
+                write_tile(
+                    call, sums[0][tile], sums[gate_panels ? 1 : 0][tile], start + row, count, panel, dtype
+                );
             }
+        }
     }
 }
 
