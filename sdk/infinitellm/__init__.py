@@ -21,6 +21,7 @@ from infinitellm.types import (
     PoolUse,
     Progress,
     RequestStatus,
+    SamplingOptions,
     TokenLogprobs,
     Tokens,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "PoolUse",
     "Progress",
     "RequestStatus",
+    "SamplingOptions",
     "TokenLogprobs",
     "Tokens",
 ]

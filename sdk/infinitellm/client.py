@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, Unpack
 
 import grpc
 from grpc import aio
@@ -27,6 +27,7 @@ from infinitellm.types import (
     PoolUse,
     Progress,
     RequestStatus,
+    SamplingOptions,
     TokenLogprobs,
     Tokens,
 )
@@ -88,6 +89,7 @@ class Client:
         progress: bool = False,
         model: str = "",
         timeout_s: float = GENERATE_TIMEOUT_S,
+        **sampling: Unpack[SamplingOptions],
     ) -> Generator[Event, None, None]:
         """Generates a continuation; the request is on its way when this returns. The last event is ``Finished``.
 
@@ -103,12 +105,13 @@ class Client:
             progress: also answer ``Progress`` while the prompt is computed.
             model: name of the served model; empty means the only one.
             timeout_s: of the whole call.
+            sampling: what else changes how tokens are drawn, see ``SamplingOptions``.
 
         Raises:
             InfiniteLLMError: from here if the request cannot be written, otherwise from the generator.
         """
         request = _generate_request(
-            prompt, max_tokens, temperature, seed, ignore_eos, logprobs, progress=progress, model=model
+            prompt, max_tokens, temperature, seed, ignore_eos, logprobs, sampling, progress=progress, model=model
         )
         return self._events(self._inference.Generate(request, timeout=timeout_s))
 
@@ -168,10 +171,11 @@ class AsyncClient:
         progress: bool = False,
         model: str = "",
         timeout_s: float = GENERATE_TIMEOUT_S,
+        **sampling: Unpack[SamplingOptions],
     ) -> AsyncGenerator[Event, None]:
         """See ``Client.generate``. Leave the generator early by ``aclose()`` or ``contextlib.aclosing``."""
         request = _generate_request(
-            prompt, max_tokens, temperature, seed, ignore_eos, logprobs, progress=progress, model=model
+            prompt, max_tokens, temperature, seed, ignore_eos, logprobs, sampling, progress=progress, model=model
         )
         return self._events(self._inference.Generate(request, timeout=timeout_s))
 
@@ -216,13 +220,19 @@ def _generate_request(
     seed: int | None,
     ignore_eos: bool,
     logprobs: int,
+    options: SamplingOptions,
     *,
     progress: bool,
     model: str,
 ) -> inference_pb2.GenerateRequest:
     try:
         sampling = inference_pb2.SamplingParams(
-            temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=ignore_eos, logprobs=logprobs
+            temperature=temperature,
+            seed=seed,
+            max_tokens=max_tokens,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            **options,
         )
         request = inference_pb2.GenerateRequest(model=model, sampling=sampling, progress=progress)
         if isinstance(prompt, str):

@@ -1,11 +1,39 @@
-"""What calls answer: frozen dataclasses, no protobuf."""
+"""What calls take and answer: typed dictionaries and frozen dataclasses, no protobuf."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 FinishReason = Literal["stop", "length"]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """What may be done to the model's distribution before a token is drawn. Left out means: nothing.
+
+    Attributes:
+        top_k: draw from the k most probable tokens only.
+        top_p: draw from the most probable tokens that together reach this probability only; above 0, at most 1.
+        min_p: draw from tokens at least so probable, relative to the most probable one, only; between 0 and 1.
+        repetition_penalty: logits of tokens in prompt or answer are divided by it where positive, multiplied where
+            negative; above 0.
+        presence_penalty: taken from the logits of tokens in the answer; between -2 and 2.
+        frequency_penalty: likewise, once for each time.
+        logit_bias: added to the logits of these token ids; between -100 and 100.
+        min_tokens: do not end before the answer has so many tokens.
+        stop_token_ids: further tokens that end the answer; the one drawn is its last.
+    """
+
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    min_tokens: int
+    stop_token_ids: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from services.core.shaping import UNSHAPED, LogitShaping
+
 
 class RequestAge(NamedTuple):
     """Orders requests, the same everywhere in the cluster: the smaller, the older.
@@ -27,7 +29,8 @@ class SamplingParams:
         seed: token i (counted from the end of the prompt) is drawn with random numbers keyed by (seed, i) alone.
         max_tokens: tokens to generate at most.
         stop_token_ids: drawing one of these ends the request; it is the last token of the answer.
-        logprobs: report the log-probabilities of this many most probable tokens; 0 reports none.
+        logprobs: report the log-probabilities of this many most probable tokens; 0 reports none. They are the model's
+            own, before anything is done to them.
     """
 
     temperature: float
@@ -35,6 +38,7 @@ class SamplingParams:
     max_tokens: int
     stop_token_ids: frozenset[int] = frozenset()
     logprobs: int = 0
+    shaping: LogitShaping = UNSHAPED
 
 
 @dataclass(frozen=True, slots=True)

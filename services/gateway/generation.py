@@ -136,16 +136,24 @@ class GenerationService:
                 f"the prompt's {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} are together more than "
                 f"this model's limit of {limit} tokens; shorten the prompt or ask for fewer tokens"
             )
+        sampling.shaping.check(self.checkpoint.vocab_size, sampling.max_tokens)
+        wrong_stops = [token for token in sampling.stop_token_ids if not 0 <= token < self.checkpoint.vocab_size]
+        if wrong_stops:
+            raise InvalidRequestError(
+                f"stop_token_ids: token id {wrong_stops[0]} is not in the vocabulary of "
+                f"{self.checkpoint.vocab_size} tokens"
+            )
         return GenerationRequest(
             request_id=f"cmpl-{uuid.uuid4().hex}",
             prompt_ids=prompt_ids,
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
-            stop_token_ids=() if sampling.ignore_eos else self.checkpoint.eos_ids,
+            stop_token_ids=(*(() if sampling.ignore_eos else self.checkpoint.eos_ids), *sampling.stop_token_ids),
             logprobs=sampling.logprobs,
             progress=progress,
             arrival_time=time.time(),
+            shaping=sampling.shaping,
         )
 
 

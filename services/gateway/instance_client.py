@@ -18,6 +18,7 @@ import grpc.aio
 from infinitellm.internal.v1 import instance_pb2, instance_pb2_grpc
 from services.core.errors import InfiniteLLMError, PeerLostError, all_errors
 from services.core.placement import AdmissionHint
+from services.core.shaping import UNSHAPED, LogitShaping
 from services.gateway.requests import (
     Ended,
     GenerationRequest,
@@ -267,6 +268,20 @@ def _submission(request: GenerationRequest, generated: Sequence[int]) -> instanc
         logprobs=request.logprobs,
         progress=request.progress,
         arrival_time=request.arrival_time,
+        shaping=None if request.shaping == UNSHAPED else _shaping(request.shaping),
+    )
+
+
+def _shaping(shaping: LogitShaping) -> instance_pb2.LogitShaping:
+    return instance_pb2.LogitShaping(
+        logit_bias=dict(shaping.logit_bias),
+        min_tokens=shaping.min_tokens,
+        repetition_penalty=shaping.repetition_penalty,
+        presence_penalty=shaping.presence_penalty,
+        frequency_penalty=shaping.frequency_penalty,
+        top_k=shaping.top_k,
+        top_p=shaping.top_p,
+        min_p=shaping.min_p,
     )
 
 

@@ -19,7 +19,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import redis.asyncio
@@ -146,6 +146,7 @@ class RedisJournal:
                 "seed": request.seed,
                 "stop_token_ids": request.stop_token_ids,
                 "logprobs": request.logprobs,
+                "shaping": asdict(request.shaping),
             }
         )
         self._put(_Started(request.request_id, _pack(request.prompt_ids), parameters, request.arrival_time))

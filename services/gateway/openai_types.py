@@ -11,14 +11,17 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from services.core.shaping import MOST_BIASED, LogitShaping
 from services.gateway.openai_errors import ApiError
 from services.gateway.requests import Sampling
 
 MAX_LOGPROBS = 20
 MAX_TOKEN_ID = 2**32 - 1
+MAX_STOP_TOKENS = 128
 
 # Validation stops at the first wrong one: a list may be millions long.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]], Field(fail_fast=True)]
+TokenIdText = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 
 # Fields of OpenAI's API, and of servers that extend it, that change the answer and are not implemented; with the values
@@ -26,21 +29,12 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "n": (1,),
-    "presence_penalty": (0,),
     "prompt_logprobs": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "stop": ([],),
-    "stop_token_ids": ([],),
     "suffix": ("",),
-    "top_k": (0, -1),
-    "top_p": (1,),
     "use_beam_search": (False,),
     "add_special_tokens": (True,),
     "skip_special_tokens": (True,),
@@ -75,6 +69,18 @@ class CompletionRequest(BaseModel):
     stream_options: StreamOptions | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     ignore_eos: bool | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    # OpenAI's keys are token ids as texts: JSON has no other keys.
+    logit_bias: (
+        Annotated[dict[TokenIdText, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASED)] | None
+    ) = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKENS)] | None = None
     return_token_ids: bool | None = None
 
     def the_prompt(self) -> str | list[int]:
@@ -98,6 +104,20 @@ class CompletionRequest(BaseModel):
             ignore_eos=bool(self.ignore_eos),
             # 0 asks for the drawn token's probability alone, which comes with one or more others only.
             logprobs=0 if self.logprobs is None else max(1, self.logprobs),
+            shaping=self.shaping(),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+        )
+
+    def shaping(self) -> LogitShaping:
+        return LogitShaping(
+            logit_bias=tuple(sorted((int(token), bias) for token, bias in (self.logit_bias or {}).items())),
+            min_tokens=self.min_tokens or 0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            top_k=max(0, self.top_k or 0),  # -1, too, means all
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
         )
 
 

@@ -6,19 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from services.core.shaping import UNSHAPED, LogitShaping
+
 FinishReason = Literal["stop", "length"]
 Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn; ``seed`` None draws a random one, ``logprobs`` 0 asks for none."""
+    """How tokens are drawn; ``seed`` None draws a random one, ``logprobs`` 0 asks for none.
+
+    Attributes:
+        stop_token_ids: end the answer, besides the model's own, which ``ignore_eos`` leaves out.
+    """
 
     max_tokens: int
     temperature: float
     seed: int | None = None
     ignore_eos: bool = False
     logprobs: int = 0
+    shaping: LogitShaping = UNSHAPED
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +37,7 @@ class GenerationRequest:
         request_id: "cmpl-..."; every log line and every service names it.
         prompt_ids: at least one id, each below the model's vocabulary size.
         seed: token i is drawn by (seed, i); a continuation elsewhere draws the same numbers.
-        stop_token_ids: tokens that end the answer; empty with ignore_eos.
+        stop_token_ids: all tokens that end the answer.
         progress: prefill progress is wanted.
         arrival_time: Unix time in seconds.
     """
@@ -43,6 +51,7 @@ class GenerationRequest:
     logprobs: int
     progress: bool
     arrival_time: float
+    shaping: LogitShaping = UNSHAPED
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import grpc.aio
 from infinitellm.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inference_pb2_grpc
 from services.core.errors import InvalidRequestError
 from services.core.placement import PoolStats
+from services.core.shaping import LogitShaping
 from services.gateway.cluster import ClusterState, InstanceView, KvDaemonView, RequestView
 from services.gateway.generation import GenerationService
 from services.gateway.gmanager_client import GManagerClient
@@ -80,6 +81,17 @@ def _sampling(sampling: inference_pb2.SamplingParams) -> Sampling:
         seed=sampling.seed if sampling.HasField("seed") else None,
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
+        shaping=LogitShaping(
+            logit_bias=tuple(sorted(sampling.logit_bias.items())),
+            min_tokens=sampling.min_tokens,
+            repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+            min_p=sampling.min_p,
+        ),
+        stop_token_ids=tuple(sampling.stop_token_ids),
     )
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from kernels import sampling
 from services.core.sequence import SamplingParams
+from services.core.shaping import UNSHAPED
+from services.instance.shaping import TokenCounts, shape_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +33,42 @@ class Sample:
     logprobs: TokenLogprobs | None
 
 
-def sample(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[int]) -> list[Sample]:
+def sample(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    draws: Sequence[int],
+    counts: Sequence[TokenCounts | None] | None = None,
+) -> list[Sample]:
     """Draws one token per row.
 
     Args:
         logits: [n, vocab_size].
         params: of each row.
         draws: index of the token in its request, counted from the end of the prompt.
+        counts: of each row, the tokens so far; needed where ``shaping.penalizes``.
     """
-    greedy = [row for row, param in enumerate(params) if param.temperature == 0]
-    drawn = [row for row, param in enumerate(params) if param.temperature > 0]
+    plain = [row for row, param in enumerate(params) if param.shaping == UNSHAPED]
+    greedy = [row for row in plain if params[row].temperature == 0]
+    drawn = [row for row in plain if params[row].temperature > 0]
     tokens = dict(zip(greedy, sampling.argmax(_rows(logits, greedy)), strict=True))
     temperatures = [params[row].temperature for row in drawn]
     uniforms = [uniform(params[row].seed, draws[row]) for row in drawn]
     tokens.update(zip(drawn, sampling.draw(_rows(logits, drawn), temperatures, uniforms), strict=True))
+    if len(plain) < len(params):
+        for row, param in enumerate(params):
+            if row not in tokens:
+                tokens[row] = _draw_shaped(logits[row], param, draws[row], counts[row] if counts else None)
     return [
         Sample(tokens[row], _logprobs(logits[row], tokens[row], param.logprobs) if param.logprobs else None)
         for row, param in enumerate(params)
     ]
+
+
+def _draw_shaped(logits: Tensor, params: SamplingParams, draw: int, counts: TokenCounts | None) -> int:
+    shaped = shape_logits(logits, params, draw, counts)[None]
+    if params.temperature == 0:
+        return sampling.torch_argmax(shaped)[0]
+    return sampling.torch_draw(shaped, [params.temperature], [uniform(params.seed, draw)])[0]
 
 
 def uniform(seed: int, draw: int) -> float:

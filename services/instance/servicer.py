@@ -13,6 +13,7 @@ from infinitellm.internal.v1 import instance_pb2 as pb
 from infinitellm.internal.v1 import instance_pb2_grpc as rpc
 from services.core.errors import ContextTooLongError, InfiniteLLMError, InvalidRequestError, ShuttingDownError
 from services.core.sequence import Request, SamplingParams
+from services.core.shaping import UNSHAPED, LogitShaping
 from services.instance.control import Abort, AbortStream, Submit
 from services.instance.engine import Engine
 from services.instance.move_desk import MoveDesk, MoveInstruction
@@ -141,12 +142,15 @@ class InstanceServicer(rpc.InstanceServiceServicer):
             raise ContextTooLongError(
                 f"the prompt has {len(tokens)} tokens; the model's context holds {self._max_model_len} with the answer"
             )
+        shaping = _shaping(message.shaping) if message.HasField("shaping") else UNSHAPED
+        shaping.check(self._vocab_size, message.max_tokens)
+        stops = frozenset(message.stop_token_ids)
+        if stops and max(stops) >= self._vocab_size:
+            raise InvalidRequestError(
+                f"stop token id {max(stops)} is not below the vocabulary's size {self._vocab_size}"
+            )
         sampling = SamplingParams(
-            message.temperature,
-            message.seed,
-            message.max_tokens,
-            frozenset(message.stop_token_ids),
-            message.logprobs,
+            message.temperature, message.seed, message.max_tokens, stops, message.logprobs, shaping
         )
         return Request(
             message.request_id,
@@ -167,6 +171,19 @@ class InstanceServicer(rpc.InstanceServiceServicer):
             outbox = self._streams.get(stream_id)
             if outbox is not None:  # otherwise the gateway is gone, and its requests with it
                 outbox.put_nowait(part)
+
+
+def _shaping(message: pb.LogitShaping) -> LogitShaping:
+    return LogitShaping(
+        tuple(sorted(message.logit_bias.items())),
+        message.min_tokens,
+        message.repetition_penalty,
+        message.presence_penalty,
+        message.frequency_penalty,
+        message.top_k,
+        message.top_p,
+        message.min_p,
+    )
 
 
 def _response(outputs: Iterable[Output]) -> pb.ServeResponse:

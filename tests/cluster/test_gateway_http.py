@@ -217,7 +217,15 @@ def test_logprobs(rig: Rig) -> None:
         (b'{"prompt": "a", "logprobs": 21}', 400, "logprobs", "20"),
         (b'{"prompt": "a", "n": 2}', 400, "n", "n:"),
         (b'{"prompt": "a", "stop": ["x"]}', 400, "stop", "stop:"),
-        (b'{"prompt": "a", "logit_bias": {"5": 1}}', 400, "logit_bias", "logit_bias:"),
+        (b'{"prompt": "a", "suffix": "x"}', 400, "suffix", "suffix:"),
+        (b'{"prompt": "a", "logit_bias": {"x": 1}}', 400, "logit_bias", "logit_bias"),
+        (b'{"prompt": "a", "logit_bias": {"257": 1}}', 400, None, "token id 257"),
+        (b'{"prompt": "a", "stop_token_ids": [257]}', 400, None, "token id 257"),
+        (b'{"prompt": "a", "top_p": 0}', 400, "top_p", "greater"),
+        (b'{"prompt": "a", "top_k": -2}', 400, "top_k", "greater"),
+        (b'{"prompt": "a", "max_tokens": 4, "min_tokens": 5}', 400, None, "min_tokens: must be between 0 and 4"),
+        (b'{"prompt": "a", "repetition_penalty": -1}', 400, "repetition_penalty", "greater"),
+        (b'{"prompt": "a", "presence_penalty": 2.5}', 400, "presence_penalty", "less"),
         (b'{"prompt": "a", "no_such_field": 2}', 400, "no_such_field", "no_such_field"),
         (b'{"prompt": "a", "stream_options": {}}', 400, "stream_options", "stream"),
         (b'{"prompt": "a", "model": "other"}', 404, None, "'tiny'"),
@@ -240,6 +248,33 @@ def test_neutral_fields_are_accepted(rig: Rig) -> None:
             neutral = {"n": 1, "best_of": None, "echo": False, "stop": None, "presence_penalty": 0.0, "top_p": 1}
             response = await client.post("/v1/completions", json={"prompt": ["a"], "user": "me", **neutral})
             assert response.status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_the_instance_is_told_how_to_shape_the_distribution(rig: Rig) -> None:
+    asked = {
+        "logit_bias": {"7": -100, "0": 2.5},
+        "min_tokens": 2,
+        "repetition_penalty": 1.5,
+        "presence_penalty": -1,
+        "frequency_penalty": 0.5,
+        "top_k": 40,
+        "top_p": 0.5,
+        "min_p": 0.25,
+    }
+
+    async def scenario() -> None:
+        async with instance(rig) as (played, client):
+            body = {"prompt": "a", "max_tokens": 4, "stop_token_ids": [3]}
+            assert (await client.post("/v1/completions", json={**body, **asked})).status_code == 200
+            assert (await client.post("/v1/completions", json={**body, "top_k": -1})).status_code == 200
+            shaped, plain = played.submitted[-2:]
+            shaping = shaped.shaping
+            assert dict(shaping.logit_bias) == {7: -100, 0: 2.5}
+            assert all(getattr(shaping, name) == value for name, value in asked.items() if name != "logit_bias")
+            assert 3 in shaped.stop_token_ids
+            assert not plain.HasField("shaping")
 
     asyncio.run(scenario())
 

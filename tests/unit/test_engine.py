@@ -10,6 +10,7 @@ import torch
 from engine_rig import EngineRig
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from services.core.shaping import LogitShaping
 from services.instance.engine import FailOutput
 
 
@@ -38,7 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(model: Path):
     eager = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
 
-    def generate(prompt: list[int], count: int) -> list[int]:
+    def generate(prompt: list[int], count: int, **settings: object) -> list[int]:
         tokens = torch.tensor([prompt])
         answer = eager.generate(
             tokens,
@@ -46,10 +47,11 @@ def reference(model: Path):
             max_new_tokens=count,
             do_sample=False,
             pad_token_id=0,
-            output_logits=True,
+            output_scores=True,
             return_dict_in_generate=True,
+            **settings,
         )
-        top = torch.stack([logits[0] for logits in answer.logits]).topk(2).values
+        top = torch.stack([scores[0] for scores in answer.scores]).topk(2).values
         return answer.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist()
 
     return generate
@@ -76,6 +78,18 @@ def test_all_local(model: Path, reference, length: int):
         rig.wait("r")
         assert_same_tokens(rig.tokens("r"), reference(prompt, 40))
         assert rig.finish("r").reason == "length"
+        rig.check_nothing_held()
+
+
+def test_penalties_see_prompt_and_answer_also_after_preemption(model: Path, reference):
+    shaping = LogitShaping(repetition_penalty=1.4)
+    prompts = {name: prompt_of(20, seed) for name, seed in (("a", 91), ("b", 92))}
+    with EngineRig(model, local_blocks=13, workspace=6, max_num_seqs=2) as rig:
+        for name, prompt in prompts.items():
+            rig.submit(name, prompt, 300, shaping=shaping)  # 6 blocks each; there are 7 beside the workspace
+        rig.wait(*prompts)
+        for name, prompt in prompts.items():
+            assert_same_tokens(rig.tokens(name), reference(prompt, 300, repetition_penalty=1.4))
         rig.check_nothing_held()
 
 

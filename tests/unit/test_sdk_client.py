@@ -190,6 +190,10 @@ def test_the_request_carries_every_argument(gateway):
                 logprobs=4,
                 progress=True,
                 model="m",
+                top_k=3,
+                top_p=0.5,
+                logit_bias={7: -1.5},
+                stop_token_ids=[8],
             )
         )
         list(client.generate([], max_tokens=1))
@@ -198,6 +202,8 @@ def test_the_request_carries_every_argument(gateway):
     sampling = full.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.ignore_eos, sampling.logprobs) == (9, 0.5, True, 4)
     assert (sampling.HasField("seed"), sampling.seed, full.progress, full.model) == (True, 0, True, "m")
+    assert (sampling.top_k, sampling.top_p, dict(sampling.logit_bias)) == (3, 0.5, {7: -1.5})
+    assert (list(sampling.stop_token_ids), sampling.HasField("repetition_penalty")) == ([8], False)
     assert empty.WhichOneof("prompt") == "token_ids"
     assert not empty.sampling.HasField("seed")
 
