@@ -23,6 +23,8 @@ class SamplingOptions(TypedDict, total=False):
         logit_bias: added to the logits of these token ids; between -100 and 100.
         min_tokens: do not end before the answer has so many tokens.
         stop_token_ids: further tokens that end the answer; the one drawn is its last.
+        stop: texts that end the answer where it contains one of them.
+        include_stop_str_in_output: the text goes on to the end of the stop text, in place of ending before it.
     """
 
     top_k: int
@@ -34,6 +36,8 @@ class SamplingOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     min_tokens: int
     stop_token_ids: Sequence[int]
+    stop: Sequence[str]
+    include_stop_str_in_output: bool
 
 
 @dataclass(frozen=True, slots=True)

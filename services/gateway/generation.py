@@ -46,6 +46,7 @@ from services.gateway.requests import (
     TokensDrawn,
 )
 from services.gateway.router import Router
+from services.gateway.stop_strings import StopStrings
 from services.gateway.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,8 @@ class GenerationService:
                 f"this model's limit of {limit} tokens; shorten the prompt or ask for fewer tokens"
             )
         sampling.shaping.check(self.checkpoint.vocab_size, sampling.max_tokens)
+        if sampling.stop and not self.tokenizer.has_text:
+            raise InvalidRequestError("stop: this model has no tokenizer, so there is no text; use stop_token_ids")
         wrong_stops = [token for token in sampling.stop_token_ids if not 0 <= token < self.checkpoint.vocab_size]
         if wrong_stops:
             raise InvalidRequestError(
@@ -154,6 +157,8 @@ class GenerationService:
             progress=progress,
             arrival_time=time.time(),
             shaping=sampling.shaping,
+            stop=sampling.stop,
+            include_stop=sampling.include_stop,
         )
 
 
@@ -171,6 +176,7 @@ class Generation:
     ) -> None:
         self.request = request
         self._detokenizer = detokenizer
+        self._stops = StopStrings(request.stop, request.include_stop)
         self._router = router
         self._journal = journal
         self._instance_wait_s = instance_wait_s
@@ -190,9 +196,12 @@ class Generation:
             async with aclosing(self._instance_events()) as events:
                 async for event in events:
                     if isinstance(event, TokensDrawn):
-                        self._journal.tokens(self.request.request_id, len(self._generated), event.ids)
-                        self._generated.extend(event.ids)
-                        yield NewTokens(event.ids, tuple(self._text(token) for token in event.ids), event.logprobs)
+                        new = self._take(event)
+                        yield new
+                        if self._stops.found:  # leaving ends the request at the instance, too
+                            state = "stop"
+                            yield self._finished(Ended("stop", cached_tokens=0))
+                            return
                     elif isinstance(event, Progress):
                         yield event
                     else:
@@ -241,9 +250,27 @@ class Generation:
             return "stop"
         return "length" if len(self._generated) >= self.request.max_tokens else None
 
+    def _take(self, event: TokensDrawn) -> NewTokens:
+        """New tokens up to the one that completes a stop string."""
+        first = len(self._generated)
+        texts = []
+        for token in event.ids:
+            self._generated.append(token)
+            texts.append(self._text(token))
+            if self._stops.found:
+                break
+        ids = tuple(self._generated[first:])
+        self._journal.tokens(self.request.request_id, first, ids)
+        return NewTokens(ids, tuple(texts), event.logprobs[: len(ids)])
+
     def _text(self, token_id: int) -> str:
         """What a token adds to the text; the one that ends the answer is no part of it."""
-        return "" if token_id in self.request.stop_token_ids else self._detokenizer.push(token_id)
+        text = "" if token_id in self.request.stop_token_ids else self._detokenizer.push(token_id)
+        return self._stops.push(text, counts=len(self._generated) > self.request.shaping.min_tokens)
+
+    def _last_text(self) -> str:
+        """What was held back and comes after all. Half a character completes no stop string."""
+        return self._stops.push(self._detokenizer.flush(), counts=False) + self._stops.flush()
 
     def _finished(self, ended: Ended) -> Finished:
         return Finished(
@@ -252,5 +279,5 @@ class Generation:
             completion_tokens=len(self._generated),
             # After a continuation elsewhere, generated tokens are found in the cluster as well.
             cached_tokens=min(ended.cached_tokens, len(self.request.prompt_ids)),
-            text=self._detokenizer.flush(),
+            text="" if self._stops.found else self._last_text(),
         )

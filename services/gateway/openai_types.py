@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from services.core.shaping import MOST_BIASED, LogitShaping
 from services.gateway.openai_errors import ApiError
-from services.gateway.requests import Sampling
+from services.gateway.requests import MAX_STOP_CHARACTERS, MAX_STOPS, Sampling
 
 MAX_LOGPROBS = 20
 MAX_TOKEN_ID = 2**32 - 1
@@ -21,6 +21,7 @@ MAX_STOP_TOKENS = 128
 
 # Validation stops at the first wrong one: a list may be millions long.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]], Field(fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 TokenIdText = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 
@@ -33,7 +34,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (1,),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
-    "stop": ([],),
     "suffix": ("",),
     "use_beam_search": (False,),
     "add_special_tokens": (True,),
@@ -80,6 +80,8 @@ class CompletionRequest(BaseModel):
         Annotated[dict[TokenIdText, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASED)] | None
     ) = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    include_stop_str_in_output: bool | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKENS)] | None = None
     return_token_ids: bool | None = None
 
@@ -106,6 +108,8 @@ class CompletionRequest(BaseModel):
             logprobs=0 if self.logprobs is None else max(1, self.logprobs),
             shaping=self.shaping(),
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            include_stop=bool(self.include_stop_str_in_output),
         )
 
     def shaping(self) -> LogitShaping:

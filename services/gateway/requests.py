@@ -8,6 +8,8 @@ from typing import Literal
 
 from services.core.shaping import UNSHAPED, LogitShaping
 
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
 FinishReason = Literal["stop", "length"]
 Prompt = str | Sequence[int]
 
@@ -18,6 +20,8 @@ class Sampling:
 
     Attributes:
         stop_token_ids: end the answer, besides the model's own, which ``ignore_eos`` leaves out.
+        stop: end the answer where the text contains one of them, not counted before ``min_tokens``.
+        include_stop: that string is the end of the text; otherwise what comes before it.
     """
 
     max_tokens: int
@@ -27,6 +31,8 @@ class Sampling:
     logprobs: int = 0
     shaping: LogitShaping = UNSHAPED
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,7 @@ class GenerationRequest:
         prompt_ids: at least one id, each below the model's vocabulary size.
         seed: token i is drawn by (seed, i); a continuation elsewhere draws the same numbers.
         stop_token_ids: all tokens that end the answer.
+        stop, include_stop: see ``Sampling``.
         progress: prefill progress is wanted.
         arrival_time: Unix time in seconds.
     """
@@ -52,6 +59,8 @@ class GenerationRequest:
     progress: bool
     arrival_time: float
     shaping: LogitShaping = UNSHAPED
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
 
 
 @dataclass(frozen=True, slots=True)

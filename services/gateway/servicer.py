@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -17,7 +17,15 @@ from services.gateway.cluster import ClusterState, InstanceView, KvDaemonView, R
 from services.gateway.generation import GenerationService
 from services.gateway.gmanager_client import GManagerClient
 from services.gateway.openai_types import MAX_LOGPROBS
-from services.gateway.requests import Event, Finished, NewTokens, Progress, Sampling
+from services.gateway.requests import (
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    Event,
+    Finished,
+    NewTokens,
+    Progress,
+    Sampling,
+)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -92,7 +100,15 @@ def _sampling(sampling: inference_pb2.SamplingParams) -> Sampling:
             min_p=sampling.min_p,
         ),
         stop_token_ids=tuple(sampling.stop_token_ids),
+        stop=_stop(sampling.stop),
+        include_stop=sampling.include_stop_str_in_output,
     )
+
+
+def _stop(stop: Sequence[str]) -> tuple[str, ...]:
+    if len(stop) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_CHARACTERS for text in stop):
+        raise InvalidRequestError(f"sampling.stop: at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters")
+    return tuple(stop)
 
 
 def _responses(request_id: str, event: Event) -> list[inference_pb2.GenerateResponse]:

@@ -27,7 +27,13 @@ from services.gateway.detokenizer import (
 
 
 class Tokenizer(Protocol):
-    """Text and token ids of one model."""
+    """Text and token ids of one model.
+
+    Attributes:
+        has_text: False where there are token ids only.
+    """
+
+    has_text: bool
 
     async def encode(self, text: str) -> list[int]:
         """A prompt's token ids, with the special tokens the model expects. Raises InvalidRequestError."""
@@ -44,6 +50,8 @@ class Tokenizer(Protocol):
 
 class NoTokenizer:
     """A checkpoint without tokenizer.json: prompts are token ids, and answers have no text."""
+
+    has_text = False
 
     async def encode(self, text: str) -> list[int]:
         raise InvalidRequestError("this model has no tokenizer: send the prompt as a list of token ids")
@@ -65,6 +73,8 @@ class TextTokenizer:
         tokenizer: the loaded tokenizer; belongs to this object from now on.
         bos_token: put before every prompt that does not start with it; "" puts none.
     """
+
+    has_text = True
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, bos_token: str = "", threads: int = 1) -> None:
         # A checkpoint may carry the settings of its training: a prompt must neither be cut nor padded.

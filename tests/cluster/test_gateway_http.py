@@ -216,7 +216,8 @@ def test_logprobs(rig: Rig) -> None:
         (b'{"prompt": "a", "temperature": -1}', 400, "temperature", "greater"),
         (b'{"prompt": "a", "logprobs": 21}', 400, "logprobs", "20"),
         (b'{"prompt": "a", "n": 2}', 400, "n", "n:"),
-        (b'{"prompt": "a", "stop": ["x"]}', 400, "stop", "stop:"),
+        (b'{"prompt": "a", "stop": [""]}', 400, "stop", "stop"),
+        (b'{"prompt": "a", "stop": ["x", 5]}', 400, "stop", "stop"),
         (b'{"prompt": "a", "suffix": "x"}', 400, "suffix", "suffix:"),
         (b'{"prompt": "a", "logit_bias": {"x": 1}}', 400, "logit_bias", "logit_bias"),
         (b'{"prompt": "a", "logit_bias": {"257": 1}}', 400, None, "token id 257"),
@@ -248,6 +249,32 @@ def test_neutral_fields_are_accepted(rig: Rig) -> None:
             neutral = {"n": 1, "best_of": None, "echo": False, "stop": None, "presence_penalty": 0.0, "top_p": 1}
             response = await client.post("/v1/completions", json={"prompt": ["a"], "user": "me", **neutral})
             assert response.status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_string_ends_the_answer_at_the_instance_too(rig: Rig) -> None:
+    before, stop = "né ", "🦙 你"  # of eight tokens
+    tokens = len((before + stop).encode())
+
+    async def scenario() -> None:
+        async with instance(rig, delay_s=0.02) as (played, client):
+            body = {"prompt": [1], "max_tokens": 200, "temperature": 0, "return_token_ids": True, "stop": stop}
+            answer = (await client.post("/v1/completions", json=body)).json()
+            (choice,) = answer["choices"]
+            assert (choice["text"], choice["finish_reason"]) == (before, "stop")
+            assert choice["token_ids"] == expected_tokens(tokens)
+            assert answer["usage"]["completion_tokens"] == tokens
+            await until(lambda: played.aborted == [played.submitted[0].request_id], "the instance computes no more")
+
+            body |= {"stop": ["never", stop], "include_stop_str_in_output": True, "stream": True}
+            chunks = events((await client.post("/v1/completions", json=body)).text)
+            assert "".join(str(chunk["choices"][0]["text"]) for chunk in chunks) == before + stop
+            assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+            body |= {"stream": False, "min_tokens": tokens, "max_tokens": len(BYTES)}
+            answer = (await client.post("/v1/completions", json=body)).json()
+            assert answer["choices"][0]["text"] == BYTES.decode()
 
     asyncio.run(scenario())
 
