@@ -13,6 +13,7 @@ from pathlib import Path
 
 from infinitellm.v1 import cluster_pb2_grpc, inference_pb2_grpc
 from services.core.errors import ConfigError
+from services.gateway.chat_template import load_chat_template
 from services.gateway.checkpoint import load_checkpoint
 from services.gateway.config import GatewayConfig
 from services.gateway.generation import GenerationService
@@ -76,6 +77,7 @@ async def serve(config: GatewayConfig) -> None:
 
     checkpoint = load_checkpoint(config.model, config.served_model_name, config.max_model_len)
     tokenizer = load_tokenizer(config.model, checkpoint.bos_token, config.tokenizer_threads)
+    chat_template = load_chat_template(config.model)
     etcd = EtcdClient(config.etcd, config.etcd_tls)
     membership = Membership(etcd, config.cluster)
     locator = GManagerLocator(membership)
@@ -99,7 +101,7 @@ async def serve(config: GatewayConfig) -> None:
     def state() -> Readiness:
         return readiness(config, gmanager, router, kvdaemons)
 
-    app = make_app(service, state, version(), config.max_body_bytes)
+    app = make_app(service, chat_template, state, version(), config.max_body_bytes)
     http = HttpServer(app, config.http_listen, config.shutdown_grace_s, config.allow_insecure)
     health = HealthPort(config.health_listen, lambda: True, lambda: not (stop.is_set() or state().missing))
     await grpc_server.start()

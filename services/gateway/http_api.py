@@ -1,9 +1,10 @@
-"""The OpenAI HTTP API: /v1/completions, /v1/models, /health, /version."""
+"""The HTTP API: OpenAI's /v1/completions, /v1/chat/completions and /v1/models; /tokenize, /health, /version."""
 
 from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -17,14 +18,22 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from services.core.errors import InfiniteLLMError
+from services.gateway.chat import ChatRenderer
+from services.gateway.chat_template import ChatTemplate, render_chat
 from services.gateway.completion import CompletionRenderer
 from services.gateway.disconnect import ClientDisconnected, unless_disconnected
 from services.gateway.generation import Generation, GenerationService
+from services.gateway.openai_chat import ChatRequest
 from services.gateway.openai_errors import ApiError, api_error
-from services.gateway.openai_types import CompletionRequest, parse_completion_request
-from services.gateway.requests import Event, Finished, NewTokens
+from services.gateway.openai_types import CompletionRequest, SamplingRequest, parse_request
+from services.gateway.rendering import Renderer
+from services.gateway.requests import Event, Finished, GenerationRequest, NewTokens, Prompt, Sampling
+from services.gateway.tokenize_api import answer_detokenize, answer_tokenize
 
 logger = logging.getLogger(__name__)
+_DEFAULT_TOKENS = 16  # OpenAI's for completions
+# Of a chat's answer. OpenAI's goes on to the end of the context; here that would ask for the memory of all of it.
+_DEFAULT_CHAT_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +46,11 @@ class Readiness:
 
 
 def make_app(
-    service: GenerationService, readiness: Callable[[], Readiness], version: str, max_body_bytes: int
+    service: GenerationService,
+    chat_template: ChatTemplate | None,
+    readiness: Callable[[], Readiness],
+    version: str,
+    max_body_bytes: int,
 ) -> Starlette:
     """The ASGI application."""
     created = int(time.time())
@@ -59,12 +72,21 @@ def make_app(
         }
         return JSONResponse(body, status_code=503 if state.missing else 200)
 
+    async def tokenize(request: Request) -> Response:
+        return JSONResponse(await answer_tokenize(service, chat_template, await read_body(request, max_body_bytes)))
+
+    async def detokenize(request: Request) -> Response:
+        return JSONResponse(await answer_detokenize(service, await read_body(request, max_body_bytes)))
+
     async def version_of(request: Request) -> Response:
         return JSONResponse({"version": version})
 
     return Starlette(
         routes=[
             Route("/v1/completions", _Completions(service, max_body_bytes), methods=["POST"]),
+            Route("/v1/chat/completions", _Chats(service, max_body_bytes, chat_template), methods=["POST"]),
+            Route("/tokenize", tokenize, methods=["POST"]),
+            Route("/detokenize", detokenize, methods=["POST"]),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/health", health),
@@ -79,51 +101,106 @@ def make_app(
     )
 
 
-class _Completions:
-    """POST /v1/completions, as an ASGI application of its own: the request's life spans the sending of the answer."""
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One request of the API, ready to be started.
+
+    Attributes:
+        renderer: of the admitted request.
+    """
+
+    body: SamplingRequest
+    prompt: Prompt
+    sampling: Sampling
+    renderer: Callable[[GenerationRequest], Renderer]
+
+
+class _Endpoint(ABC):
+    """An ASGI application of its own: the request's life spans the sending of the answer."""
 
     def __init__(self, service: GenerationService, max_body_bytes: int) -> None:
-        self._service = service
+        self.service = service
         self._max_body_bytes = max_body_bytes
+
+    @abstractmethod
+    async def ask(self, body: bytes) -> _Asked:
+        """Raises ApiError, InfiniteLLMError."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            asked = parse_completion_request(await self._read_body(Request(scope, receive)))
+            asked = await self.ask(await read_body(Request(scope, receive), self._max_body_bytes))
             await unless_disconnected(receive, self._answer(asked, scope, receive, send))
         except (ClientDisconnected, ClientDisconnect):
             # The generation has been ended on the way out, and there is nobody to tell.
             logger.info("client disconnected")
 
-    async def _read_body(self, request: Request) -> bytes:
-        too_long = ApiError(413, f"the body is longer than {self._max_body_bytes} bytes", code="body_too_long")
-        if int(request.headers.get("content-length", "0")) > self._max_body_bytes:
-            raise too_long
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self._max_body_bytes:
-                raise too_long
-        return bytes(body)
-
-    async def _answer(self, asked: CompletionRequest, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
         async with (
-            self._service.start(asked.model or "", asked.the_prompt(), asked.sampling()) as generation,
+            self.service.start(asked.body.model or "", asked.prompt, asked.sampling) as generation,
             aclosing(generation.events()) as events,
         ):
-            renderer = CompletionRenderer(
-                asked, generation.request, self._service.checkpoint.name, self._service.tokenizer
-            )
+            renderer = asked.renderer(generation.request)
             # An error before the first event still gets its own status.
             first = await anext(events)
-            if asked.stream:
+            if asked.body.stream:
                 await _stream(first, events, renderer, generation, send)
             else:
                 response = await _collect(first, events, renderer, generation)
                 await response(scope, receive, send)
 
 
+class _Completions(_Endpoint):
+    """POST /v1/completions."""
+
+    async def ask(self, body: bytes) -> _Asked:
+        asked = parse_request(CompletionRequest, body)
+        model, tokenizer = self.service.checkpoint.name, self.service.tokenizer
+        return _Asked(
+            asked,
+            asked.the_prompt(),
+            asked.sampling(_DEFAULT_TOKENS, asked.logprobs),
+            lambda request: CompletionRenderer(asked, request, model, tokenizer),
+        )
+
+
+class _Chats(_Endpoint):
+    """POST /v1/chat/completions."""
+
+    def __init__(self, service: GenerationService, max_body_bytes: int, template: ChatTemplate | None) -> None:
+        super().__init__(service, max_body_bytes)
+        self._template = template
+
+    async def ask(self, body: bytes) -> _Asked:
+        asked = parse_request(ChatRequest, body)
+        self.service.check_model(asked.model or "")
+        logprobs = asked.shown_logprobs
+        text = render_chat(self._template, asked.messages)
+        prompt = await self.service.tokenizer.encode(text, add_special_tokens=False)  # the template writes them
+        room = max(1, self.service.max_model_len - len(prompt))
+        model, tokenizer = self.service.checkpoint.name, self.service.tokenizer
+        return _Asked(
+            asked,
+            prompt,
+            asked.sampling(min(_DEFAULT_CHAT_TOKENS, room), logprobs),
+            lambda request: ChatRenderer(asked, request, model, tokenizer),
+        )
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Raises ApiError 413 as soon as it is too long."""
+    too_long = ApiError(413, f"the body is longer than {max_bytes} bytes", code="body_too_long")
+    if int(request.headers.get("content-length", "0")) > max_bytes:
+        raise too_long
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise too_long
+    return bytes(body)
+
+
 async def _collect(
-    first: Event, rest: AsyncGenerator[Event, None], renderer: CompletionRenderer, generation: Generation
+    first: Event, rest: AsyncGenerator[Event, None], renderer: Renderer, generation: Generation
 ) -> Response:
     """The whole answer in one JSON object."""
     tokens: list[NewTokens] = []
@@ -138,7 +215,7 @@ async def _collect(
 async def _stream(
     first: Event,
     rest: AsyncGenerator[Event, None],
-    renderer: CompletionRenderer,
+    renderer: Renderer,
     generation: Generation,
     send: Send,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The request of OpenAI's ``POST /v1/completions``, validated.
+"""Requests of OpenAI's API, validated: what all of them have in common, and ``POST /v1/completions``.
 
 What is asked for is done, or refused by name: a field that this server does not implement is accepted only at the value
 that means "not asked for". Strict types (no "5" for 5), finite numbers, bounds that the internal types can hold.
@@ -6,7 +6,8 @@ that means "not asked for". Strict types (no "5" for 5), finite numbers, bounds 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -27,16 +28,13 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 
 # Fields of OpenAI's API, and of servers that extend it, that change the answer and are not implemented; with the values
 # that ask for nothing. null is always one of them.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "best_of": (1,),
-    "echo": (False,),
+Neutral = Mapping[str, tuple[object, ...]]
+_NEUTRAL: Neutral = {
     "length_penalty": (1,),
     "n": (1,),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
-    "suffix": ("",),
     "use_beam_search": (False,),
-    "add_special_tokens": (True,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
 }
@@ -54,20 +52,20 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
-class CompletionRequest(BaseModel):
-    """The body of a completion request."""
+class SamplingRequest(BaseModel):
+    """What all bodies that ask for a generation have in common."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
+    neutral: ClassVar[Neutral] = _NEUTRAL
+
     model: str | None = None
-    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     # OpenAI's seeds are signed, the project's unsigned: both are taken.
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     ignore_eos: bool | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -85,27 +83,23 @@ class CompletionRequest(BaseModel):
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKENS)] | None = None
     return_token_ids: bool | None = None
 
-    def the_prompt(self) -> str | list[int]:
-        """The one prompt. Raises ApiError for several."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return prompt
-        if not prompt:
-            raise ApiError(400, "prompt: must not be empty", "prompt")
-        if isinstance(prompt[0], int):
-            return prompt
-        if len(prompt) > 1:
-            raise ApiError(400, "prompt: one prompt a request, please; send several requests instead", "prompt")
-        return prompt[0]
+    @property
+    def asks_for_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self) -> Sampling:
+    def sampling(self, default_tokens: int, logprobs: int | None) -> Sampling:
+        """
+        Args:
+            default_tokens: generated at most where the request does not say.
+            logprobs: of how many of the most probable tokens; None: of none.
+        """
         return Sampling(
-            max_tokens=16 if self.max_tokens is None else self.max_tokens,
+            max_tokens=default_tokens if self.max_tokens is None else self.max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             seed=None if self.seed is None else self.seed % 2**64,
             ignore_eos=bool(self.ignore_eos),
             # 0 asks for the drawn token's probability alone, which comes with one or more others only.
-            logprobs=0 if self.logprobs is None else max(1, self.logprobs),
+            logprobs=0 if logprobs is None else max(1, logprobs),
             shaping=self.shaping(),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
@@ -125,26 +119,63 @@ class CompletionRequest(BaseModel):
         )
 
 
-def parse_completion_request(body: bytes) -> CompletionRequest:
+Body = TypeVar("Body", bound=BaseModel)
+Asked = TypeVar("Asked", bound=SamplingRequest)
+
+
+class CompletionRequest(SamplingRequest):
+    """The body of a completion request."""
+
+    neutral: ClassVar[Neutral] = {
+        **_NEUTRAL,
+        "best_of": (1,),
+        "echo": (False,),
+        "suffix": ("",),
+        "add_special_tokens": (True,),
+    }
+
+    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    def the_prompt(self) -> str | list[int]:
+        """The one prompt. Raises ApiError for several."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return prompt
+        if not prompt:
+            raise ApiError(400, "prompt: must not be empty", "prompt")
+        if isinstance(prompt[0], int):
+            return prompt
+        if len(prompt) > 1:
+            raise ApiError(400, "prompt: one prompt a request, please; send several requests instead", "prompt")
+        return prompt[0]
+
+
+def parse_body(kind: type[Body], body: bytes) -> Body:
     """Raises ApiError 400, naming the field."""
     try:
-        request = CompletionRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as exc:
         raise _refusal(exc.errors(include_url=False, include_context=False)) from None
+
+
+def parse_request(kind: type[Asked], body: bytes) -> Asked:
+    """Raises ApiError 400, naming the field: also for what is not implemented."""
+    request = parse_body(kind, body)
     for name, value in (request.model_extra or {}).items():
-        _check_extra(name, value)
+        _check_extra(name, value, kind.neutral)
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "stream_options: only with stream: true", "stream_options")
     return request
 
 
-def _check_extra(name: str, value: Any) -> None:
+def _check_extra(name: str, value: Any, known: Neutral) -> None:
     if value is None or name in _IGNORED:
         return
-    if name not in _NEUTRAL:
+    if name not in known:
         raise ApiError(400, f"unknown field {name!r}", name, "unknown_field")
     # 1 == True in Python, not here.
-    if not any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL[name]):
+    if not any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in known[name]):
         raise ApiError(400, f"{name}: this server does not support it; leave it out", name, "unsupported_field")
 
 

@@ -35,8 +35,14 @@ class Tokenizer(Protocol):
 
     has_text: bool
 
-    async def encode(self, text: str) -> list[int]:
-        """A prompt's token ids, with the special tokens the model expects. Raises InvalidRequestError."""
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """A prompt's token ids, with the special tokens the model expects in front of it, unless the text has them.
+
+        Raises InvalidRequestError.
+        """
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included. Raises InvalidRequestError."""
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         """The text that follows this prompt."""
@@ -53,8 +59,11 @@ class NoTokenizer:
 
     has_text = False
 
-    async def encode(self, text: str) -> list[int]:
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         raise InvalidRequestError("this model has no tokenizer: send the prompt as a list of token ids")
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        raise InvalidRequestError("this model has no tokenizer: its token ids have no text")
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         return NoDetokenizer()
@@ -94,9 +103,15 @@ class TextTokenizer:
         self._anchor = self._find_anchor()
         self.token_text = lru_cache(maxsize=65536)(self._find_token_text)
 
-    async def encode(self, text: str) -> list[int]:
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._encode, text)
+        return await loop.run_in_executor(self._threads, self._encode, text, add_special_tokens)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._threads, lambda: str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+        )
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         if self._byte_level:
@@ -106,13 +121,13 @@ class TextTokenizer:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as exc:
             raise InvalidRequestError("prompt: the text has unpaired surrogates and is no valid Unicode") from exc
-        ids: list[int] = self._tokenizer.encode(text).ids
-        if self._bos_id is not None and ids[:1] != [self._bos_id]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if add_special_tokens and self._bos_id is not None and ids[:1] != [self._bos_id]:
             ids.insert(0, self._bos_id)
         return ids
 

@@ -38,6 +38,10 @@ MAX_MODEL_LEN = 10_000
 # Every token is one byte, so most characters are spread over several tokens.
 TEXT = "né 🦙 你好 — "
 BYTES = TEXT.encode()
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
 START_TIMEOUT_S = 30.0
 
 
@@ -177,6 +181,7 @@ def write_checkpoint(directory: Path, tokenizer: bool = True) -> Path:
         plain.decoder = decoders.ByteLevel()
         plain.add_special_tokens([AddedToken("<|end|>", special=True)])
         plain.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     return directory
 
 

@@ -1,0 +1,114 @@
+"""Events of a generation as the JSON of OpenAI's API, whole or in chunks: what its objects have in common."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from typing import Any
+
+from services.gateway.openai_types import SamplingRequest
+from services.gateway.requests import Finished, GenerationRequest, NewTokens
+from services.gateway.tokenizer import Tokenizer
+
+# JSON has no -inf; this is what other servers answer for an impossible token.
+MIN_LOGPROB = -9999.0
+NO_TOKENS = NewTokens((), (), ())
+_PLACEHOLDER = "\0"
+# As ``to_json`` writes a text, without what it costs to find out that it is one.
+_quote = json.encoder.encode_basestring
+
+
+class Renderer(ABC):
+    """Renders one generation as JSON.
+
+    Args:
+        shows_tokens: whether chunks differ in more than their text.
+    """
+
+    whole_object: str
+    chunk_object: str
+
+    def __init__(
+        self, asked: SamplingRequest, request: GenerationRequest, model: str, tokenizer: Tokenizer, shows_tokens: bool
+    ) -> None:
+        self.request = request
+        self.tokenizer = tokenizer
+        self.chunks = 0
+        self._model = model
+        self._created = int(time.time())
+        self._asks_for_usage = asked.asks_for_usage
+        self._shows_tokens = shows_tokens
+        self._around: tuple[str, str] | None = None  # of the second chunk's text, and of all chunks behind it
+
+    @abstractmethod
+    def chunk_choice(self, tokens: NewTokens, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """``choices[0]`` of a chunk."""
+
+    @abstractmethod
+    def whole_choice(self, tokens: NewTokens, text: str, finish_reason: str) -> dict[str, Any]:
+        """``choices[0]`` of the whole answer."""
+
+    def tokens_chunk(self, tokens: NewTokens) -> bytes:
+        """A chunk of a stream."""
+        if self._shows_tokens or self.chunks == 0:
+            return to_json(self._chunk(tokens, tokens.text, None))
+        if self._around is None:  # chunks differ in their text alone: everything around it is written once
+            before, _, after = _text(self._chunk(NO_TOKENS, _PLACEHOLDER, None)).rpartition(_quote(_PLACEHOLDER))
+            self._around = before, after
+        before, after = self._around
+        return f"{before}{_quote(tokens.text)}{after}".encode()
+
+    def last_chunks(self, finished: Finished) -> list[bytes]:
+        """The end of a stream: the reason, then the usage where it was asked for."""
+        chunks = [to_json(self._chunk(NO_TOKENS, finished.text, finished.reason))]
+        if self._asks_for_usage:
+            chunks.append(to_json(self._object(self.chunk_object, []) | {"usage": _usage(finished)}))
+        return chunks
+
+    def whole(self, tokens: list[NewTokens], finished: Finished) -> bytes:
+        """The answer without a stream."""
+        together = NewTokens(
+            tuple(token for part in tokens for token in part.ids),
+            tuple(text for part in tokens for text in part.texts),
+            tuple(position for part in tokens for position in part.logprobs),
+        )
+        choice = self.whole_choice(together, together.text + finished.text, finished.reason)
+        return to_json(self._object(self.whole_object, [choice]) | {"usage": _usage(finished)})
+
+    def _chunk(self, tokens: NewTokens, text: str, finish_reason: str | None) -> dict[str, Any]:
+        chunk = self._object(self.chunk_object, [self.chunk_choice(tokens, text, finish_reason)])
+        self.chunks += 1
+        return chunk | {"usage": None} if self._asks_for_usage else chunk
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.request.request_id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+
+def to_json(value: dict[str, Any]) -> bytes:
+    """The one way in which answers are written."""
+    return _text(value).encode()
+
+
+def finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else MIN_LOGPROB
+
+
+def _text(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _usage(finished: Finished) -> dict[str, Any]:
+    return {
+        "prompt_tokens": finished.prompt_tokens,
+        "completion_tokens": finished.completion_tokens,
+        "total_tokens": finished.prompt_tokens + finished.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": finished.cached_tokens},
+    }
