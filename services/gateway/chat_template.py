@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -101,7 +101,7 @@ def load_chat_template(directory: Path) -> ChatTemplate | None:
 class _GenerationBlock(Extension):
     """``{% generation %} ... {% endgeneration %}`` marks what is trained on, and means nothing here."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 as Jinja has it
 
     def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
