@@ -17,6 +17,7 @@ _STATUS_DETAILS_KEY = "grpc-status-details-bin"
 _CLASS_BY_STATUS: dict[grpc.StatusCode, type[errors.InfiniteLLMError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequestError,
     grpc.StatusCode.OUT_OF_RANGE: errors.InvalidRequestError,
+    grpc.StatusCode.UNAUTHENTICATED: errors.UnauthenticatedError,
     grpc.StatusCode.UNAVAILABLE: errors.UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceededError,
 }

@@ -64,12 +64,16 @@ class _GenerateCall(Protocol):
 class Client:
     """A connection to a gateway for threads; any number of them may use it. Close it, or use it in ``with``."""
 
-    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+    def __init__(
+        self, address: str, credentials: grpc.ChannelCredentials | None = None, api_key: str | None = None
+    ) -> None:
         """
         Args:
             address: host:port of the gateway's gRPC server.
             credentials: TLS; None connects without.
+            api_key: sent with every call, where the gateway asks for one. Without TLS anybody on the way reads it.
         """
+        self._metadata = _metadata(api_key)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, _CHANNEL_OPTIONS)
         else:
@@ -113,7 +117,7 @@ class Client:
         request = _generate_request(
             prompt, max_tokens, temperature, seed, ignore_eos, logprobs, sampling, progress=progress, model=model
         )
-        return self._events(self._inference.Generate(request, timeout=timeout_s))
+        return self._events(self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata))
 
     @staticmethod
     def _events(call: _GenerateCall) -> Generator[Event, None, None]:
@@ -129,7 +133,9 @@ class Client:
         """What the gManager knows of instances, pools and running requests."""
         try:
             return _cluster_status(
-                self._cluster.GetClusterStatus(cluster_pb2.GetClusterStatusRequest(), timeout=timeout_s)
+                self._cluster.GetClusterStatus(
+                    cluster_pb2.GetClusterStatusRequest(), timeout=timeout_s, metadata=self._metadata
+                )
             )
         except grpc.RpcError as error:
             raise _error(error) from error
@@ -150,8 +156,11 @@ class Client:
 class AsyncClient:
     """``Client`` for asyncio; belongs to the event loop it is made in. Close it, or use it in ``async with``."""
 
-    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+    def __init__(
+        self, address: str, credentials: grpc.ChannelCredentials | None = None, api_key: str | None = None
+    ) -> None:
         """See ``Client``."""
+        self._metadata = _metadata(api_key)
         if credentials is None:
             self._channel = aio.insecure_channel(address, _CHANNEL_OPTIONS)
         else:
@@ -177,7 +186,7 @@ class AsyncClient:
         request = _generate_request(
             prompt, max_tokens, temperature, seed, ignore_eos, logprobs, sampling, progress=progress, model=model
         )
-        return self._events(self._inference.Generate(request, timeout=timeout_s))
+        return self._events(self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata))
 
     @staticmethod
     async def _events(
@@ -195,7 +204,9 @@ class AsyncClient:
         """See ``Client.cluster_status``."""
         try:
             return _cluster_status(
-                await self._cluster.GetClusterStatus(cluster_pb2.GetClusterStatusRequest(), timeout=timeout_s)
+                await self._cluster.GetClusterStatus(
+                    cluster_pb2.GetClusterStatusRequest(), timeout=timeout_s, metadata=self._metadata
+                )
             )
         except aio.AioRpcError as error:
             raise _error(error) from error
@@ -211,6 +222,10 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 
 
 def _generate_request(

@@ -3,6 +3,7 @@
 InfiniteLLMError
 ├── InvalidRequestError               the request cannot be served as it is written
 │   └── ContextTooLongError           it needs more context than the model or the cluster's memory has
+├── UnauthenticatedError              no API key was sent, or none that is known
 ├── PermissionDeniedError             the certificate shown does not allow the call
 ├── ModelNotFoundError                no instance serves the named model
 ├── ConfigError                       a configuration is impossible
@@ -39,6 +40,12 @@ class ContextTooLongError(InvalidRequestError):
     """The request needs more context than the model or the cluster's memory has."""
 
     reason = "CONTEXT_TOO_LONG"
+
+
+class UnauthenticatedError(InfiniteLLMError):
+    """No API key was sent, or none that is known."""
+
+    reason = "UNAUTHENTICATED"
 
 
 class PermissionDeniedError(InfiniteLLMError):

@@ -3,6 +3,7 @@
     InfiniteLLMError                      reason               gRPC status
     ├── InvalidRequestError               INVALID_REQUEST      INVALID_ARGUMENT
     │   └── ContextTooLongError           CONTEXT_TOO_LONG     INVALID_ARGUMENT
+    ├── UnauthenticatedError              UNAUTHENTICATED      UNAUTHENTICATED
     ├── PermissionDeniedError             PERMISSION_DENIED    PERMISSION_DENIED
     ├── ModelNotFoundError                MODEL_NOT_FOUND      NOT_FOUND
     ├── ConfigError                       CONFIG               INVALID_ARGUMENT
@@ -43,6 +44,13 @@ class ContextTooLongError(InvalidRequestError):
     """The request needs more context than the model or the cluster's memory has."""
 
     reason = "CONTEXT_TOO_LONG"
+
+
+class UnauthenticatedError(InfiniteLLMError):
+    """The caller has shown no API key, or none that is known."""
+
+    reason = "UNAUTHENTICATED"
+    grpc_status = "UNAUTHENTICATED"
 
 
 class PermissionDeniedError(InfiniteLLMError):

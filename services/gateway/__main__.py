@@ -25,6 +25,7 @@ from services.gateway.router import Router
 from services.gateway.servicer import ClusterServicer, InferenceServicer
 from services.gateway.tokenizer import load_tokenizer
 from services.rmanager.gmanager_locator import GManagerLocator
+from services.runtime.api_keys import ApiKeys
 from services.runtime.config import load_config
 from services.runtime.etcd import EtcdClient
 from services.runtime.grpc_server import bind, make_server
@@ -78,6 +79,7 @@ async def serve(config: GatewayConfig) -> None:
     checkpoint = load_checkpoint(config.model, config.served_model_name, config.max_model_len)
     tokenizer = load_tokenizer(config.model, checkpoint.bos_token, config.tokenizer_threads)
     chat_template = load_chat_template(config.model)
+    keys = None if config.api_keys is None else ApiKeys(config.api_keys)
     etcd = EtcdClient(config.etcd, config.etcd_tls)
     membership = Membership(etcd, config.cluster)
     locator = GManagerLocator(membership)
@@ -94,14 +96,14 @@ async def serve(config: GatewayConfig) -> None:
     )
 
     grpc_server = make_server(config.tls)
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(service), grpc_server)
-    cluster_pb2_grpc.add_ClusterServiceServicer_to_server(ClusterServicer(gmanager, checkpoint.name), grpc_server)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(service, keys), grpc_server)
+    cluster_pb2_grpc.add_ClusterServiceServicer_to_server(ClusterServicer(gmanager, checkpoint.name, keys), grpc_server)
     grpc_address = bind(grpc_server, config.grpc_listen, tls=config.tls, allow_insecure=config.allow_insecure)
 
     def state() -> Readiness:
         return readiness(config, gmanager, router, kvdaemons)
 
-    app = make_app(service, chat_template, state, version(), config.max_body_bytes)
+    app = make_app(service, chat_template, keys, state, version(), config.max_body_bytes)
     http = HttpServer(app, config.http_listen, config.shutdown_grace_s, config.allow_insecure)
     health = HealthPort(config.health_listen, lambda: True, lambda: not (stop.is_set() or state().missing))
     await grpc_server.start()

@@ -36,6 +36,7 @@ class GatewayConfig:
         shutdown_grace_s: how long requests may go on after SIGTERM.
         advertise: address of the gRPC API that is registered; empty: the one it listens on.
         health_listen: host:port for Kubernetes' probes.
+        api_keys: file with the keys of those who may use both APIs (runtime/api_keys.py); None: everybody may.
         tls: identity on gRPC, to instances, gManager and clients. HTTP is plain: whatever is in front of it ends TLS.
         etcd_tls: towards etcd.
         allow_insecure: listen on other than loopback without TLS.
@@ -64,6 +65,7 @@ class GatewayConfig:
     lease_ttl_s: int = 10
     advertise: str = ""
     health_listen: str | None = None
+    api_keys: Path | None = None
     tls: MutualTls | None = None
     etcd_tls: TlsConfig | None = None
     allow_insecure: bool = False

@@ -12,12 +12,13 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from services.core.errors import InfiniteLLMError
+from services.core.errors import InfiniteLLMError, UnauthenticatedError
 from services.gateway.chat import ChatRenderer
 from services.gateway.chat_template import ChatTemplate, render_chat
 from services.gateway.completion import CompletionRenderer
@@ -29,8 +30,10 @@ from services.gateway.openai_types import CompletionRequest, SamplingRequest, pa
 from services.gateway.rendering import Renderer
 from services.gateway.requests import Event, Finished, GenerationRequest, NewTokens, Prompt, Sampling
 from services.gateway.tokenize_api import answer_detokenize, answer_tokenize
+from services.runtime.api_keys import ApiKeys
 
 logger = logging.getLogger(__name__)
+_OPEN_PATHS = frozenset({"/health", "/version", "/metrics"})
 _DEFAULT_TOKENS = 16  # OpenAI's for completions
 # Of a chat's answer. OpenAI's goes on to the end of the context; here that would ask for the memory of all of it.
 _DEFAULT_CHAT_TOKENS = 1024
@@ -48,11 +51,16 @@ class Readiness:
 def make_app(
     service: GenerationService,
     chat_template: ChatTemplate | None,
+    keys: ApiKeys | None,
     readiness: Callable[[], Readiness],
     version: str,
     max_body_bytes: int,
 ) -> Starlette:
-    """The ASGI application."""
+    """The ASGI application.
+
+    Args:
+        keys: of those who may use it; None: everybody may.
+    """
     created = int(time.time())
 
     async def models(request: Request) -> Response:
@@ -92,6 +100,7 @@ def make_app(
             Route("/health", health),
             Route("/version", version_of),
         ],
+        middleware=[] if keys is None else [Middleware(_KeyGuard, keys=keys)],
         exception_handlers={
             InfiniteLLMError: _on_error,
             ApiError: _on_error,
@@ -99,6 +108,25 @@ def make_app(
             Exception: _on_error,
         },
     )
+
+
+class _KeyGuard:
+    """Lets in who has a key, and everybody to what tells nothing of anybody's requests."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
+            try:
+                self._keys.name_of(Request(scope).headers.get("authorization"))
+            except UnauthenticatedError as exc:
+                error = api_error(exc)
+                response = Response(error.body(), error.status, error.headers(), media_type="application/json")
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 @dataclass(frozen=True, slots=True)

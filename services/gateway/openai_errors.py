@@ -8,6 +8,7 @@ from services.core.errors import InfiniteLLMError
 
 _STATUS = {
     "INVALID_REQUEST": 400,
+    "UNAUTHENTICATED": 401,
     "CONTEXT_TOO_LONG": 400,
     "MODEL_NOT_FOUND": 404,
     "QUEUE_FULL": 429,
@@ -19,7 +20,11 @@ _STATUS = {
     "SESSION_REVOKED": 503,
     "TRANSFER_TIMEOUT": 503,
 }
-_CODE = {"CONTEXT_TOO_LONG": "context_length_exceeded", "QUEUE_FULL": "rate_limit_exceeded"}
+_CODE = {
+    "CONTEXT_TOO_LONG": "context_length_exceeded",
+    "QUEUE_FULL": "rate_limit_exceeded",
+    "UNAUTHENTICATED": "invalid_api_key",
+}
 # What a client should do about load and outages: come back after so many seconds.
 RETRY_AFTER_S = 1
 
@@ -53,6 +58,8 @@ class ApiError(Exception):
         return json.dumps({"error": error}, ensure_ascii=False).encode()
 
     def headers(self) -> dict[str, str]:
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
         return {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
 
 

@@ -26,6 +26,7 @@ from services.gateway.requests import (
     Progress,
     Sampling,
 )
+from services.runtime.api_keys import ApiKeys
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -38,12 +39,14 @@ _FINISH_REASON = {
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """``Generate``. Cancelling the call cancels the handler, which ends the request."""
 
-    def __init__(self, service: GenerationService) -> None:
+    def __init__(self, service: GenerationService, keys: ApiKeys | None) -> None:
         self._service = service
+        self._keys = keys
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        _check_key(self._keys, context)
         prompt = _prompt(request)
         async with (
             self._service.start(request.model, prompt, _sampling(request.sampling), request.progress) as generation,
@@ -57,14 +60,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     """``GetClusterStatus``, from what the gManager knows."""
 
-    def __init__(self, gmanager: GManagerClient, model: str) -> None:
+    def __init__(self, gmanager: GManagerClient, model: str, keys: ApiKeys | None) -> None:
+        self._keys = keys
         self._gmanager = gmanager
         self._model = model
 
     async def GetClusterStatus(
         self, request: cluster_pb2.GetClusterStatusRequest, context: Context
     ) -> cluster_pb2.GetClusterStatusResponse:
+        _check_key(self._keys, context)
         return _cluster_status(await self._gmanager.cluster_state(), self._model)
+
+
+def _check_key(keys: ApiKeys | None, context: Context) -> None:
+    if keys is not None:
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        keys.name_of(metadata.get("authorization"))
 
 
 def _prompt(request: inference_pb2.GenerateRequest) -> str | list[int]:

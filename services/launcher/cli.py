@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from services.launcher.options import ClusterOptions
 from services.launcher.ports import HOST
 from services.launcher.status import status
 from services.launcher.up import up
+from services.runtime.api_keys import new_key
+
+API_KEY_VARIABLE = "INFINITE_LLM_API_KEY"  # of ``status``
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "up":
             return up(_cluster_options(options))
         if options.command == "status":
-            return status(f"{HOST}:{options.grpc_port}", as_json=options.json)
+            return status(f"{HOST}:{options.grpc_port}", os.environ.get(API_KEY_VARIABLE), as_json=options.json)
+        if options.command == "new-key":
+            return _new_key(options.name, options.file)
         return demo(_demo_options(options))
     except ConfigError as error:
         print(f"infinite-llm {options.command}: {error}", file=sys.stderr)
@@ -44,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_up(commands)
     _add_status(commands)
     _add_demo(commands)
+    _add_new_key(commands)
     return parser
 
 
@@ -102,6 +109,7 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command = commands.add_parser(
         "status",
         help="show gManagers, instances, daemons, pool use, and where each request's rBlocks lie",
+        description=f"Shows its API key where there is one in {API_KEY_VARIABLE}.",
         epilog="example: infinite-llm status --json | jq '.kvdaemons[].use'",
     )
     command.add_argument("--json", action="store_true", help="all fields, for programs")
@@ -122,6 +130,28 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument("--seed", type=int, default=1, help="chooses the haystack (default %(default)s)")
     command.add_argument("--oneshot", action="store_true", help="end after the answer; exit code 0 only if it is right")
     _add_places(command)
+
+
+def _add_new_key(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "new-key",
+        help="make an API key for gateways that ask for one (api_keys in their configuration)",
+        description="Prints a new key, once; the file gets its hash.",
+        epilog="example: infinite-llm new-key alice --file api-keys",
+    )
+    command.add_argument("name", help="of whoever gets the key, for the file and the logs")
+    command.add_argument("--file", type=Path, required=True, help="the key's line is added to it")
+
+
+def _new_key(name: str, file: Path) -> int:
+    key, line = new_key(name)
+    try:
+        with file.open("a", encoding="utf-8") as keys:
+            keys.write(line + "\n")
+    except OSError as exc:
+        raise ConfigError(f"--file {file}: cannot be written: {exc}") from exc
+    print(key)
+    return 0
 
 
 def _add_places(command: argparse.ArgumentParser) -> None:

@@ -11,9 +11,9 @@ from services.launcher.console import table
 _TIMEOUT_S = 5.0
 
 
-def status(grpc_address: str, *, as_json: bool) -> int:
+def status(grpc_address: str, api_key: str | None, *, as_json: bool) -> int:
     """Prints the cluster's state; answers the exit code."""
-    with Client(grpc_address) as client:
+    with Client(grpc_address, api_key=api_key) as client:
         state = client.cluster_status(_TIMEOUT_S)
     print(json.dumps(dataclasses.asdict(state), indent=2) if as_json else status_text(state))
     return 0

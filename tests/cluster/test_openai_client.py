@@ -7,10 +7,13 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from gateway_rig import BYTES, Gateway, PlayedInstance, gateway, service, until, write_checkpoint
 
+import infinitellm
+from services.runtime.api_keys import new_key
 from services.runtime.etcd import EtcdClient
 
 pytestmark = pytest.mark.cluster
@@ -28,11 +31,11 @@ def served(etcd_endpoint: str, tmp_path: Path) -> Iterator[Gateway]:
 
 
 @asynccontextmanager
-async def client_of(etcd: str, served: Gateway) -> AsyncIterator[openai.AsyncOpenAI]:
+async def client_of(etcd: str, served: Gateway, api_key: str = "none") -> AsyncIterator[openai.AsyncOpenAI]:
     played = PlayedInstance("instance-0")
     store = EtcdClient([etcd])
     await played.start(store)
-    async with openai.AsyncOpenAI(base_url=f"{served.http}/v1", api_key="none", max_retries=0, timeout=20) as client:
+    async with openai.AsyncOpenAI(base_url=f"{served.http}/v1", api_key=api_key, max_retries=0, timeout=20) as client:
 
         async def ready() -> bool:
             try:
@@ -47,6 +50,40 @@ async def client_of(etcd: str, served: Gateway) -> AsyncIterator[openai.AsyncOpe
         finally:
             await played.close()
             await store.close()
+
+
+def test_without_a_key_nobody_gets_further(etcd_endpoint: str, tmp_path: Path) -> None:
+    key, line = new_key("alice")
+    (tmp_path / "keys").write_text(line)
+
+    async def scenario(served: Gateway) -> None:
+        async with client_of(etcd_endpoint, served, api_key=key) as client:
+            answer = await client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=1)
+            assert answer.usage is not None
+            for wrong in ("none", key[:-1]):
+                with pytest.raises(openai.AuthenticationError, match="API key"):
+                    await client.with_options(api_key=wrong).models.list()
+            async with infinitellm.AsyncClient(served.grpc, api_key=key) as sdk:
+                assert [event async for event in sdk.generate([1], max_tokens=1)]
+                assert (await sdk.cluster_status()).models == ("tiny",)
+            async with infinitellm.AsyncClient(served.grpc) as sdk:
+                with pytest.raises(infinitellm.errors.UnauthenticatedError, match="API key"):
+                    await sdk.cluster_status()
+                with pytest.raises(infinitellm.errors.UnauthenticatedError, match="API key"):
+                    await anext(sdk.generate([1], max_tokens=1))
+
+    with (
+        service("gmanager", tmp_path, listen="127.0.0.1:0", etcd=[etcd_endpoint]),
+        gateway(
+            tmp_path, etcd_endpoint, write_checkpoint(tmp_path / "tiny"), api_keys=str(tmp_path / "keys")
+        ) as served,
+    ):
+        asyncio.run(scenario(served))
+        assert httpx.get(f"{served.http}/version").status_code == 200
+        refused = httpx.get(f"{served.http}/v1/models")
+        assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+        assert key not in served.log.read_text()
 
 
 def test_everything_an_application_calls(etcd_endpoint: str, served: Gateway) -> None:
