@@ -12,7 +12,10 @@ class Pace:
     """Learns what steps take. Policy only: it is told times and reads no clock.
 
     Args:
-        target_s: how long a step may take that computes prompts beside decoding requests; ``inf``: any time.
+        target_s: how long a step may take that computes prompts beside decoding requests; ``inf``: any time. Where
+            decoding alone takes more than half of it, prompts get as long as that: decoding is never slowed down more
+            than twofold for the sake of a large batch, nor is the batch kept small for the sake of a pace that it
+            could not have anyway.
     """
 
     def __init__(self, target_s: float) -> None:
@@ -33,4 +36,5 @@ class Pace:
         """How many tokens of prompts fit a step beside those that decode; None: as many as there are."""
         if math.isinf(self._target_s) or not self._token_s:
             return None
-        return max(_LEAST, int((self._target_s - self._decode_s) / self._token_s))
+        prompts_s = max(self._target_s - self._decode_s, self._decode_s)
+        return max(_LEAST, int(prompts_s / self._token_s))

@@ -39,6 +39,8 @@ def test_a_chunk_beside_decoding_requests_is_as_small_as_their_pace_needs():
     assert names(scheduler.schedule(always)) == [("decoding", 1), ("prompt", 100)]
     scheduler.took(scheduler.schedule(always)[:1], 0.1)  # decoding alone
     assert names(scheduler.schedule(always)) == [("decoding", 1), ("prompt", 50)]
+    scheduler.took(scheduler.schedule(always)[:1], 0.3)  # longer than a step should take
+    assert names(scheduler.schedule(always)) == [("decoding", 1), ("prompt", 150)], "not more than twice as long"
 
 
 def test_a_prompt_goes_on_however_slow_steps_are_and_alone_it_is_not_held_back():
