@@ -11,15 +11,18 @@ from pathlib import Path
 import yaml
 
 import infinitellm
+from infinitellm import SamplingOptions
 from services.core.errors import ConfigError, InfiniteLLMError
 from services.launcher.demo import DEFAULT_TOKENS, DemoOptions, demo
+from services.launcher.doctor import doctor
+from services.launcher.generate import generate, read_prompt
 from services.launcher.options import ClusterOptions
 from services.launcher.ports import HOST
 from services.launcher.status import status
 from services.launcher.up import up
 from services.runtime.api_keys import new_key
 
-API_KEY_VARIABLE = "INFINITE_LLM_API_KEY"  # of ``status``
+API_KEY_VARIABLE = "INFINITE_LLM_API_KEY"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return up(_cluster_options(options))
         if options.command == "status":
             return status(f"{HOST}:{options.grpc_port}", os.environ.get(API_KEY_VARIABLE), as_json=options.json)
+        if options.command == "generate":
+            return _generate(options)
+        if options.command == "doctor":
+            return doctor(options.http_port, options.grpc_port)
         if options.command == "new-key":
             return _new_key(options.name, options.file)
         return demo(_demo_options(options))
@@ -49,8 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_up(commands)
     _add_status(commands)
+    _add_generate(commands)
     _add_demo(commands)
     _add_new_key(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -116,6 +125,40 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--grpc-port", type=int, default=50051, help="of the gateway (default %(default)s)")
 
 
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "generate",
+        help="send one prompt to a running cluster and print the answer as it comes",
+        description=f"Shows its API key where there is one in {API_KEY_VARIABLE}.",
+        epilog='example: infinite-llm generate "Once upon a time" --max-tokens 64 --temperature 0.8 --top-p 0.95',
+    )
+    command.add_argument("prompt", help="a text, or - for standard input")
+    command.add_argument("--token-ids", action="store_true", help="the prompt is token ids, and so is the answer")
+    command.add_argument("--address", default=f"{HOST}:50051", help="of a gateway's gRPC API (default %(default)s)")
+    command.add_argument("--max-tokens", type=int, default=256, help="default %(default)s")
+    command.add_argument("--temperature", type=float, default=0.0, help="0: the most probable token (default)")
+    command.add_argument("--seed", type=int, help="equal seeds draw equal tokens")
+    command.add_argument("--top-k", type=int, help="draw from the k most probable tokens")
+    command.add_argument("--top-p", type=float, help="draw from the most probable tokens that reach this probability")
+    command.add_argument("--stop", nargs="+", metavar="TEXT", help="ends the answer")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    sampling = SamplingOptions()
+    for name in ("top_k", "top_p", "stop"):
+        if (value := getattr(options, name)) is not None:
+            sampling[name] = value
+    return generate(
+        options.address,
+        os.environ.get(API_KEY_VARIABLE),
+        read_prompt(options.prompt, options.token_ids),
+        options.max_tokens,
+        options.temperature,
+        options.seed,
+        sampling,
+    )
+
+
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "demo",
@@ -141,6 +184,16 @@ def _add_new_key(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     command.add_argument("name", help="of whoever gets the key, for the file and the logs")
     command.add_argument("--file", type=Path, required=True, help="the key's line is added to it")
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="look for what would keep a cluster from running here, or from being fast",
+        epilog="example: infinite-llm doctor --http-port 8080",
+    )
+    command.add_argument("--http-port", type=int, default=8000, help="that the gateway will use (default %(default)s)")
+    command.add_argument("--grpc-port", type=int, default=50051, help="likewise (default %(default)s)")
 
 
 def _new_key(name: str, file: Path) -> int:

@@ -13,6 +13,7 @@ import pytest
 from gateway_rig import BYTES, Gateway, PlayedInstance, gateway, service, until, write_checkpoint
 
 import infinitellm
+from services.launcher.cli import main as cli
 from services.runtime.api_keys import new_key
 from services.runtime.etcd import EtcdClient
 
@@ -52,7 +53,9 @@ async def client_of(etcd: str, served: Gateway, api_key: str = "none") -> AsyncI
             await store.close()
 
 
-def test_without_a_key_nobody_gets_further(etcd_endpoint: str, tmp_path: Path) -> None:
+def test_without_a_key_nobody_gets_further(
+    etcd_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     key, line = new_key("alice")
     (tmp_path / "keys").write_text(line)
 
@@ -66,6 +69,18 @@ def test_without_a_key_nobody_gets_further(etcd_endpoint: str, tmp_path: Path) -
             async with infinitellm.AsyncClient(served.grpc, api_key=key) as sdk:
                 assert [event async for event in sdk.generate([1], max_tokens=1)]
                 assert (await sdk.cluster_status()).models == ("tiny",)
+            monkeypatch.setenv("INFINITE_LLM_API_KEY", key)
+            asked = ["generate", "hi", "--address", served.grpc, "--max-tokens", "20", "--stop", "好"]
+            assert await asyncio.to_thread(cli, asked) == 0
+            printed = capsys.readouterr()
+            assert printed.out == "né 🦙 你\n"
+            assert "2 prompt tokens" in printed.err
+            assert "15 tokens, stop" in printed.err
+            ids = ["generate", "104 105", "--token-ids", "--address", served.grpc, "--max-tokens", "3"]
+            assert await asyncio.to_thread(cli, ids) == 0
+            monkeypatch.delenv("INFINITE_LLM_API_KEY")
+            assert await asyncio.to_thread(cli, asked) == 1
+            assert "API key" in capsys.readouterr().err
             async with infinitellm.AsyncClient(served.grpc) as sdk:
                 with pytest.raises(infinitellm.errors.UnauthenticatedError, match="API key"):
                     await sdk.cluster_status()

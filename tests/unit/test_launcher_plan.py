@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -213,10 +214,27 @@ def test_commands_fail_before_anything_starts(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_every_command_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("up", "status", "demo"):
+    for command in ("up", "status", "generate", "demo", "new-key", "doctor"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert f"example: infinite-llm {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_doctor_says_what_is_wrong(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["doctor", "--http-port", "0", "--grpc-port", "0"]) == 0
+    healthy = capsys.readouterr().out
+    for subject in ("Python", "torch", "CPU kernels", "etcd", "redis-server", "memory", "--http-port"):
+        assert re.search(rf"^{subject} +(ok|slow) ", healthy, re.MULTILINE), healthy
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+        assert main(["doctor", "--http-port", str(port), "--grpc-port", "0"]) == 1
+    sick = capsys.readouterr().out
+    assert f"--http-port {port}: the port is taken" in sick
+    assert re.search(r"^etcd +FAILS +etcd is not on PATH; install it", sick, re.MULTILINE), sick
 
 
 def test_the_demonstration_needs_several_pools(tmp_path: Path) -> None:
