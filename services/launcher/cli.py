@@ -19,6 +19,7 @@ from services.launcher.generate import generate, read_prompt
 from services.launcher.options import ClusterOptions
 from services.launcher.ports import HOST
 from services.launcher.status import status
+from services.launcher.top import top
 from services.launcher.up import up
 from services.runtime.api_keys import new_key
 
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return status(f"{HOST}:{options.grpc_port}", os.environ.get(API_KEY_VARIABLE), as_json=options.json)
         if options.command == "generate":
             return _generate(options)
+        if options.command == "top":
+            return top(options.address, os.environ.get(API_KEY_VARIABLE), options.interval, options.frames)
         if options.command == "doctor":
             return doctor(options.http_port, options.grpc_port)
         if options.command == "new-key":
@@ -56,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_up(commands)
     _add_status(commands)
+    _add_top(commands)
     _add_generate(commands)
     _add_demo(commands)
     _add_new_key(commands)
@@ -123,6 +127,18 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     command.add_argument("--json", action="store_true", help="all fields, for programs")
     command.add_argument("--grpc-port", type=int, default=50051, help="of the gateway (default %(default)s)")
+
+
+def _add_top(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "top",
+        help="watch pools, instances, and who lends to whom",
+        description=f"Shows its API key where there is one in {API_KEY_VARIABLE}.",
+        epilog="example: infinite-llm top --interval 0.5",
+    )
+    command.add_argument("--address", default=f"{HOST}:50051", help="of a gateway's gRPC API (default %(default)s)")
+    command.add_argument("--interval", type=float, default=1.0, metavar="S", help="default %(default)s")
+    command.add_argument("--frames", type=int, metavar="N", help="end after so many (default: on Ctrl-C)")
 
 
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -78,6 +78,11 @@ def test_without_a_key_nobody_gets_further(
             assert "15 tokens, stop" in printed.err
             ids = ["generate", "104 105", "--token-ids", "--address", served.grpc, "--max-tokens", "3"]
             assert await asyncio.to_thread(cli, ids) == 0
+            assert (
+                await asyncio.to_thread(cli, ["top", "--address", served.grpc, "--frames", "2", "--interval", "0.1"])
+                == 0
+            )
+            assert capsys.readouterr().out.count("0 requests run, 0 wait") == 2
             monkeypatch.delenv("INFINITE_LLM_API_KEY")
             assert await asyncio.to_thread(cli, asked) == 1
             assert "API key" in capsys.readouterr().err

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from infinitellm import ClusterStatus, GManagerStatus
+from infinitellm import (
+    BlockPlacement,
+    ClusterStatus,
+    GManagerStatus,
+    InstanceStatus,
+    KvDaemonStatus,
+    PoolUse,
+    RequestStatus,
+)
 from services.core.errors import ConfigError
 from services.launcher.checkpoint_info import CheckpointInfo, inspect_checkpoint
 from services.launcher.cli import main
@@ -22,6 +30,7 @@ from services.launcher.options import ClusterOptions
 from services.launcher.plan import ProcessSpec, Surroundings, make_plan
 from services.launcher.run_directory import RunDirectory
 from services.launcher.status import status_text
+from services.launcher.top import top_text
 
 AROUND = Surroundings(
     python="/venv/python",
@@ -214,7 +223,7 @@ def test_commands_fail_before_anything_starts(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_every_command_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("up", "status", "generate", "demo", "new-key", "doctor"):
+    for command in ("up", "status", "top", "generate", "demo", "new-key", "doctor"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert f"example: infinite-llm {command}" in " ".join(capsys.readouterr().out.split())
@@ -296,6 +305,25 @@ def test_status_shows_who_leads() -> None:
         ["g-0", "127.0.0.1:1", "stands by"],
         ["g-1", "127.0.0.1:2", "leads"],
     ]
+
+
+def test_top_shows_pools_and_who_lends_to_whom() -> None:
+    daemons = (
+        KvDaemonStatus("kv-b", "127.0.0.1:1", 100, 1, PoolUse(100, 0, 40, 10, 0, 50), 0.1),
+        KvDaemonStatus("kv-a", "127.0.0.1:2", 100, 1, PoolUse(100, 99, 0, 0, 1, 0), 0.1),
+    )
+    instances = (InstanceStatus("i-0", "127.0.0.1:3", "kv-b", 2, 1, 0.1),)
+    requests = tuple(
+        RequestStatus(name, "i-0", (BlockPlacement("kv-b", 50, True), BlockPlacement("kv-a", blocks, False)))
+        for name, blocks in (("r", 3), ("s", 4))
+    )
+    text = top_text(ClusterStatus(instances, daemons, requests, ("m",), ()))
+    lines = [line.split() for line in text.splitlines()]
+    assert text.startswith("2 requests run, 1 wait; 61 of 200 rBlocks are taken")
+    assert "[" + "#" * 15 + "w" * 3 + "." * 12 + "]" in text
+    assert ["kv-a", "[=", "]", "1%", "100"] in lines, "the smallest part shows"
+    assert ["kv-a", "i-0", "7"] in lines
+    assert "nobody borrows" in top_text(ClusterStatus(instances, daemons, (), ("m",), ()))
 
 
 def test_tables() -> None:
