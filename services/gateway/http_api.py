@@ -1,10 +1,10 @@
-"""The OpenAI HTTP API: /v1/completions, /v1/models, /health, /version."""
+"""The OpenAI HTTP API: /v1/completions, /v1/models, /health, /version; and what whoever makes it adds."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +37,13 @@ class Readiness:
 
 
 def make_app(
-    service: GenerationService, readiness: Callable[[], Readiness], version: str, max_body_bytes: int
+    service: GenerationService,
+    readiness: Callable[[], Readiness],
+    version: str,
+    max_body_bytes: int,
+    further: Sequence[Route],
 ) -> Starlette:
-    """The ASGI application."""
+    """The ASGI application; ``further`` routes are served beside the API's."""
     created = int(time.time())
 
     async def models(request: Request) -> Response:
@@ -69,6 +73,7 @@ def make_app(
             Route("/v1/models/{name:path}", model),
             Route("/health", health),
             Route("/version", version_of),
+            *further,
         ],
         exception_handlers={
             InfiniteLLMError: _on_error,
