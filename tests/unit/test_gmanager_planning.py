@@ -258,14 +258,14 @@ class PlayedOrders:
 class Rig:
     """A crowded instance "a" with two long requests and three waiting, and an idle one, "b"."""
 
-    def __init__(self) -> None:
+    def __init__(self, took: Callable[[float], object] = lambda _: None) -> None:
         self.reign = PlayedReign(7)
         self.office: Office = leading(self.reign)
         self.view = ClusterView()
         self.orders = PlayedOrders()
         self.now = 100.0
         self.planning = ActivePlanning(
-            self.view, self.office, self.orders, PlannerPolicy(settle_s=10.0), lambda: self.now, interval_s=0.01
+            self.view, self.office, self.orders, PlannerPolicy(settle_s=10.0), lambda: self.now, 0.01, took
         )
         self.sequences: dict[str, int] = {}
         self.view.set_instances({name: instance(name) for name in ("a", "b")}, self.now)
