@@ -77,6 +77,7 @@ class Sequence:
         tokens: prompt and generated tokens; only grows.
         computed: tokens whose K and V stand in blocks, committed after a step's last layer.
         cached_tokens: tokens that were attached to and not computed, at the latest admission.
+        computed_before: tokens whose KV had been computed, here or at another instance, when it was lost or given up.
         keys: of its full blocks, as far as they were needed; they depend on the tokens alone.
     """
 
@@ -84,11 +85,14 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     cached_tokens: int = 0
+    computed_before: int = 0
     keys: list[bytes] = field(default_factory=list)
     state: SequenceState = SequenceState.WAITING
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.token_ids)
+        if self.generated:  # elsewhere; the last token is still to compute
+            self.computed_before = len(self.tokens) - 1
 
     @property
     def request_id(self) -> str:
@@ -106,3 +110,7 @@ class Sequence:
     def pending(self) -> int:
         """Tokens still to compute: 1 in decode, more in prefill."""
         return len(self.tokens) - self.computed
+
+    def recomputed(self, count: int) -> int:
+        """How many of the last ``count`` computed tokens had been computed before."""
+        return max(0, min(self.computed, self.computed_before) - (self.computed - count))

@@ -1,7 +1,8 @@
 """An instance's connections to the daemons it queries and writes to.
 
-Owned by the engine thread, but for ``report_lost``. A peer that is lost, for whatever reason, is told of once by
-``take_lost`` and is gone; a new connection to the same daemon is a new peer that knows nothing of the old one's blocks.
+Owned by the engine thread, but for ``report_lost``, ``wake`` and ``traffic``. A peer that is lost, for whatever
+reason, is told of once by ``take_lost`` and is gone; a new connection to the same daemon is a new peer that knows
+nothing of the old one's blocks.
 """
 
 from __future__ import annotations
@@ -56,6 +57,33 @@ class LostPeer:
     reason: str
 
 
+@dataclass(slots=True)
+class AnswerTimes:
+    """A daemon's answers in one step or several: their number, from sending each query until its answer was taken, in
+    seconds, and how many were waited for (the others had come before anybody looked)."""
+
+    messages: int = 0
+    seconds: float = 0.0
+    late: int = 0
+
+    def add(self, other: AnswerTimes) -> None:
+        self.messages += other.messages
+        self.seconds += other.seconds
+        self.late += other.late
+
+
+@dataclass(frozen=True, slots=True)
+class PeerTraffic:
+    """What has been exchanged with a daemon since the connection began: bytes of messages, and its answers' times."""
+
+    kvdaemon_id: str
+    transport: str
+    sent_bytes: int
+    received_bytes: int
+    answers: int
+    answer_s: float
+
+
 class Peer:
     """One daemon's connection: numbers requests and keeps within the daemon's window."""
 
@@ -70,17 +98,28 @@ class Peer:
         self._sequence = 0
         self._unanswered: deque[tuple[int, int]] = deque()  # (sequence, bytes), ascending
         self._bytes_out = 0
+        self.sent_bytes = self.received_bytes = 0
+        self.answers = AnswerTimes()
         self.expected: set[int] = set()  # sequences whose PARTIAL somebody waits for
         self.partials: dict[int, tuple[Header, memoryview, Message, float]] = {}  # taken at (perf_counter)
 
     def send(self, header: Header, parts: Sequence[Buffer]) -> int:
         """Sends one message and answers its sequence number."""
         self._sequence += 1
-        size = max(wire.HEADER_BYTES + sum(len(part) for part in parts), SMALLEST_CHARGE_BYTES)
+        message_bytes = wire.HEADER_BYTES + sum(len(part) for part in parts)
+        size = max(message_bytes, SMALLEST_CHARGE_BYTES)
         self.connection.send([replace(header, sequence=self._sequence).pack(), *parts])
         self._unanswered.append((self._sequence, size))
         self._bytes_out += size
+        self.sent_bytes += message_bytes
         return self._sequence
+
+    def traffic(self) -> PeerTraffic:
+        """So far; any thread may ask."""
+        scheme, times = self.address.partition(":")[0], self.answers
+        return PeerTraffic(
+            self.kvdaemon_id, scheme, self.sent_bytes, self.received_bytes, times.messages, times.seconds
+        )
 
     def has_room_to_write(self, payload_bytes: int) -> bool:
         """Whether a block may be written now; room for a step's plan and query is always kept."""
@@ -164,6 +203,10 @@ class PeerSet:
         self._reports.append(LostPeer(kvdaemon_id, session_id, reason))
         self._transport.wake()
 
+    def traffic(self) -> tuple[PeerTraffic, ...]:
+        """With each daemon that is connected; any thread may ask."""
+        return tuple(peer.traffic() for peer in tuple(self._peers.values()))
+
     def wake(self) -> None:
         """Lets a waiting ``poll`` return; any thread."""
         self._transport.wake()
@@ -213,6 +256,7 @@ class PeerSet:
         if peer is None:  # closed by us while this event was on its way
             message.release()
             return
+        peer.received_bytes += len(message.data)
         try:
             header, payload = wire.unpack(message.data)
         except InvalidRequestError as error:

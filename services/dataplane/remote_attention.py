@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels import AttentionKernels, LayerParams
 from services.core.errors import PeerLostError, TransferTimeoutError
 from services.dataplane import wire
-from services.dataplane.peers import Peer, PeerSet
+from services.dataplane.peers import AnswerTimes, Peer, PeerSet
 from services.dataplane.wire import Header, Kind, PlanSegment
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -40,21 +40,6 @@ class PeerShare:
     distance: int
 
 
-@dataclass(slots=True)
-class AnswerTimes:
-    """A daemon's answers in one step or several: their number, from sending each query until its answer was taken, in
-    seconds, and how many were waited for (the others had come before anybody looked)."""
-
-    messages: int = 0
-    seconds: float = 0.0
-    late: int = 0
-
-    def add(self, other: AnswerTimes) -> None:
-        self.messages += other.messages
-        self.seconds += other.seconds
-        self.late += other.late
-
-
 class RemoteAttention:
     """The instance's side of DistAttention. Used by the engine thread.
 
@@ -72,6 +57,7 @@ class RemoteAttention:
         self._shares: list[tuple[Peer, PeerShare]] = []
         self._waiting: list[tuple[Peer, int, Tensor, float]] = []  # of the layer under way; sent at (perf_counter)
         self.answers: dict[str, AnswerTimes] = {}  # of the step
+        self.merge_s = 0.0  # of the step
         self._forgotten: dict[str, list[int]] = {}
 
     def forget(self, kvdaemon_id: str, segment_handle: int) -> None:
@@ -89,6 +75,7 @@ class RemoteAttention:
         self._step = step
         self._shares = []
         self.answers = {}
+        self.merge_s = 0.0
         gone = []
         for share in shares:  # all of them: what a plan has named once counts as known from then on
             try:
@@ -156,7 +143,9 @@ class RemoteAttention:
                 continue
             header, payload, message, taken_at = arrived
             times = self.answers.setdefault(peer.kvdaemon_id, AnswerTimes())
-            times.add(AnswerTimes(1, taken_at - sent_at, taken_at > looked_at))
+            answer = AnswerTimes(1, taken_at - sent_at, taken_at > looked_at)
+            times.add(answer)
+            peer.answers.add(answer)
             peer.expected.discard(sequence)
             self._waiting.pop(0)
             shape = (len(rows), out.shape[1], out.shape[2])
@@ -165,7 +154,9 @@ class RemoteAttention:
             part_out = torch.frombuffer(payload, dtype=dtype, count=count).view(shape)
             part_lse = torch.frombuffer(payload, dtype=torch.float32, offset=count * dtype.itemsize)
             all_rows = len(rows) == len(out)
+            begun = time.perf_counter()
             self._kernels.merge_partials(out, lse, part_out, part_lse.view(shape[:2]), None if all_rows else rows)
+            self.merge_s += time.perf_counter() - begun
             message.release()
 
     def _wait(self, peer: Peer, deadline: float) -> None:

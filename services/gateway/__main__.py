@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.metadata
 import logging
 import signal
 import sys
@@ -19,55 +18,47 @@ from services.gateway.config import GatewayConfig
 from services.gateway.generation import GenerationService
 from services.gateway.gmanager_client import GManagerClient
 from services.gateway.http_api import Readiness, make_app
-from services.gateway.http_server import HttpServer
 from services.gateway.journal import NoJournal, RedisJournal
+from services.gateway.members import Members
+from services.gateway.metrics import GatewayState
+from services.gateway.request_metrics import RequestMetrics
 from services.gateway.router import Router
 from services.gateway.servicer import ClusterServicer, InferenceServicer
 from services.gateway.tokenizer import load_tokenizer
 from services.rmanager.gmanager_locator import GManagerLocator
+from services.runtime.addresses import split_address
 from services.runtime.api_keys import ApiKeys
 from services.runtime.config import load_config
 from services.runtime.etcd import EtcdClient
 from services.runtime.grpc_server import bind, make_server
 from services.runtime.health import HealthPort
+from services.runtime.http_server import HttpServer
 from services.runtime.logs import setup_logging
 from services.runtime.membership import Member, Membership
+from services.runtime.metrics_port import make_registry, metrics_route
+from services.runtime.version import version
+from services.runtime.vllm_names import with_vllm_names
 
 logger = logging.getLogger(__name__)
 
 
-class KvDaemonCount:
-    """How many KV daemons are registered, kept up by watching membership."""
-
-    def __init__(self, membership: Membership) -> None:
-        self.value = 0
-        self._membership = membership
-        self.task = asyncio.create_task(self._watch(), name="kvdaemon count")
-
-    async def _watch(self) -> None:
-        async for members in self._membership.watch("kvdaemon"):
-            self.value = len(members)
-
-
-def readiness(config: GatewayConfig, gmanager: GManagerClient, router: Router, kvdaemons: KvDaemonCount) -> Readiness:
+def readiness(config: GatewayConfig, gmanager: GManagerClient, router: Router, members: Members) -> Readiness:
     """Compares what is there with what the configuration asks for."""
-    instances = router.ready_instances
+    instances, kvdaemons = router.ready_instances, len(members.of("kvdaemon"))
     missing = []
     if not gmanager.known:
         missing.append("gmanager: none has answered yet")
     if instances < config.ready_instances:
         missing.append(f"instances: {instances} of {config.ready_instances} are connected")
-    if kvdaemons.value < config.ready_kvdaemons:
-        missing.append(f"kvdaemons: {kvdaemons.value} of {config.ready_kvdaemons} are registered")
-    return Readiness(instances, kvdaemons.value, tuple(missing))
+    if kvdaemons < config.ready_kvdaemons:
+        missing.append(f"kvdaemons: {kvdaemons} of {config.ready_kvdaemons} are registered")
+    return Readiness(instances, kvdaemons, tuple(missing))
 
 
-def version() -> str:
-    """Of the installed distribution; a bare source tree has none."""
-    try:
-        return importlib.metadata.version("infinite-llm")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+def metrics_address(config: GatewayConfig, http_address: str) -> str:
+    """Where others find /metrics: the port of HTTP, on the host that is advertised where one is."""
+    host, _ = split_address(config.advertise or http_address)
+    return f"{host}:{split_address(http_address)[1]}"
 
 
 async def serve(config: GatewayConfig) -> None:
@@ -85,15 +76,25 @@ async def serve(config: GatewayConfig) -> None:
     locator = GManagerLocator(membership)
     router = Router(config.member_id, config.stream_timeout_s, config.tls)
     gmanager = GManagerClient(locator, router.set_instances, config.tls)
-    kvdaemons = KvDaemonCount(membership)
+    members = Members(membership)
     journal = (
         NoJournal()
         if config.redis_url is None
         else RedisJournal(config.redis_url, config.cluster, config.journal_ttl_s, config.journal_buffer_bytes)
     )
+    registry = make_registry()
     service = GenerationService(
-        checkpoint, tokenizer, router, journal, config.instance_wait_s, config.max_failovers, config.max_queue
+        checkpoint,
+        tokenizer,
+        router,
+        journal,
+        config.instance_wait_s,
+        config.max_failovers,
+        config.max_queue,
+        RequestMetrics(registry),
     )
+    registry.register(GatewayState(service, router, journal))
+    served = with_vllm_names(registry, checkpoint.name) if config.vllm_metric_names else registry
 
     grpc_server = make_server(config.tls)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(service, keys), grpc_server)
@@ -101,16 +102,29 @@ async def serve(config: GatewayConfig) -> None:
     grpc_address = bind(grpc_server, config.grpc_listen, tls=config.tls, allow_insecure=config.allow_insecure)
 
     def state() -> Readiness:
-        return readiness(config, gmanager, router, kvdaemons)
+        return readiness(config, gmanager, router, members)
 
-    app = make_app(service, chat_template, keys, state, version(), config.max_body_bytes)
+    app = make_app(
+        service,
+        chat_template,
+        keys,
+        state,
+        version(),
+        config.max_body_bytes,
+        [metrics_route(served), members.targets_route()],
+    )
     http = HttpServer(app, config.http_listen, config.shutdown_grace_s, config.allow_insecure)
     health = HealthPort(config.health_listen, lambda: True, lambda: not (stop.is_set() or state().missing))
     await grpc_server.start()
     await health.start()
-    tasks = [http.start(), kvdaemons.task, asyncio.create_task(stop.wait())]
+    tasks = [http.start(), *members.tasks, asyncio.create_task(stop.wait())]
     member = Member(
-        "gateway", config.member_id, config.advertise or grpc_address, model=checkpoint.name, epoch=time.time_ns()
+        "gateway",
+        config.member_id,
+        config.advertise or grpc_address,
+        model=checkpoint.name,
+        epoch=time.time_ns(),
+        metrics_address=metrics_address(config, http.address),
     )
     registration = await membership.register(member, ttl_s=config.lease_ttl_s)
     logger.info("serving", extra={"http": http.address, "grpc": grpc_address, "model": checkpoint.name})

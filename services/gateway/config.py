@@ -30,6 +30,7 @@ class GatewayConfig:
         max_failovers: instances a request may lose in a row without having got a token from any.
         max_queue: requests in work at most; more are answered 429.
         max_body_bytes: size of an HTTP request at most.
+        vllm_metric_names: serve the core metrics under vLLM's names as well.
         tokenizer_threads: prompts tokenized at the same time.
         journal_ttl_s: how long Redis keeps a request.
         journal_buffer_bytes: what is kept for a Redis that is away; the oldest is dropped first.
@@ -58,6 +59,7 @@ class GatewayConfig:
     max_failovers: int = 8
     max_queue: int = 1024
     max_body_bytes: int = 64 * 1024 * 1024
+    vllm_metric_names: bool = False
     tokenizer_threads: int = 2
     journal_ttl_s: int = 24 * 3600
     journal_buffer_bytes: int = 64 * 1024 * 1024

@@ -32,6 +32,7 @@ from services.core.errors import (
 from services.gateway.checkpoint import Checkpoint
 from services.gateway.detokenizer import Detokenizer
 from services.gateway.journal import Journal
+from services.gateway.request_metrics import MeasuredRequest, RequestMetrics
 from services.gateway.requests import (
     Ended,
     Event,
@@ -73,6 +74,7 @@ class GenerationService:
         instance_wait_s: float,
         max_failovers: int,
         max_queue: int,
+        metrics: RequestMetrics,
     ) -> None:
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
@@ -81,7 +83,13 @@ class GenerationService:
         self._instance_wait_s = instance_wait_s
         self._max_failovers = max_failovers
         self._max_queue = max_queue
+        self._metrics = metrics
         self._active = 0
+
+    @property
+    def active(self) -> int:
+        """Requests in work."""
+        return self._active
 
     @property
     def max_model_len(self) -> int:
@@ -104,12 +112,15 @@ class GenerationService:
 
         Raises: ModelNotFoundError, QueueFullError, InvalidRequestError, ContextTooLongError.
         """
-        self.check_model(model)
-        if self._active >= self._max_queue:
-            raise QueueFullError(f"{self._active} requests are in work already; try again later")
+        measured = MeasuredRequest(self._metrics)
+        with measured.refusals():
+            self.check_model(model)
+            if self._active >= self._max_queue:
+                raise QueueFullError(f"{self._active} requests are in work already; try again later")
         self._active += 1
         try:
-            request = await self._admit(prompt, sampling, progress)
+            with measured.refusals():
+                request = await self._admit(prompt, sampling, progress)
             generation = Generation(
                 request,
                 self.tokenizer.detokenizer(request.prompt_ids),
@@ -117,6 +128,7 @@ class GenerationService:
                 self._journal,
                 self._instance_wait_s,
                 self._max_failovers,
+                measured,
             )
             yield generation
         finally:
@@ -173,6 +185,7 @@ class Generation:
         journal: Journal,
         instance_wait_s: float,
         max_failovers: int,
+        measured: MeasuredRequest,
     ) -> None:
         self.request = request
         self._detokenizer = detokenizer
@@ -181,6 +194,7 @@ class Generation:
         self._journal = journal
         self._instance_wait_s = instance_wait_s
         self._max_failovers = max_failovers
+        self._measured = measured
         self._generated: list[int] = []
         self._log = {"request_id": request.request_id}
 
@@ -191,27 +205,33 @@ class Generation:
         """
         state = "aborted"
         self._journal.started(self.request)
+        self._measured.admitted(len(self.request.prompt_ids))
         logger.info("request accepted", extra={**self._log, "prompt_tokens": len(self.request.prompt_ids)})
         try:
             async with aclosing(self._instance_events()) as events:
                 async for event in events:
                     if isinstance(event, TokensDrawn):
                         new = self._take(event)
+                        self._measured.tokens(len(new.ids))
                         yield new
                         if self._stops.found:  # leaving ends the request at the instance, too
                             state = "stop"
+                            self._measured.answered(cached_tokens=0)  # the instance would have said at its end
                             yield self._finished(Ended("stop", cached_tokens=0))
                             return
                     elif isinstance(event, Progress):
                         yield event
                     else:
                         state = event.reason
-                        yield self._finished(event)
+                        finished = self._finished(event)
+                        self._measured.answered(finished.cached_tokens)
+                        yield finished
         except InfiniteLLMError as exc:
             state = exc.reason
             raise
         finally:
             self._journal.ended(self.request.request_id, state)
+            self._measured.ended(state)
             extra = {**self._log, "state": state, "completion_tokens": len(self._generated)}
             logger.info("request ended", extra=extra)
 
@@ -232,6 +252,7 @@ class Generation:
                         losses = 0
             except (PeerLostError, ShuttingDownError) as exc:
                 losses += 1
+                self._measured.lost_instance()
                 extra = {**self._log, "instance": attempt.instance_id, "generated": len(self._generated)}
                 logger.warning("request lost its instance: %s", exc, extra=extra)
                 if losses > self._max_failovers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -55,11 +55,13 @@ def make_app(
     readiness: Callable[[], Readiness],
     version: str,
     max_body_bytes: int,
+    further: Sequence[Route],
 ) -> Starlette:
     """The ASGI application.
 
     Args:
         keys: of those who may use it; None: everybody may.
+        further: routes that are served beside the API's.
     """
     created = int(time.time())
 
@@ -99,6 +101,7 @@ def make_app(
             Route("/v1/models/{name:path}", model),
             Route("/health", health),
             Route("/version", version_of),
+            *further,
         ],
         middleware=[] if keys is None else [Middleware(_KeyGuard, keys=keys)],
         exception_handlers={

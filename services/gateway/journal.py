@@ -44,8 +44,20 @@ ID_BYTES = 4
 _KEEP_INTERVAL = 0.25
 
 
+@dataclass(frozen=True, slots=True)
+class JournalStats:
+    """How writing goes, since the start: failed writes (which are tried again), entries dropped; and what waits now."""
+
+    failures: int = 0
+    dropped_entries: int = 0
+    queued_bytes: int = 0
+
+
 class Journal(Protocol):
     """Takes note of requests. No method waits or fails."""
+
+    @property
+    def stats(self) -> JournalStats: ...
 
     def started(self, request: GenerationRequest) -> None: ...
 
@@ -61,6 +73,8 @@ class Journal(Protocol):
 
 class NoJournal:
     """Keeps nothing."""
+
+    stats = JournalStats()
 
     def started(self, request: GenerationRequest) -> None:
         return
@@ -129,6 +143,7 @@ class RedisJournal:
         self._buffer_bytes = buffer_bytes
         self._entries: deque[_Entry] = deque()
         self._queued_bytes = 0
+        self._failures = self._dropped = 0
         # Entries of the queue that take further tokens, by request.
         self._growing: dict[str, _Tokens] = {}
         # Requests that lost an entry; each until its end is written or lost as well.
@@ -137,6 +152,10 @@ class RedisJournal:
         self._keep_at: dict[str, float] = {}
         self._wake = asyncio.Event()
         self._task = asyncio.create_task(self._write_forever(), name="journal")
+
+    @property
+    def stats(self) -> JournalStats:
+        return JournalStats(self._failures, self._dropped, self._queued_bytes)
 
     def started(self, request: GenerationRequest) -> None:
         parameters = json.dumps(
@@ -190,6 +209,7 @@ class RedisJournal:
     def _drop_overflow(self) -> None:
         while self._queued_bytes > self._buffer_bytes and self._entries:
             dropped = self._entries.popleft()
+            self._dropped += 1
             self._queued_bytes -= dropped.size
             if isinstance(dropped, _Ended):
                 self._incomplete.discard(dropped.request_id)
@@ -210,6 +230,7 @@ class RedisJournal:
                 if not self._entries:
                     self._wake.clear()
             except (RedisError, OSError, TimeoutError) as exc:
+                self._failures += 1
                 if not away:
                     logger.warning("journal: Redis is away, requests go on without it: %s", exc)
                 away = True

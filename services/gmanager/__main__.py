@@ -16,6 +16,7 @@ from services.core.errors import ConfigError
 from services.gmanager.config import GManagerConfig
 from services.gmanager.deletion_cost import deletion_cost_tasks
 from services.gmanager.instance_client import InstanceClients
+from services.gmanager.metrics import GManagerState
 from services.gmanager.office import Office, hold_office
 from services.gmanager.planning import ActivePlanning, NoPlanning, Planning
 from services.gmanager.servicer import GManagerServicer, MembershipSignal
@@ -26,6 +27,8 @@ from services.runtime.grpc_server import bind, make_server
 from services.runtime.health import HealthPort
 from services.runtime.logs import setup_logging
 from services.runtime.membership import Kind, Member, Membership
+from services.runtime.metrics import PLANNING_TIME
+from services.runtime.metrics_port import MetricsPort, make_registry
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,15 @@ async def serve(config: GManagerConfig) -> None:
     view, changed, orders = ClusterView(), MembershipSignal(), InstanceClients(config.tls)
     server = make_server(config.tls)
     address = bind(server, config.listen, tls=config.tls, allow_insecure=config.allow_insecure)
-    member = Member("gmanager", config.member_id, config.advertise or address, epoch=time.time_ns())
+    registry = make_registry()
+    metrics = MetricsPort(config.metrics_listen, registry, config.allow_insecure)
+    member = Member(
+        "gmanager",
+        config.member_id,
+        config.advertise or address,
+        epoch=time.time_ns(),
+        metrics_address=metrics.address,
+    )
 
     def stepped_down() -> None:
         view.forget_reports()
@@ -49,11 +60,14 @@ async def serve(config: GManagerConfig) -> None:
     office = Office(member, stepped_down)
     planning: Planning = NoPlanning()
     if config.planner:
-        planning = ActivePlanning(view, office, orders, config.policy, time.monotonic, config.plan_interval_s)
+        took = PLANNING_TIME.histogram(registry).observe
+        planning = ActivePlanning(view, office, orders, config.policy, time.monotonic, config.plan_interval_s, took)
+    registry.register(GManagerState(office, view, planning))
     gmanager_pb2_grpc.add_GManagerServiceServicer_to_server(
         GManagerServicer(view, changed, time.monotonic, config.watch_interval_s, office, planning), server
     )
     await server.start()
+    metrics.start()
 
     etcd = EtcdClient(config.etcd, config.etcd_tls)
     membership = Membership(etcd, config.cluster)
@@ -96,6 +110,7 @@ async def serve(config: GManagerConfig) -> None:
         await server.stop(grace=0)
         await orders.close()
         await etcd.close()
+        await metrics.close()
         await health.close()
         logger.info("stopped")
 

@@ -45,6 +45,7 @@ class GManagerConfig:
         plan_interval_s: from the end of one plan to the next.
         policy: what the planner may do, and for how much.
         health_listen: host:port for Kubernetes' probes.
+        metrics_listen: host:port that serves /metrics over HTTP; port 0 takes a free one.
         kubernetes: keep the deletion costs of the daemons' pods; None: there is no Kubernetes, or nothing scales.
         tls: identity on gRPC.
         etcd_tls: towards etcd.
@@ -62,6 +63,7 @@ class GManagerConfig:
     plan_interval_s: float = 1.0
     policy: PlannerPolicy = field(default_factory=PlannerPolicy)
     health_listen: str | None = None
+    metrics_listen: str | None = None
     kubernetes: KubernetesConfig | None = None
     tls: MutualTls | None = None
     etcd_tls: TlsConfig | None = None

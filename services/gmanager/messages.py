@@ -12,7 +12,6 @@ from services.core.placement import (
     MoveEnd,
     MoveReport,
     PlacementEntry,
-    PoolStats,
     Report,
     RunningRequest,
     Timings,
@@ -23,6 +22,7 @@ from services.core.timings import HostingTiming, RemoteTiming, StepTiming
 from services.gmanager.move_book import MoveRecord
 from services.gmanager.planning import PlanSummary
 from services.gmanager.view import InstanceInfo, KvDaemonInfo, RequestInfo
+from services.rmanager.gmanager_client import stats_from_proto, stats_to_proto
 
 
 def heartbeat_from_proto(message: gmanager_pb2.HeartbeatRequest) -> Heartbeat:
@@ -36,7 +36,7 @@ def heartbeat_from_proto(message: gmanager_pb2.HeartbeatRequest) -> Heartbeat:
         report = _instance_report(message.instance)
     elif kind == "kvdaemon":
         geometry = geometry_from_proto(message.kvdaemon.geometry) if message.kvdaemon.HasField("geometry") else None
-        report = KvDaemonReport(_stats(message.kvdaemon.stats), geometry)
+        report = KvDaemonReport(stats_from_proto(message.kvdaemon.stats), geometry)
     return Heartbeat(message.member, message.sequence, message.full, report, _timings(message))
 
 
@@ -116,19 +116,6 @@ def _timings(message: gmanager_pb2.HeartbeatRequest) -> Timings:
     )
 
 
-def _stats(stats: pool_pb2.PoolStats) -> PoolStats:
-    return PoolStats(
-        pool_bytes=stats.pool_bytes,
-        block_bytes=stats.block_bytes,
-        total=stats.total,
-        free=stats.free,
-        cached=stats.cached,
-        workspace=stats.workspace,
-        reserved=stats.reserved,
-        in_use=stats.in_use,
-    )
-
-
 def instance_to_proto(info: InstanceInfo, step_error: float | None = None) -> gmanager_pb2.InstanceView:
     hint = info.hint
     return gmanager_pb2.InstanceView(
@@ -151,18 +138,7 @@ def kvdaemon_to_proto(info: KvDaemonInfo) -> gmanager_pb2.KvDaemonView:
         kvdaemon_id=info.member.member_id, address=info.member.address, heartbeat_age_s=info.heartbeat_age_s
     )
     if info.stats is not None:
-        view.stats.CopyFrom(
-            pool_pb2.PoolStats(
-                pool_bytes=info.stats.pool_bytes,
-                block_bytes=info.stats.block_bytes,
-                total=info.stats.total,
-                free=info.stats.free,
-                cached=info.stats.cached,
-                workspace=info.stats.workspace,
-                reserved=info.stats.reserved,
-                in_use=info.stats.in_use,
-            )
-        )
+        view.stats.CopyFrom(stats_to_proto(info.stats))
     return view
 
 

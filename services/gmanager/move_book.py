@@ -9,9 +9,9 @@ Whatever else happens to them in that time is in it as well; only over many move
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from services.core.placement import MoveEnd, MoveReport
 from services.gmanager.output_rate import OutputRates
@@ -56,6 +56,14 @@ class MoveRecord:
         return self.state in (PLANNED, MOVING)
 
 
+@dataclass(frozen=True, slots=True)
+class MoveTotals:
+    """All moves that have ended: their number by (kind, end), and the blocks they have moved by kind."""
+
+    moves: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    blocks: Mapping[str, int] = field(default_factory=dict)
+
+
 class MoveBook:
     """All moves of one leader; ``now`` is of one monotonic clock."""
 
@@ -64,6 +72,12 @@ class MoveBook:
         self._active: dict[str, MoveRecord] = {}
         self._ended: deque[MoveRecord] = deque(maxlen=_REMEMBERED)
         self._moved_at: dict[str, float] = {}
+        self._moves: Counter[tuple[str, str]] = Counter()
+        self._blocks: Counter[str] = Counter()
+
+    @property
+    def totals(self) -> MoveTotals:
+        return MoveTotals(self._moves, self._blocks)
 
     @property
     def records(self) -> tuple[MoveRecord, ...]:
@@ -136,5 +150,7 @@ class MoveBook:
         state = state.value if isinstance(state, MoveEnd) else state
         ended = replace(record, state=state, moved_blocks=blocks, seconds=seconds, ended_at=now)
         self._ended.append(ended)
+        self._moves[record.move.kind, state] += 1
+        self._blocks[record.move.kind] += blocks
         self._moved_at[record.move.request_id] = now
         return ended

@@ -41,6 +41,9 @@ class Office:
     Args:
         member: this process, as it stands for election.
         stepped_down: called when another one leads from now on.
+
+    Attributes:
+        leader_changes: times that a leader was observed that led after the one before.
     """
 
     def __init__(self, member: Member, stepped_down: Callable[[], None]) -> None:
@@ -49,6 +52,8 @@ class Office:
         self._stepped_down = stepped_down
         self._reign: Reign | None = None
         self._leader: Leader | None = None  # as observed last
+        self._latest_token = 0  # of all leaders observed
+        self.leader_changes = 0
 
     @property
     def serving(self) -> bool:
@@ -78,6 +83,9 @@ class Office:
     def observed(self, leader: Leader | None) -> None:
         """Who leads, by etcd's word, which may come late: one that led before us is no reason to step down."""
         self._leader = leader
+        if leader is not None and leader.fencing_token > self._latest_token:
+            self.leader_changes += self._latest_token > 0
+            self._latest_token = leader.fencing_token
         if self._reign is None or leader is None or leader.value == self._value:
             return
         if leader.fencing_token > self._reign.fencing_token or not self._reign.held:

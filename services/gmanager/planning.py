@@ -18,7 +18,7 @@ from services.core.errors import InfiniteLLMError
 from services.core.placement import AdmissionHint, BlockCount, Heartbeat, InstanceReport
 from services.gmanager.instance_client import MoveAnswer, MoveOrder
 from services.gmanager.learning import Learning
-from services.gmanager.move_book import NOT_LEADER, UNREACHABLE, MoveBook, MoveRecord
+from services.gmanager.move_book import NOT_LEADER, UNREACHABLE, MoveBook, MoveRecord, MoveTotals
 from services.gmanager.office import Office
 from services.gmanager.planner.load import ClusterLoad
 from services.gmanager.planner.plan import Move, Plan
@@ -59,6 +59,10 @@ class Planning(Protocol):
         """The latest moves, oldest first."""
 
     @property
+    def totals(self) -> MoveTotals:
+        """Of all moves since this gManager leads."""
+
+    @property
     def summary(self) -> PlanSummary | None:
         """Of the planner; None where it is off."""
 
@@ -93,6 +97,10 @@ class NoPlanning:
         return ()
 
     @property
+    def totals(self) -> MoveTotals:
+        return MoveTotals()
+
+    @property
     def summary(self) -> PlanSummary | None:
         return None
 
@@ -103,6 +111,7 @@ class ActivePlanning:
     Args:
         clock: monotonic seconds, the ``now`` of the view.
         interval_s: from the end of one plan to the next.
+        took: is told how long each plan took, in seconds.
     """
 
     def __init__(
@@ -113,6 +122,7 @@ class ActivePlanning:
         policy: PlannerPolicy,
         clock: Callable[[], float],
         interval_s: float,
+        took: Callable[[float], object] = lambda _: None,
     ) -> None:
         self._view = view
         self._office = office
@@ -120,6 +130,7 @@ class ActivePlanning:
         self._policy = policy
         self._clock = clock
         self._interval_s = interval_s
+        self._took = took
         self.forget()
 
     def forget(self) -> None:
@@ -132,6 +143,10 @@ class ActivePlanning:
     @property
     def moves(self) -> tuple[MoveRecord, ...]:
         return self._book.records
+
+    @property
+    def totals(self) -> MoveTotals:
+        return self._book.totals
 
     @property
     def summary(self) -> PlanSummary | None:
@@ -186,6 +201,7 @@ class ActivePlanning:
 
         load, made = await asyncio.to_thread(make)  # for thousands of instances it takes as long as many heartbeats
         took_s = self._clock() - now
+        self._took(took_s)
         if self._office.fencing_token is not None:
             unmet = tuple(f"{entry.instance_id}: {entry.reason}" for entry in made.unmet)
             self._summary = PlanSummary(self._summary.plans + 1, made.throughput, made.planned_throughput, unmet)

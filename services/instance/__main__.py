@@ -23,6 +23,8 @@ from services.instance.assembly import assemble, size_workspace
 from services.instance.config import InstanceConfig
 from services.instance.control import Stop
 from services.instance.engine import Engine
+from services.instance.engine_metrics import EngineMetrics
+from services.instance.metrics import InstanceState
 from services.instance.model import Model, load_model
 from services.instance.passes.apply import apply_passes
 from services.instance.probe import probe
@@ -37,6 +39,8 @@ from services.runtime.grpc_server import bind, make_server
 from services.runtime.health import HealthPort
 from services.runtime.logs import setup_logging
 from services.runtime.membership import Member, Membership
+from services.runtime.metrics_port import MetricsPort, make_registry
+from services.runtime.vllm_names import with_vllm_names
 
 _log = logging.getLogger("services.instance")
 
@@ -78,7 +82,22 @@ async def serve(config: InstanceConfig, model: Model) -> None:
         raise ConfigError(
             f"the pool of kvdaemon {config.local_kvdaemon_id} has no room for this instance's {size.blocks} work blocks"
         )
-    parts = assemble(config, model, local, pool, workspace, size.max_num_seqs, gmanager, servicer.publish, _end)
+    registry = make_registry()
+    parts = assemble(
+        config,
+        model,
+        local,
+        pool,
+        workspace,
+        size.max_num_seqs,
+        gmanager,
+        servicer.publish,
+        _end,
+        EngineMetrics(registry),
+    )
+    registry.register(InstanceState(config.member_id, parts.board, parts.peers, local))
+    served = with_vllm_names(registry, model.shape.name) if config.vllm_metric_names else registry
+    metrics = MetricsPort(config.metrics_listen, served, config.allow_insecure)
     thread = threading.Thread(target=_run, args=(parts.engine,), name="engine", daemon=True)
     thread.start()
     servicer.serve(parts.engine, parts.rmanager.moves)
@@ -86,6 +105,7 @@ async def serve(config: InstanceConfig, model: Model) -> None:
     add_InstanceServiceServicer_to_server(servicer, server)
     address = bind(server, config.listen, tls=config.tls, allow_insecure=config.allow_insecure)
     await server.start()
+    metrics.start()
     heartbeat = HeartbeatSender(
         f"instance/{config.member_id}",
         locator,
@@ -104,6 +124,7 @@ async def serve(config: InstanceConfig, model: Model) -> None:
             max_model_len=model.shape.max_model_len,
             local_kvdaemon_id=config.local_kvdaemon_id,
             epoch=time.time_ns(),
+            metrics_address=metrics.address,
         )
     )
     health = HealthPort(
@@ -127,6 +148,7 @@ async def serve(config: InstanceConfig, model: Model) -> None:
     await gmanager.close()
     await locator.close()
     await etcd.close()
+    await metrics.close()
     await health.close()
 
 

@@ -19,6 +19,7 @@ from services.instance.config import InstanceConfig
 from services.instance.control import Order
 from services.instance.dist_attention import DistAttention
 from services.instance.engine import Engine
+from services.instance.engine_metrics import EngineMetrics
 from services.instance.memory import BlockMemory
 from services.instance.model import Model
 from services.instance.outputs import EngineSnapshot, Output
@@ -112,6 +113,7 @@ class Assembly:
     engine: Engine
     rmanager: RManager
     board: SnapshotBoard
+    peers: PeerSet
 
 
 def assemble(
@@ -124,6 +126,7 @@ def assemble(
     gmanager: GManagerClient,
     publish: Callable[[list[Output]], None],
     on_fatal: Callable[[str], None],
+    metrics: EngineMetrics,
 ) -> Assembly:
     """Builds engine and rManager; called on the event loop. The engine does not run yet."""
     shape = model.shape
@@ -154,13 +157,13 @@ def assemble(
     )
     scheduler = Scheduler(max_num_seqs, config.max_batch_tokens, config.mixed_step_s)
     board = SnapshotBoard(local.kvdaemon_id, max_num_seqs)
-    engine = Engine(model, attention, remote, peers, memory, scheduler, desk, publish, board.put)
+    engine = Engine(model, attention, remote, peers, memory, scheduler, desk, publish, board.put, metrics)
     settings = RManagerSettings(
         config.member_id, geometry, config.transport, len(workspace), config.call_timeout_s, config.tls
     )
     rmanager = desk.rmanager = RManager(settings, local, gmanager, peers, engine.post, on_fatal)
     board.moves = lambda: rmanager.moves.reports
-    return Assembly(engine, rmanager, board)
+    return Assembly(engine, rmanager, board, peers)
 
 
 def _limits(config: InstanceConfig, model: Model, geometry: PoolGeometry) -> tuple[int, Limits]:

@@ -42,6 +42,8 @@ class InstanceConfig:
         startup_timeout_s: how long to wait for the local daemon at start.
         heartbeat_interval_s: between reports to the gManager.
         health_listen: host:port for Kubernetes' probes.
+        metrics_listen: host:port that serves /metrics over HTTP; port 0 takes a free one.
+        vllm_metric_names: serve the core metrics under vLLM's names as well.
         stall_timeout_s: an engine that has finished no step for so long is stuck; longer than any step may take.
         tls: identity on gRPC.
         etcd_tls: towards etcd.
@@ -71,6 +73,8 @@ class InstanceConfig:
     startup_timeout_s: float = 60.0
     heartbeat_interval_s: float = 0.25
     health_listen: str | None = None
+    metrics_listen: str | None = None
+    vllm_metric_names: bool = False
     stall_timeout_s: float = 300.0
     tls: MutualTls | None = None
     etcd_tls: TlsConfig | None = None

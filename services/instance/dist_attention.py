@@ -110,7 +110,7 @@ class DistAttention(AttentionContext):
         local_ended = time.perf_counter()
         if remote is not None:
             remote.collect(out, lse)
-        self.times.add(time.perf_counter() - begun, local_ended - local_begun)
+        self.times.add(time.perf_counter() - begun, local_ended - local_begun, local_begun - begun)
         if sinks is not None:
             self._kernels.merge_sinks(out, lse, sinks)
         if value_dim < self._head_dim:

@@ -14,6 +14,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from prometheus_client import CollectorRegistry
+
 from services.core.errors import PeerLostError, TransferTimeoutError
 from services.core.placement import MOST_WAITING_TOLD, RunningRequest, WaitingRequest
 from services.core.sequence import RequestAge, Sequence, SequenceState
@@ -40,6 +42,7 @@ from services.instance.control import (
     Submit,
 )
 from services.instance.dist_attention import DistAttention
+from services.instance.engine_metrics import EngineMetrics
 from services.instance.memory import BlockMemory
 from services.instance.model import Model
 from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, Output, ProgressOutput, TokenOutput
@@ -63,6 +66,7 @@ class Engine:
     Args:
         publish: gets all outputs of a step at once; called by the engine thread, must not block.
         publish_snapshot: gets a new snapshot after a change, at most every few steps; likewise.
+        metrics: what the engine counts; None where nobody asks.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Engine:
         control: Control,
         publish: Callable[[list[Output]], None],
         publish_snapshot: Callable[[EngineSnapshot], None],
+        metrics: EngineMetrics | None = None,
     ) -> None:
         self._model = model
         self._attention = attention
@@ -86,6 +91,7 @@ class Engine:
         self._control = control
         self._publish = publish
         self._publish_snapshot = publish_snapshot
+        self._metrics = metrics or EngineMetrics(CollectorRegistry())
         self._inbox: deque[EngineEvent] = deque()
         self._sequences: dict[str, Sequence] = {}
         self._reserving: dict[int, Sequence] = {}  # by attempt
@@ -135,6 +141,7 @@ class Engine:
             logits = self._model.forward(batch.token_ids, batch.positions, batch.logit_rows, batch.long_rows)
         except (PeerLostError, TransferTimeoutError) as error:
             _log.warning("step discarded", extra={"step": self._steps, "why": str(error)})
+            self._metrics.discarded_step()
             return
         sampled = [item for item in scheduled if item.samples]
         samples = iter(
@@ -157,6 +164,7 @@ class Engine:
         step_s = time.perf_counter() - begun
         self._scheduler.took(scheduled, step_s)
         self.timings.add(scheduled, tables, step_s, self._attention.times, self._remote.answers)
+        self._metrics.step(scheduled, step_s, self._attention.times, self._remote.merge_s)
 
     def _counts_of(self, sequence: Sequence) -> TokenCounts | None:
         """Of the tokens so far, for a request whose draws depend on them."""
@@ -283,6 +291,7 @@ class Engine:
             _log.info("request preempted", extra={"request_id": youngest.request_id, "tokens": len(youngest.tokens)})
             self._memory.release(youngest)
             self._scheduler.preempt(youngest)
+            self._metrics.preempted("memory")
             self._stuck_since = None
             self._reserve_at = now + _YIELD_S
 
@@ -302,6 +311,7 @@ class Engine:
             for sequence in affected:
                 self._memory.release(sequence)
                 self._scheduler.preempt(sequence)
+                self._metrics.preempted("kvdaemon_lost")
 
     # ------------------------------------------------------------ events
 

@@ -56,6 +56,7 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Its blocks are gone: it waits again, at its age, and is computed anew."""
         self.running.remove(sequence)
+        sequence.computed_before = max(sequence.computed_before, sequence.computed)
         sequence.computed = 0
         self.add(sequence)
 

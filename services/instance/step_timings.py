@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from services.core.timings import RemoteTiming, StepTiming
-from services.dataplane.remote_attention import AnswerTimes
+from services.dataplane.peers import AnswerTimes
 from services.instance.scheduler import Scheduled
 from services.rmanager.block_table import BlockTable
 
@@ -20,18 +20,21 @@ _MOST_KINDS = 8  # of steps between two heartbeats
 
 @dataclass(slots=True)
 class AttentionTimes:
-    """A step's attention, summed over layers, in seconds; see ``StepTiming``."""
+    """A step's attention, summed over layers, in seconds; see ``StepTiming``. ``send_s``: part of it, before the own
+    pool's kernel."""
 
     attention_s: float = 0.0
     local_attention_s: float = 0.0
+    send_s: float = 0.0
 
-    def add(self, attention_s: float, local_attention_s: float) -> None:
+    def add(self, attention_s: float, local_attention_s: float, send_s: float = 0.0) -> None:
         """Takes in one layer."""
         self.attention_s += attention_s
         self.local_attention_s += local_attention_s
+        self.send_s += send_s
 
     def reset(self) -> None:
-        self.attention_s = self.local_attention_s = 0.0
+        self.attention_s = self.local_attention_s = self.send_s = 0.0
 
 
 @dataclass(slots=True)

@@ -27,6 +27,7 @@ from services.dataplane.kv_pool import KvPool
 from services.dataplane.pool_socket import PoolSocketServer
 from services.dataplane.select import listening_transport
 from services.kvdaemon.config import KvDaemonConfig
+from services.kvdaemon.metrics import DaemonState
 from services.kvdaemon.pool_view import PoolView
 from services.kvdaemon.server import KvDaemonServicer, SessionTerms
 from services.kvdaemon.sessions import Sessions, SharedLedger
@@ -40,6 +41,7 @@ from services.runtime.grpc_server import bind, make_server
 from services.runtime.health import HealthPort
 from services.runtime.logs import setup_logging
 from services.runtime.membership import Member, Membership
+from services.runtime.metrics_port import MetricsPort, make_registry
 
 _log = logging.getLogger("services.kvdaemon")
 _STOP_TIMEOUT_S = 5.0
@@ -76,11 +78,15 @@ async def serve(config: KvDaemonConfig) -> None:
     server = make_server(config.tls)
     add_KvDaemonServiceServicer_to_server(KvDaemonServicer(shared, sessions, terms), server)
     address = bind(server, config.listen, tls=config.tls, allow_insecure=config.allow_insecure)
+    registry = make_registry()
+    registry.register(DaemonState(config.member_id, shared, worker))
+    metrics = MetricsPort(config.metrics_listen, registry, config.allow_insecure)
 
     thread = threading.Thread(target=_run, args=(worker,), name="worker", daemon=True)
     thread.start()
     pool_socket.start()
     await server.start()
+    metrics.start()
     etcd = EtcdClient(config.etcd, config.etcd_tls)
     membership = Membership(etcd, config.cluster)
     locator = GManagerLocator(membership)
@@ -94,7 +100,13 @@ async def serve(config: KvDaemonConfig) -> None:
     )
     heartbeat.start()
     registration = await membership.register(
-        Member(kind="kvdaemon", member_id=config.member_id, address=address, epoch=time.time_ns())
+        Member(
+            kind="kvdaemon",
+            member_id=config.member_id,
+            address=address,
+            epoch=time.time_ns(),
+            metrics_address=metrics.address,
+        )
     )
     health = HealthPort(
         config.health_listen,
@@ -117,6 +129,7 @@ async def serve(config: KvDaemonConfig) -> None:
     await asyncio.to_thread(thread.join, _STOP_TIMEOUT_S)
     pool_socket.close()
     pool.close()
+    await metrics.close()
     await health.close()
 
 

@@ -27,6 +27,7 @@ class KvDaemonConfig:
         dataplane_advertise: numeric host that peers of the tcp data plane are told, where it is another than that of
             ``dataplane_listen``.
         health_listen: host:port for Kubernetes' probes.
+        metrics_listen: host:port that serves /metrics over HTTP; port 0 takes a free one.
         stall_timeout_s: a worker thread that has finished no round of its loop for so long is stuck.
         tls: identity on gRPC.
         etcd_tls: towards etcd.
@@ -47,6 +48,7 @@ class KvDaemonConfig:
     dataplane_listen: str = "127.0.0.1:0"
     dataplane_advertise: str | None = None
     health_listen: str | None = None
+    metrics_listen: str | None = None
     stall_timeout_s: float = 120.0
     tls: MutualTls | None = None
     etcd_tls: TlsConfig | None = None

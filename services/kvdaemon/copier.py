@@ -14,13 +14,14 @@ import contextlib
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from services.core.blocks import BlockHandle
 from services.core.errors import ConfigError, InfiniteLLMError, InvalidRequestError, PeerLostError
 from services.dataplane import wire
-from services.dataplane.transport import Connection, Limits, Message, Transport
+from services.dataplane.transport import Buffer, Connection, Limits, Message, Transport
 from services.dataplane.wire import CopyOrder, Header, Hello, Kind, Role
 from services.kvdaemon.pool_view import PoolView
 from services.kvdaemon.sessions import SharedLedger
@@ -31,10 +32,20 @@ _LINGER_S = 10.0  # a lane without work is kept so long
 _SMALLEST_MESSAGE_BYTES = 4096  # refusals must fit as well
 
 
+class Client(Protocol):
+    """Who orders copies, and is answered."""
+
+    def send(self, parts: Sequence[Buffer]) -> None:
+        """
+        Raises:
+            PeerLostError: it is gone.
+        """
+
+
 class _Job(NamedTuple):
     """One COPY."""
 
-    client: Connection
+    client: Client
     session_id: int  # of the client, here
     header: Header
     order: CopyOrder
@@ -75,8 +86,8 @@ class Copier:
     def owns(self, connection: Connection) -> bool:
         return connection in self._by_connection
 
-    def order(self, client: Connection, session_id: int, header: Header, payload: memoryview) -> None:
-        """Takes a COPY of a client; the answer follows on the client's connection.
+    def order(self, client: Client, session_id: int, header: Header, payload: memoryview) -> None:
+        """Takes a COPY of a client, which is sent the answer when there is one.
 
         Raises:
             InvalidRequestError: it is not written as it should be.
@@ -96,7 +107,7 @@ class Copier:
                 return
         lane.waiting.append(job)
 
-    def forget(self, client: Connection) -> None:
+    def forget(self, client: Client) -> None:
         """The client is gone: what it has ordered and waits is dropped."""
         for lane in self._lanes.values():
             lane.waiting = deque(job for job in lane.waiting if job.client is not client)

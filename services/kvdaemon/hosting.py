@@ -1,4 +1,4 @@
-"""What a daemon computes for others, for the gManager's cost model: sums, until a heartbeat asks."""
+"""What a daemon computes for others: for the gManager's cost model sums until a heartbeat asks, and all in all."""
 
 from __future__ import annotations
 
@@ -8,13 +8,24 @@ from services.core.timings import HostingTiming
 
 
 class Hosting:
-    """Filled by the worker thread, emptied by the asyncio thread."""
+    """Filled by the worker thread, emptied by the asyncio thread.
+
+    Attributes:
+        queries, queries_s: all queries ever, with prefill rows or without, and the seconds in the kernel.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._messages = 0
         self._context_tokens = 0.0
         self._compute_s = 0.0
+        self.queries = 0
+        self.queries_s = 0.0
+
+    def answered(self, compute_s: float) -> None:
+        """Takes in any query."""
+        self.queries += 1
+        self.queries_s += compute_s
 
     def add(self, context_tokens: float, compute_s: float) -> None:
         """Takes in one query without prefill rows.

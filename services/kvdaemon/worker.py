@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,13 +26,14 @@ from services.core.errors import (
     StaleGenerationError,
 )
 from services.dataplane import wire
-from services.dataplane.transport import Accepted, Connected, Connection, Lost, Message, Received, Transport
+from services.dataplane.transport import Accepted, Buffer, Connected, Connection, Lost, Message, Received, Transport
 from services.dataplane.wire import Header, Kind, Role
 from services.kvdaemon.copier import Copier
 from services.kvdaemon.hosting import Hosting
 from services.kvdaemon.pool_view import PoolView
 from services.kvdaemon.segments import SegmentTable, StepPlan
 from services.kvdaemon.sessions import SharedLedger
+from services.kvdaemon.traffic import InstanceTraffic, Traffic
 from services.rmanager.ledger import Ledger
 
 _log = logging.getLogger(__name__)
@@ -46,8 +48,17 @@ class _Client:
     connection: Connection
     session_id: int
     role: Role
+    traffic: InstanceTraffic
     segments: SegmentTable = field(default_factory=SegmentTable)
     plan: StepPlan | None = None
+
+    def send(self, parts: Sequence[Buffer]) -> None:
+        """
+        Raises:
+            PeerLostError: the connection has ended.
+        """
+        self.connection.send(parts)
+        self.traffic.sent_bytes += sum(memoryview(part).nbytes for part in parts)
 
 
 class Worker:
@@ -62,6 +73,7 @@ class Worker:
         self._sessions_ended = False
         self._stopped = False
         self.hosting = Hosting()
+        self.traffic = Traffic()
         self.round_at = time.monotonic()  # when the loop went round last; read by other threads
 
     def sessions_ended(self) -> None:
@@ -98,11 +110,12 @@ class Worker:
         try:
             session_id, role = wire.unpack_hello(hello)
             with self._shared as ledger:
-                _check_open(ledger, session_id)
+                instance_id = ledger.instance_of(session_id)
         except InfiniteLLMError as error:
             self._refuse(connection, Header(Kind.REFUSED), f"{error.reason}: {error}")
             return
-        self._clients[connection] = _Client(connection, session_id, role)
+        traffic = self.traffic.begin(instance_id, connection.peer.partition(":")[0])
+        self._clients[connection] = _Client(connection, session_id, role, traffic)
         _log.info(
             "data connection accepted",
             extra={"peer": connection.peer, "session": hex(session_id), "role": role.name.lower()},
@@ -111,8 +124,7 @@ class Worker:
     def _lost(self, connection: Connection, reason: str) -> None:
         if self._copier.owns(connection):
             self._copier.lost(connection, reason)
-        elif self._clients.pop(connection, None) is not None:
-            self._copier.forget(connection)
+        elif self._forget(connection):
             _log.info("data connection lost", extra={"peer": connection.peer, "why": reason})
 
     def _receive(self, connection: Connection, message: Message) -> None:
@@ -124,6 +136,7 @@ class Worker:
         if client is None:  # closed while this event was on its way
             message.release()
             return
+        client.traffic.received_bytes += len(message.data)
         header = Header(Kind.REFUSED)
         try:
             header, payload = wire.unpack(message.data)
@@ -139,7 +152,7 @@ class Worker:
                 case Kind.FILL_BLOCK:
                     self._fill_block(client, header, payload, message)
                 case Kind.COPY:
-                    self._copier.order(connection, client.session_id, header, payload)
+                    self._copier.order(client, client.session_id, header, payload)
                 case Kind.FORGET:
                     client.segments.forget(wire.unpack_handles(header.rows, payload))
                 case _:
@@ -165,8 +178,10 @@ class Worker:
         self._enter(client)
         begun = time.perf_counter()
         out, lse = self._pool.attend(header, payload, client.plan, client.connection.limits.max_message_bytes)
+        compute_s = time.perf_counter() - begun
+        self.hosting.answered(compute_s)
         if client.plan.attention.max_query_len == 1:
-            self.hosting.add(self._pool.context_tokens(client.plan), time.perf_counter() - begun)
+            self.hosting.add(self._pool.context_tokens(client.plan), compute_s)
         with self._shared as ledger:
             _check_open(ledger, client.session_id)
         answer = Header(
@@ -180,7 +195,7 @@ class Worker:
             dtype=header.out_dtype,
         )
         message.release()
-        client.connection.send([answer.pack(), out, lse])
+        client.send([answer.pack(), out, lse])
 
     def _write_block(self, client: _Client, header: Header, payload: memoryview, message: Message) -> None:
         block_bytes = self._enter(client)
@@ -191,9 +206,7 @@ class Worker:
         with self._shared as ledger:
             sealed = ledger.finish_write(client.session_id, header.block, key)
         message.release()
-        client.connection.send(
-            [Header(Kind.BLOCK_SEALED, sequence=header.sequence, step=header.step, block=sealed).pack()]
-        )
+        client.send([Header(Kind.BLOCK_SEALED, sequence=header.sequence, step=header.step, block=sealed).pack()])
 
     def _fill_block(self, client: _Client, header: Header, payload: memoryview, message: Message) -> None:
         block_bytes = self._enter(client)
@@ -205,7 +218,7 @@ class Worker:
         with self._shared as ledger:
             ledger.finish_write(client.session_id, header.block, None)
         message.release()
-        client.connection.send([Header(Kind.BLOCK_FILLED, sequence=header.sequence, block=header.block).pack()])
+        client.send([Header(Kind.BLOCK_FILLED, sequence=header.sequence, block=header.block).pack()])
 
     def _enter(self, client: _Client) -> int:
         """Looks at the pool as the client's session does, and answers the bytes of a block.
@@ -246,8 +259,15 @@ class Worker:
         with contextlib.suppress(PeerLostError, ValueError):  # it is gone, or takes no message of this length
             connection.send([answer.pack(), reason.encode()])
         connection.close()
-        self._clients.pop(connection, None)
-        self._copier.forget(connection)
+        self._forget(connection)
+
+    def _forget(self, connection: Connection) -> bool:
+        """Answers whether it was a client's."""
+        client = self._clients.pop(connection, None)
+        if client is not None:
+            self.traffic.end(client.traffic)
+            self._copier.forget(client)
+        return client is not None
 
 
 def _check_open(ledger: Ledger, session_id: int) -> None:

@@ -78,6 +78,8 @@ def make_plan(options: ClusterOptions, checkpoint: CheckpointInfo, around: Surro
     redis_url = f"redis://127.0.0.1:{around.redis_port}/0"
 
     def service(kind: Literal["gmanager", "kvdaemon", "instance", "gateway"], name: str, **keys: object) -> ProcessSpec:
+        if kind != "gateway":  # it serves its metrics where it serves HTTP
+            keys["metrics_listen"] = "127.0.0.1:0"
         config = {**common, "member_id": name, **keys, **options.overlay.get(kind, {})}
         argv = (around.python, "-m", f"services.{kind}", "--config", str(around.configs / f"{name}.yaml"))
         return ProcessSpec(name, kind, argv, config, restart=True)

@@ -31,6 +31,7 @@ def print_addresses(cluster: LocalCluster, console: Console) -> None:
     console.line(f"HTTP    http://{cluster.http_address}/v1/completions")
     console.line(f"gRPC    {cluster.grpc_address} (infinitellm.v1)")
     console.line(f"status  infinite-llm status --grpc-port {grpc_port}")
+    console.line(f"metrics http://{cluster.http_address}/metrics, and everybody's by /metrics/targets (http_sd)")
     console.line(f"logs    {cluster.run.logs}")
 
 

@@ -22,7 +22,8 @@ from infinitellm.internal.v1 import kvdaemon_pb2_grpc as rpc
 from infinitellm.internal.v1 import pool_pb2
 from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, PoolGeometry
 from services.core.errors import InfiniteLLMError, PeerLostError, PoolExhaustedError
-from services.rmanager.gmanager_client import geometry_to_proto
+from services.core.placement import PoolStats
+from services.rmanager.gmanager_client import geometry_to_proto, stats_from_proto
 from services.runtime.grpc_channel import call_was_given_up, error_from_rpc, make_channel
 from services.runtime.tls import MutualTls
 
@@ -81,6 +82,7 @@ class DaemonSession:
         self._task: asyncio.Task[None] | None = None
         self._lost = False
         self.opened: Opened
+        self.pool: PoolStats | None = None  # as the latest pong said
 
     async def open(self) -> Opened:
         """Asks for the session.
@@ -213,6 +215,8 @@ class DaemonSession:
                     interval, timeout = opened.ping_interval_s, opened.session_timeout_s
                     if not granted.done():
                         granted.set_result(opened)
+                else:
+                    self.pool = stats_from_proto(response.pong.stats)
         except TimeoutError:
             reason = f"silent for {timeout:g} s"
         except grpc.aio.AioRpcError as error:

@@ -201,6 +201,19 @@ def geometry_to_proto(geometry: PoolGeometry) -> pool_pb2.PoolGeometry:
     )
 
 
+def stats_from_proto(stats: pool_pb2.PoolStats) -> PoolStats:
+    return PoolStats(
+        pool_bytes=stats.pool_bytes,
+        block_bytes=stats.block_bytes,
+        total=stats.total,
+        free=stats.free,
+        cached=stats.cached,
+        workspace=stats.workspace,
+        reserved=stats.reserved,
+        in_use=stats.in_use,
+    )
+
+
 def stats_to_proto(stats: PoolStats) -> pool_pb2.PoolStats:
     return pool_pb2.PoolStats(
         pool_bytes=stats.pool_bytes,

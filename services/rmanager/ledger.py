@@ -81,6 +81,22 @@ class Ledger:
     def open_sessions(self) -> int:
         return sum(holder.open for holder in self._holders.values())
 
+    def instance_of(self, session_id: int) -> str:
+        """Whose session it is.
+
+        Raises:
+            SessionRevokedError: the session is over.
+        """
+        return self._open_holder(session_id).session.instance_id
+
+    def lent(self) -> dict[str, int]:
+        """Blocks held by each instance that does not map the pool; one that several hold counts for each of them."""
+        return {
+            holder.session.instance_id: len(holder.holds)
+            for holder in self._holders.values()
+            if not holder.session.mapped
+        }
+
     def open_session(self, instance_id: str, epoch: int, geometry: PoolGeometry, mapped: bool) -> Session:
         """Opens a session. The instance's earlier session, of this or an older epoch, is revoked.
 

@@ -43,6 +43,7 @@ class Member:
         max_model_len: tokens an instance's sequence can have at most.
         local_kvdaemon_id: the daemon whose pool an instance maps.
         epoch: grows with every start of the same member; the larger epoch keeps the entry.
+        metrics_address: host:port that serves its metrics; empty where none does.
     """
 
     kind: Kind
@@ -52,6 +53,7 @@ class Member:
     max_model_len: int = 0
     local_kvdaemon_id: str = ""
     epoch: int = 0
+    metrics_address: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):

@@ -125,6 +125,9 @@ def test_a_redis_that_comes_back_gets_everything(redis_process: RedisProcess, ca
         redis_process.start()
         await until(lambda: record(redis_process, "r")[1] == list(range(600)), "everything is there")
         assert [message for message in caplog.messages if "is away" in message][1:] == []
+        stats = journal.stats
+        assert stats.failures > 0
+        assert (stats.dropped_entries, stats.queued_bytes) == (0, 0)
         await journal.close()
 
     asyncio.run(scenario())
@@ -145,6 +148,7 @@ def test_overflow_drops_the_oldest_and_says_so(redis_process: RedisProcess) -> N
         await until(lambda: record(redis_process, "new")[0].get(b"state") == b"length", "the new one is there")
         assert record(redis_process, "new")[1] == [9]
         assert record(redis_process, "old")[0][b"state"] == b"incomplete"
+        assert journal.stats.dropped_entries > 0
         await journal.close()
 
     asyncio.run(scenario())

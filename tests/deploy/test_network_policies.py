@@ -25,7 +25,12 @@ CONNECTIONS = {
     ("etcd", "etcd", 2380),
     *((name, "etcd", 2379) for name in ("gateway", "gmanager", "instance", "kvdaemon")),
 }
-MONITORING = {("", "prometheus", 9090), ("prometheus", "etcd", 2381)}
+SCRAPED = {("gmanager", 8083), ("instance", 8083), ("instance", 8084), ("kvdaemon", 8084), ("etcd", 2381)}
+MONITORING = {
+    ("", "prometheus", 9090),
+    ("prometheus", "gateway", 8000),  # as from anywhere; named as its egress must let it through
+    *(("prometheus", target, port) for target, port in SCRAPED),
+}
 
 
 def policies(documents: tuple[Document, ...], pod: Pod, direction: str) -> list[Document]:
@@ -72,7 +77,7 @@ def test_what_is_needed_is_let_through_and_nothing_else(name: str) -> None:
         for port in container["ports"]
         if not port["name"].endswith("health")  # probes come from the node
     }
-    assert {(target, port) for _, target, port in wanted} | {("etcd", 2381)} == ports
+    assert {(target, port) for _, target, port in wanted} | SCRAPED == ports
     open_ = {
         (source.name if source else "", target.name, port)
         for target_name, port in ports

@@ -11,6 +11,7 @@ import yaml
 from manifests import K8S, ROOT
 
 from services.core.blocks import PoolGeometry
+from services.runtime import metrics
 
 PAGE = (ROOT / "docs" / "operations.md").read_text()
 POOL_BYTES = 65536 << 20
@@ -37,6 +38,23 @@ def test_the_sizing_table() -> None:
         assert kib * 1024 * 64 == geometry.block_bytes
         assert tokens == POOL_BYTES // geometry.block_bytes * 64
         assert [for_1m, for_10m] == [math.ceil(wanted / tokens) for wanted in (1_000_000, 10_000_000)]
+
+
+def test_the_table_of_metrics() -> None:
+    """It is what services/runtime/metrics.py declares, in the same order."""
+    every = {"gateway", "gmanager", "instance", "kvdaemon"}
+    assert rows("metric") == [
+        [
+            f"`{spec.name}`",
+            spec.kind,
+            ", ".join(spec.labels),
+            "every process" if set(spec.services) == every else ", ".join(spec.services),
+            spec.help,
+        ]
+        for spec in metrics.ALL
+    ]
+    named = set(re.findall(r"infinite_llm_\w+", PAGE))
+    assert named == {spec.name for spec in metrics.ALL}
 
 
 def test_overlays_and_components_are_all_there() -> None:

@@ -76,6 +76,13 @@ def test_ports_are_those_of_the_configuration(loaded: list[tuple[Pod, Document, 
         listening = {split_address(config.health_listen)[1]}
         probed = {container[f"{kind}Probe"]["grpc"]["port"] for kind in ("startup", "liveness", "readiness")}
         assert probed == listening
+        if not isinstance(config, GatewayConfig):
+            assert config.metrics_listen is not None
+            host, port = split_address(config.metrics_listen)
+            assert host == "10.1.2.3"  # what Prometheus is told
+            (named,) = (port["containerPort"] for port in container["ports"] if port["name"].endswith("metrics"))
+            assert named == port
+            listening.add(port)
         if isinstance(config, GatewayConfig):
             listening |= {split_address(config.http_listen)[1], split_address(config.grpc_listen)[1]}
             assert config.advertise == f"10.1.2.3:{split_address(config.grpc_listen)[1]}"

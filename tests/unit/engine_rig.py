@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from engine_daemon import Daemon
+from prometheus_client import CollectorRegistry
 
 import kernels
 from services.core.blocks import BlockHandle, BlockKeySpace, BlockRef
@@ -46,6 +47,7 @@ from services.instance.control import (
 )
 from services.instance.dist_attention import DistAttention
 from services.instance.engine import Engine
+from services.instance.engine_metrics import EngineMetrics
 from services.instance.memory import BlockMemory
 from services.instance.model import load_model
 from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, Output, TokenOutput
@@ -83,8 +85,8 @@ class EngineRig:
         self.local = Daemon(hub, "local", geometry, local_blocks, mapped=True)
         self.lenders = [Daemon(hub, f"lender-{n}", geometry, blocks, False) for n, blocks in enumerate(lenders)]
         self._opened: set[str] = set()
-        peers = PeerSet(LoopbackTransport(hub, "instance"), LIMITS, query_room=1 << 20)
-        remote = RemoteAttention(peers, attention_kernels, dtype, timeout_s=20.0)
+        peers = self.peers = PeerSet(LoopbackTransport(hub, "instance"), LIMITS, query_room=1 << 20)
+        remote = self.remote = RemoteAttention(peers, attention_kernels, dtype, timeout_s=20.0)
         pool = self.local.pool.as_tensor(geometry)
         attention = DistAttention(attention_kernels, pool, remote)
         attention.attach_to(self.model.module)
@@ -106,8 +108,18 @@ class EngineRig:
         )
         scheduler = Scheduler(max_num_seqs, max_batch_tokens)
         self.outputs: list[Output] = []
+        self.registry = CollectorRegistry()
         self.engine = Engine(
-            self.model, attention, remote, peers, memory, scheduler, self, self.outputs.extend, self._take_snapshot
+            self.model,
+            attention,
+            remote,
+            peers,
+            memory,
+            scheduler,
+            self,
+            self.outputs.extend,
+            self._take_snapshot,
+            EngineMetrics(self.registry),
         )
         self.snapshot = EngineSnapshot()
         self.move_ends: dict[str, EndMove] = {}

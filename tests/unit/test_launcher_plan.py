@@ -89,6 +89,7 @@ def test_the_default_cluster() -> None:
         "link": None,
         "socket_dir": "/run/sockets",
         "num_threads": 1,
+        "metrics_listen": "127.0.0.1:0",
     }
     assert specs["instance-1"].config == {
         "cluster": "local",
@@ -103,6 +104,7 @@ def test_the_default_cluster() -> None:
         "socket_dir": "/run/sockets",
         "max_model_len": None,
         "num_threads": 1,
+        "metrics_listen": "127.0.0.1:0",
     }
     assert specs["gateway-0"].config == {
         "cluster": "local",
@@ -134,6 +136,7 @@ def test_several_gmanagers_stand_for_election() -> None:
         "etcd": ["127.0.0.1:1001"],
         "member_id": "gmanager-2",
         "listen": "127.0.0.1:0",
+        "metrics_listen": "127.0.0.1:0",
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 from services.core.blocks import BlockHandle, BlockRef
 from services.core.sequence import Request, SamplingParams, Sequence
 from services.core.timings import HostingTiming, RemoteTiming, StepTiming
-from services.dataplane.remote_attention import AnswerTimes
+from services.dataplane.peers import AnswerTimes
 from services.instance.scheduler import Scheduled
 from services.instance.step_timings import AttentionTimes, StepTimings
 from services.kvdaemon.hosting import Hosting

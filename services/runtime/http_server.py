@@ -23,14 +23,17 @@ class HttpServer:
     Args:
         listen: host:port; port 0 takes a free one.
         grace_s: how long ``close`` lets requests go on.
+        key: of ``listen`` in the configuration, for messages.
     Raises: ConfigError when the address is taken, or not loopback without ``allow_insecure``.
     """
 
-    def __init__(self, app: Starlette, listen: str, grace_s: float, allow_insecure: bool) -> None:
+    def __init__(
+        self, app: Starlette, listen: str, grace_s: float, allow_insecure: bool, key: str = "http_listen"
+    ) -> None:
         host, port = split_address(listen)
         if not allow_insecure and not is_loopback(host):
             raise ConfigError(
-                f"http_listen: refusing to listen on {listen} without TLS; listen on 127.0.0.1, or set allow_insecure "
+                f"{key}: refusing to listen on {listen} without TLS; listen on 127.0.0.1, or set allow_insecure "
                 "if the network is private"
             )
         try:
@@ -38,7 +41,7 @@ class HttpServer:
                 (host.strip("[]"), port), family=_family(host), backlog=BACKLOG, reuse_port=False
             )
         except OSError as exc:
-            raise ConfigError(f"http_listen: cannot listen on {listen}: {exc.strerror or exc}") from exc
+            raise ConfigError(f"{key}: cannot listen on {listen}: {exc.strerror or exc}") from exc
         self.address = f"{host}:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(
             app,
