@@ -1,4 +1,4 @@
-"""What the engine counts as it goes: a few observations a step, whatever the batch, the context and the daemons."""
+"""What the engine counts as it goes: a few observations a step, however long the contexts and however many daemons."""
 
 from __future__ import annotations
 
@@ -40,14 +40,19 @@ class EngineMetrics:
             step_s: from the round's beginning until the tokens were there.
             merge_s: of ``attention``, merging what daemons answered.
         """
-        tokens = sum(item.count for item in scheduled)
-        prefill = sum(item.count for item in scheduled if item.count > 1)
+        tokens = prefill = recomputed = 0
+        for item in scheduled:
+            tokens += item.count
+            if item.count > 1:
+                prefill += item.count
+            if item.sequence.computed_before:
+                recomputed += item.sequence.recomputed(item.count)
         self._steps["prefill" if prefill else "decode"].observe(step_s)
         self._batch_tokens.observe(tokens)
         self._batch_requests.observe(len(scheduled))
         self._computed["prefill"].inc(prefill)
         self._computed["decode"].inc(tokens - prefill)
-        self._recomputed.inc(sum(item.sequence.recomputed(item.count) for item in scheduled))
+        self._recomputed.inc(recomputed)
         remote_s = attention.attention_s - attention.local_attention_s - attention.send_s - merge_s
         self._parts["non_attention"].inc(max(0.0, step_s - attention.attention_s))
         self._parts["send"].inc(attention.send_s)

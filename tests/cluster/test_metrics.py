@@ -82,21 +82,21 @@ class Run:
         self.requests += 1
 
     def look_at_pairs(self) -> bool:
-        """Takes note of a moment at which nothing changed between two looks at /status."""
-        before = self.cluster.placements()
+        """Scrapes, and waits for /status to say the same: it hears of blocks that have moved a moment later."""
         self.busy = scrape(self.cluster)
-        if not before or before != self.cluster.placements():
-            return False
-        (where,) = before
-        named = "infinite_llm_borrowed_blocks", "infinite_llm_lent_blocks"
-        borrowed, lent = (
-            self.busy[member].by("kvdaemon_id", name) for member, name in zip((INSTANCE, LENDER), named, strict=True)
-        )
-        self.pairs = ({name: blocks for name, blocks in where.items() if name != DAEMON}, borrowed, lent)
-        running = self.busy[GATEWAY].value("infinite_llm_requests_in_progress") == 1  # /status comes a moment later
+        instance, lender = self.busy[INSTANCE], self.busy[LENDER]
+        borrowed = instance.by("kvdaemon_id", "infinite_llm_borrowed_blocks")
+        lent = lender.by("kvdaemon_id", "infinite_llm_lent_blocks")
         # The daemon tells the instance of its pool once a second.
-        usage = self.busy[INSTANCE].value("infinite_llm_kv_cache_usage_ratio")
-        return len(borrowed) == 1 and self.pairs[0] == borrowed == lent and usage > 0 and running
+        told = borrowed == lent and instance.value("infinite_llm_kv_cache_usage_ratio") > 0
+        deadline = time.monotonic() + 1.0
+        while told and time.monotonic() < deadline:
+            for where in self.cluster.placements():
+                by_status = {name: blocks for name, blocks in where.items() if name != DAEMON}
+                self.pairs = by_status, borrowed, lent
+                if by_status == borrowed:
+                    return True
+        return False
 
 
 @pytest.fixture(scope="module")

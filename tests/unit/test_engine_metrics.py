@@ -14,9 +14,13 @@ from test_engine import model, prompt_of  # noqa: F401  (model is a fixture)
 from services.core.errors import PeerLostError
 from services.core.placement import PoolStats
 from services.core.sequence import Request, SamplingParams, Sequence
+from services.dataplane.loopback import LoopbackHub, LoopbackTransport
+from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import PeerShare
+from services.dataplane.transport import Limits
 from services.instance.assembly import SnapshotBoard
 from services.instance.metrics import InstanceState
+from services.instance.outputs import EngineSnapshot
 from services.kvdaemon.metrics import DaemonState
 from services.kvdaemon.traffic import Traffic
 from services.runtime.metrics_port import make_registry
@@ -154,6 +158,18 @@ def test_an_instance_is_told_of_as_long_as_it_is_connected() -> None:
     assert [(t.instance_id, t.sent_bytes, t.received_bytes) for t in traffic.all()] == [("i", 5, 7), ("j", 0, 0)]
     traffic.end(second)
     assert traffic.all() == (other,)
+
+
+def test_what_waits() -> None:
+    peers = PeerSet(LoopbackTransport(LoopbackHub(), "i"), Limits(1 << 12, 1 << 12), query_room=0)
+    board = SnapshotBoard("local", 4, latest=EngineSnapshot(running=2, waiting=3))
+    registry = make_registry()
+    registry.register(InstanceState("i", board, peers, PlayedSession("local", None)))  # type: ignore[arg-type]
+    told = scraped(registry)
+    assert told.value("infinite_llm_requests_running") == 2
+    assert told.value("infinite_llm_requests_waiting") == 3
+    assert told.value("infinite_llm_kv_cache_usage_ratio") == 0  # the daemon has not told of its pool yet
+    assert not told.by("peer", "infinite_llm_dataplane_sent_bytes_total")
 
 
 def sequence(tokens: int, prompt_tokens: int) -> Sequence:
