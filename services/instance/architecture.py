@@ -38,6 +38,11 @@ class AttentionShape:
     def layers(self) -> int:
         return len(self.windows)
 
+    @property
+    def reach(self) -> int:
+        """How many tokens back any layer sees; 0: some layer sees everything."""
+        return 0 if 0 in self.windows else max(self.windows)
+
 
 @dataclass(frozen=True, slots=True)
 class Observed:

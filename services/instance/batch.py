@@ -41,11 +41,17 @@ class Batch:
     long_rows: Tensor | None
 
 
-def build_batch(scheduled: SequenceOf[Scheduled], tables: SequenceOf[BlockTable], rotary: RotaryRegimes) -> Batch:
+def build_batch(
+    scheduled: SequenceOf[Scheduled], tables: SequenceOf[BlockTable], rotary: RotaryRegimes, reach: int
+) -> Batch:
     """Makes the tensors of a step; ``tables`` belong to ``scheduled``, one each, with blocks for all rows.
 
     Remote segments' new blocks count as sent from here on: a batch that was built is a batch whose plan is sent, or the
-    peer is lost.
+    peer is lost. What no layer sees is no part of it: a plan without a query behind it would never be answered, and
+    would take room in the daemon's window for good.
+
+    Args:
+        reach: how many tokens back any layer sees; 0: some layer sees everything.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -75,7 +81,7 @@ def build_batch(scheduled: SequenceOf[Scheduled], tables: SequenceOf[BlockTable]
         token_ids=torch.tensor(tokens, dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int64),
         step=StepTensors(torch.tensor(slots, dtype=torch.int64), plan),
-        shares=_shares(scheduled, tables, starts),
+        shares=_shares(scheduled, tables, starts, reach),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         long_rows=_long_rows(scheduled, rotary),
     )
@@ -98,20 +104,22 @@ def _slots(table: BlockTable, first: int, end: int) -> Iterator[int]:
 
 
 def _shares(
-    scheduled: SequenceOf[Scheduled], tables: SequenceOf[BlockTable], starts: list[int]
+    scheduled: SequenceOf[Scheduled], tables: SequenceOf[BlockTable], starts: list[int], reach: int
 ) -> tuple[PeerShare, ...]:
     rows: dict[str, list[NDArray[np.int64]]] = {}
     segments: dict[str, list[PlanSegment]] = {}
     distances: dict[str, int] = {}
     for at, (item, table) in enumerate(zip(scheduled, tables, strict=True)):
         for kvdaemon_id, segment in table.segments.items():
+            newest_key = int(segment.blocks.rows[-1, 2]) + table.block_tokens - 1
+            distance = item.sequence.computed - newest_key
+            if 0 < reach <= distance:
+                continue
             rows.setdefault(kvdaemon_id, []).append(np.arange(starts[at], starts[at + 1]))
             new = segment.blocks.rows[segment.sent :].astype(np.uint32)
             plan = PlanSegment(segment.handle, item.count, item.sequence.computed, segment.sent, new)
             segments.setdefault(kvdaemon_id, []).append(plan)
             segment.sent = segment.blocks.count
-            newest_key = int(segment.blocks.rows[-1, 2]) + table.block_tokens - 1
-            distance = item.sequence.computed - newest_key
             distances[kvdaemon_id] = min(distance, distances.get(kvdaemon_id, distance))
     return tuple(
         PeerShare(

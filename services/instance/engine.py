@@ -133,7 +133,7 @@ class Engine:
     def _step(self, scheduled: list[Scheduled], begun: float) -> None:
         """One transaction: plan, forward, sample, commit. ``begun`` (perf_counter): the round it belongs to."""
         tables = [self._memory.table(item.sequence) for item in scheduled]
-        batch = build_batch(scheduled, tables, self._model.rotary)
+        batch = build_batch(scheduled, tables, self._model.rotary, self._model.shape.attention.reach)
         self._steps += 1
         try:
             self._remote.begin_step(self._steps, batch.shares)

@@ -173,6 +173,10 @@ class EngineRig:
             assert time.monotonic() < deadline, f"timed out; ended so far: {self.ended()}"
             time.sleep(0.005)
 
+    def bytes_under_way(self, lender: str) -> int:
+        """What of a lender's window is taken by messages that it has not answered."""
+        return self.peers.get(lender)._bytes_out
+
     def ended(self) -> set[str]:
         return {output.request_id for output in self.outputs if isinstance(output, FinishOutput | FailOutput)}
 

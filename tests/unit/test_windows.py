@@ -45,6 +45,16 @@ def test_nobody_is_asked_beyond_the_window(tmp_path: Path):
     assert not [query for query in queries if query.rows == 1]
 
 
+def test_what_nobody_sees_takes_no_room_in_a_daemons_window(tmp_path: Path):
+    """Plans without queries were never answered: after some hundred steps no block could be written any more."""
+    with EngineRig(served("mistral").write(tmp_path / "mistral"), local_blocks=13, lenders=(6, 5)) as rig:
+        rig.submit("r", PROMPT, 200)
+        rig.wait("r")
+        assert len(rig.tokens("r")) == 200
+        assert {rig.bytes_under_way(f"lender-{number}") for number in range(2)} == {0}
+        rig.check_nothing_held()
+
+
 def test_layers_without_a_window_ask_at_every_step(tmp_path: Path):
     queries = queries_of(served("gemma2").write(tmp_path / "gemma2"), 30)
     decode = [query for query in queries if query.rows == 1]
@@ -69,8 +79,10 @@ def test_the_nearest_key_of_any_sequence_decides():
                 table.append_local(handle, Home.WORKSPACE)
         scheduled.append(Scheduled(sequence, 2))
         tables.append(table)
-    (share,) = build_batch(scheduled, tables, RotaryRegimes(None, 1000)).shares
-    assert share.distance == min(640 - (2 * 64 - 1), 576 - (4 * 64 - 1))
+    near, far = 576 - (4 * 64 - 1), 640 - (2 * 64 - 1)
+    for reach, rows in ((near, []), (near + 1, [2, 3]), (far, [2, 3]), (far + 1, [0, 1, 2, 3]), (0, [0, 1, 2, 3])):
+        shares = build_batch(scheduled, tables, RotaryRegimes(None, 1000), reach).shares
+        assert [(share.distance, share.rows.tolist()) for share in shares] == ([(near, rows)] if rows else [])
 
 
 class LeavesOut(ReferenceKernels):
