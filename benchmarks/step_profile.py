@@ -216,7 +216,7 @@ def _profile(run: Run, model: Model, batch: int) -> tuple[list[dict[str, float]]
         patches.enter_context(mock.patch.object(engine, "_step", whole_step))
         for part, owner, name in (
             ("step's plan", engine_module, "build_batch"),
-            ("sampling", engine_module, "sample"),
+            ("sampling", engine._sampler, "draw"),
             ("model: all else", model, "forward"),
             *_model_parts(model),
         ):

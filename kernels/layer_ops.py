@@ -69,21 +69,19 @@ class GateOp(ABC):
 
 
 class LinearOp(ABC):
-    """x weight^T + bias, with weights in an order of its own.
-
-    Attributes:
-        reads_rows: whether there is ``weight_rows``.
-    """
-
-    reads_rows = False
+    """x weight^T + bias, with weights in an order of its own."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
         """x: [..., in]; answers a new tensor [..., out]."""
 
+
+class RowReadingLinearOp(LinearOp):
+    """One whose order of weights is known, so that an embedding can share them."""
+
+    @abstractmethod
     def weight_rows(self, indices: Tensor) -> Tensor:
         """Rows of the weight, as an embedding reads them: [...] int64 to [..., in]."""
-        raise NotImplementedError(f"{type(self).__name__} cannot read rows")
 
 
 class LayerOp(ABC):

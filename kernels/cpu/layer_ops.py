@@ -31,6 +31,7 @@ from kernels.layer_ops import (
     LinearOp,
     NormOp,
     Rotation,
+    RowReadingLinearOp,
     TorchLayerOps,
 )
 
@@ -179,10 +180,8 @@ class _CpuGate(GateOp):
         return out
 
 
-class _CpuLinear(LinearOp):
+class _CpuLinear(RowReadingLinearOp):
     """Attributes: columns: output features in a panel."""
-
-    reads_rows = True
 
     def __init__(self, ops: CpuLayerOps, weight: Tensor, bias: Tensor | None, columns: int) -> None:
         self._ops = ops

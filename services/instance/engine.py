@@ -46,9 +46,8 @@ from services.instance.engine_metrics import EngineMetrics
 from services.instance.memory import BlockMemory
 from services.instance.model import Model
 from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, Output, ProgressOutput, TokenOutput
-from services.instance.sampler import Sample, sample
+from services.instance.sampler import Sample, Sampler
 from services.instance.scheduler import Scheduled, Scheduler
-from services.instance.shaping import TokenCounts
 from services.instance.step_timings import StepTimings
 
 _log = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ class Engine:
         self._patience_s = 0.0
         self._short_of_room = False  # a prompt found no room: nobody younger may take what comes free
         self._steps = 0
-        self._counts: dict[Sequence, TokenCounts] = {}  # of requests that need them
+        self._sampler = Sampler(model.shape.vocab_size)
         self._outputs: list[Output] = []
         self._snapshot_at = 0.0
         self.timings = StepTimings()
@@ -144,16 +143,7 @@ class Engine:
             self._metrics.discarded_step()
             return
         sampled = [item for item in scheduled if item.samples]
-        samples = iter(
-            sample(
-                logits,
-                [item.sequence.request.sampling for item in sampled],
-                [item.sequence.generated for item in sampled],
-                [self._counts_of(item.sequence) for item in sampled],
-            )
-            if sampled
-            else []
-        )
+        samples = iter(self._sampler.draw(logits, [item.sequence for item in sampled]))
         for item in scheduled:
             samples_now = item.samples
             self._memory.commit(item.sequence, item.sequence.computed + item.count)
@@ -165,16 +155,6 @@ class Engine:
         self._scheduler.took(scheduled, step_s)
         self.timings.add(scheduled, tables, step_s, self._attention.times, self._remote.answers)
         self._metrics.step(scheduled, step_s, self._attention.times, self._remote.merge_s)
-
-    def _counts_of(self, sequence: Sequence) -> TokenCounts | None:
-        """Of the tokens so far, for a request whose draws depend on them."""
-        if not sequence.request.sampling.shaping.penalizes:
-            return None
-        counts = self._counts.get(sequence)
-        if counts is None:
-            counts = self._counts[sequence] = TokenCounts(self._model.shape.vocab_size)
-        counts.take(sequence.tokens, sequence.request.prompt_tokens)
-        return counts
 
     def _append(self, sequence: Sequence, drawn: Sample) -> None:
         request = sequence.request
@@ -207,7 +187,7 @@ class Engine:
     def _drop(self, sequence: Sequence) -> None:
         """The request is over, for whatever reason: everything it holds is given up."""
         self._scheduler.remove(sequence)
-        self._counts.pop(sequence, None)
+        self._sampler.forget(sequence)
         del self._sequences[sequence.request_id]
         self._memory.release(sequence)
 

@@ -1,11 +1,11 @@
-"""Draws tokens. Stateless: token i of a request depends on its logits, its seed and i, and on nothing else.
+"""Draws tokens: token i of a request depends on its logits, its seed and i, and on nothing else.
 
 So a request that is computed again elsewhere draws the same tokens, whatever else is in its batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import sampling
-from services.core.sequence import SamplingParams
+from services.core.sequence import SamplingParams, Sequence
 from services.core.shaping import UNSHAPED
 from services.instance.shaping import TokenCounts, shape_logits
 
@@ -35,9 +35,9 @@ class Sample:
 
 def sample(
     logits: Tensor,
-    params: Sequence[SamplingParams],
-    draws: Sequence[int],
-    counts: Sequence[TokenCounts | None] | None = None,
+    params: SequenceOf[SamplingParams],
+    draws: SequenceOf[int],
+    counts: SequenceOf[TokenCounts | None] | None = None,
 ) -> list[Sample]:
     """Draws one token per row.
 
@@ -71,13 +71,46 @@ def _draw_shaped(logits: Tensor, params: SamplingParams, draw: int, counts: Toke
     return sampling.torch_draw(shaped, [params.temperature], [uniform(params.seed, draw)])[0]
 
 
+class Sampler:
+    """Draws for sequences, and keeps what their draws depend on besides the logits. Used by the engine thread."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._counts: dict[Sequence, TokenCounts] = {}  # of requests that need them
+
+    def draw(self, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sample]:
+        """One token per sequence; logits: [n, vocab_size]."""
+        if not sequences:
+            return []
+        return sample(
+            logits,
+            [sequence.request.sampling for sequence in sequences],
+            [sequence.generated for sequence in sequences],
+            [self._counts_of(sequence) for sequence in sequences],
+        )
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence is over."""
+        self._counts.pop(sequence, None)
+
+    def _counts_of(self, sequence: Sequence) -> TokenCounts | None:
+        """Of the tokens so far, for a request whose draws depend on them."""
+        if not sequence.request.sampling.shaping.penalizes:
+            return None
+        counts = self._counts.get(sequence)
+        if counts is None:
+            counts = self._counts[sequence] = TokenCounts(self._vocab_size)
+        counts.take(sequence.tokens, sequence.request.prompt_tokens)
+        return counts
+
+
 def uniform(seed: int, draw: int) -> float:
     """A number in [0, 1) from the counter-based generator Philox, keyed by (seed, draw)."""
     generator = np.random.Philox(key=seed & (2**64 - 1), counter=draw)
     return float(np.random.Generator(generator).random())
 
 
-def _rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
+def _rows(logits: Tensor, rows: SequenceOf[int]) -> Tensor:
     return logits if len(rows) == len(logits) else logits[rows]
 
 

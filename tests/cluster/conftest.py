@@ -1,12 +1,13 @@
-"""Checkpoints for cluster tests."""
+"""Checkpoints and a gateway for cluster tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from http_rig import HttpRig, running_rig
 from random_llama import write_random_llama
 from transformers import LlamaForCausalLM
 
@@ -71,3 +72,10 @@ def _greedy(path: Path) -> Reference:
         return answer.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist()
 
     return generate
+
+
+@pytest.fixture(scope="module")
+def http_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpRig]:
+    """Shared by a file's tests: see http_rig.py."""
+    with running_rig(tmp_path_factory.mktemp("gateway")) as rig:
+        yield rig

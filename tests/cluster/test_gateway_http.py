@@ -5,90 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import httpx
 import pytest
-from etcd_process import EtcdProcess
 from gateway_rig import (
     BYTES,
     EOS,
     MAX_MODEL_LEN,
     TEXT,
-    VOCAB,
-    Gateway,
-    PlayedInstance,
     expected_tokens,
-    gateway,
-    service,
     until,
-    write_checkpoint,
 )
-
-from services.runtime.etcd import EtcdClient
+from http_rig import HttpRig, events, instance
 
 pytestmark = pytest.mark.cluster
 
 
-@dataclass(frozen=True)
-class Rig:
-    etcd: str
-    gateway: Gateway
-    bare: Gateway  # serves a checkpoint without a tokenizer
-
-
-@pytest.fixture(scope="module")
-def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    root = tmp_path_factory.mktemp("gateway")
-    etcd = EtcdProcess(root)
-    etcd.start()
-    (root / "bare").mkdir()
-    try:
-        with (
-            service("gmanager", root, listen="127.0.0.1:0", etcd=[etcd.endpoint]),
-            gateway(root, etcd.endpoint, write_checkpoint(root / "tiny"), max_queue=3, instance_wait_s=1.0) as full,
-            gateway(
-                root / "bare", etcd.endpoint, write_checkpoint(root / "no-words", tokenizer=False), member_id="bare"
-            ) as bare,
-        ):
-            yield Rig(etcd.endpoint, full, bare)
-    finally:
-        etcd.kill()
-
-
-@asynccontextmanager
-async def instance(rig: Rig, **script: object) -> AsyncIterator[tuple[PlayedInstance, httpx.AsyncClient]]:
-    """A played instance that the gateway has connected to, and a client of the gateway."""
-    etcd = EtcdClient([rig.etcd])
-    played = PlayedInstance("instance-0")
-    for name, value in script.items():
-        setattr(played.script, name, value)
-    await played.start(etcd)
-    async with httpx.AsyncClient(base_url=rig.gateway.http, timeout=20) as client:
-
-        async def ready() -> bool:
-            return (await client.get("/health")).status_code == 200
-
-        try:
-            await until(ready, "the gateway is ready")
-            yield played, client
-        finally:
-            await played.close()
-            await etcd.close()
-
-
-def events(body: str) -> list[dict[str, object]]:
-    parts = body.removesuffix("\n\n").split("\n\n")
-    assert all(part.startswith("data: ") for part in parts)
-    assert parts[-1] == "data: [DONE]"
-    return [json.loads(part.removeprefix("data: ")) for part in parts[:-1]]
-
-
-def test_a_whole_answer(rig: Rig) -> None:
+def test_a_whole_answer(http_rig: HttpRig) -> None:
     async def scenario() -> None:
-        async with instance(rig) as (played, client):
+        async with instance(http_rig) as (played, client):
             body = {"model": "tiny", "prompt": "hi", "max_tokens": 20, "temperature": 0, "return_token_ids": True}
             response = await client.post("/v1/completions", json=body)
             assert response.status_code == 200
@@ -108,7 +43,7 @@ def test_a_whole_answer(rig: Rig) -> None:
             (submit,) = played.submitted
             assert submit.request_id == answer["id"]
             assert submit.stop_token_ids == [EOS, 255]
-            assert answer["id"] in rig.gateway.log.read_text()
+            assert answer["id"] in http_rig.gateway.log.read_text()
 
             # Defaults of the API.
             answer = (await client.post("/v1/completions", json={"prompt": [1, 2]})).json()
@@ -119,9 +54,9 @@ def test_a_whole_answer(rig: Rig) -> None:
     asyncio.run(scenario())
 
 
-def test_a_stream(rig: Rig) -> None:
+def test_a_stream(http_rig: HttpRig) -> None:
     async def scenario() -> None:
-        async with instance(rig) as (_, client):
+        async with instance(http_rig) as (_, client):
             body = {
                 "prompt": [1],
                 "max_tokens": 30,
@@ -150,9 +85,9 @@ def test_a_stream(rig: Rig) -> None:
     asyncio.run(scenario())
 
 
-def test_the_end_token_and_ignoring_it(rig: Rig) -> None:
+def test_the_end_token_and_ignoring_it(http_rig: HttpRig) -> None:
     async def scenario() -> None:
-        async with instance(rig, eos_at=2) as (_, client):
+        async with instance(http_rig, eos_at=2) as (_, client):
             body = {"prompt": [1], "max_tokens": 9, "temperature": 0, "return_token_ids": True}
             choice = (await client.post("/v1/completions", json=body)).json()["choices"][0]
             assert choice["token_ids"] == [*expected_tokens(2), EOS]
@@ -164,9 +99,9 @@ def test_the_end_token_and_ignoring_it(rig: Rig) -> None:
     asyncio.run(scenario())
 
 
-def test_seeds(rig: Rig) -> None:
+def test_seeds(http_rig: HttpRig) -> None:
     async def scenario() -> None:
-        async with instance(rig) as (played, client):
+        async with instance(http_rig) as (played, client):
             body = {"prompt": [1], "temperature": 0.7, "return_token_ids": True}
             for seed, sent in ((5, 5), (2**64 - 1, 2**64 - 1), (-1, 2**64 - 1)):
                 answer = (await client.post("/v1/completions", json=body | {"seed": seed})).json()
@@ -179,9 +114,9 @@ def test_seeds(rig: Rig) -> None:
     asyncio.run(scenario())
 
 
-def test_logprobs(rig: Rig) -> None:
+def test_logprobs(http_rig: HttpRig) -> None:
     async def scenario() -> None:
-        async with instance(rig) as (_, client):
+        async with instance(http_rig) as (_, client):
             body = {"prompt": [1], "max_tokens": 4, "temperature": 0, "logprobs": 2}
             logprobs = (await client.post("/v1/completions", json=body)).json()["choices"][0]["logprobs"]
             assert logprobs["tokens"] == ["n", "Ã", "©", " "]
@@ -234,8 +169,8 @@ def test_logprobs(rig: Rig) -> None:
         (b'{"prompt": "a", "max_tokens": 10000}', 400, None, "limit of 10000"),
     ],
 )
-def test_requests_that_are_refused(rig: Rig, body: bytes, status: int, param: str | None, words: str) -> None:
-    response = httpx.post(f"{rig.gateway.http}/v1/completions", content=body, timeout=20)
+def test_requests_that_are_refused(http_rig: HttpRig, body: bytes, status: int, param: str | None, words: str) -> None:
+    response = httpx.post(f"{http_rig.gateway.http}/v1/completions", content=body, timeout=20)
     error = response.json()["error"]
     assert response.status_code == status, error
     assert set(error) == {"message", "type", "param", "code"}
@@ -244,9 +179,9 @@ def test_requests_that_are_refused(rig: Rig, body: bytes, status: int, param: st
     assert words in error["message"]
 
 
-def test_neutral_fields_are_accepted(rig: Rig) -> None:
+def test_neutral_fields_are_accepted(http_rig: HttpRig) -> None:
     async def scenario() -> None:
-        async with instance(rig) as (_, client):
+        async with instance(http_rig) as (_, client):
             neutral = {"n": 1, "best_of": None, "echo": False, "stop": None, "presence_penalty": 0.0, "top_p": 1}
             response = await client.post("/v1/completions", json={"prompt": ["a"], "user": "me", **neutral})
             assert response.status_code == 200
@@ -254,149 +189,8 @@ def test_neutral_fields_are_accepted(rig: Rig) -> None:
     asyncio.run(scenario())
 
 
-def test_a_stop_string_ends_the_answer_at_the_instance_too(rig: Rig) -> None:
-    before, stop = "né ", "🦙 你"  # of eight tokens
-    tokens = len((before + stop).encode())
-
-    async def scenario() -> None:
-        async with instance(rig, delay_s=0.02) as (played, client):
-            body = {"prompt": [1], "max_tokens": 200, "temperature": 0, "return_token_ids": True, "stop": stop}
-            answer = (await client.post("/v1/completions", json=body)).json()
-            (choice,) = answer["choices"]
-            assert (choice["text"], choice["finish_reason"]) == (before, "stop")
-            assert choice["token_ids"] == expected_tokens(tokens)
-            assert answer["usage"]["completion_tokens"] == tokens
-            await until(lambda: played.aborted == [played.submitted[0].request_id], "the instance computes no more")
-
-            body |= {"stop": ["never", stop], "include_stop_str_in_output": True, "stream": True}
-            chunks = events((await client.post("/v1/completions", json=body)).text)
-            assert "".join(str(chunk["choices"][0]["text"]) for chunk in chunks) == before + stop
-            assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
-
-            body |= {"stream": False, "min_tokens": tokens, "max_tokens": len(BYTES)}
-            answer = (await client.post("/v1/completions", json=body)).json()
-            assert answer["choices"][0]["text"] == BYTES.decode()
-
-    asyncio.run(scenario())
-
-
-CHAT = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "né?"}], "temperature": 0}
-CHAT_PROMPT = "system: Be brief.\nuser: né?\nassistant:"
-
-
-def test_a_chat(rig: Rig) -> None:
-    async def scenario() -> None:
-        async with instance(rig) as (played, client):
-            answer = (await client.post("/v1/chat/completions", json=CHAT | {"max_completion_tokens": 20})).json()
-            assert answer["object"] == "chat.completion"
-            (choice,) = answer["choices"]
-            assert choice["message"] == {"role": "assistant", "content": BYTES.decode(), "refusal": None}
-            assert (choice["finish_reason"], choice["logprobs"]) == ("length", None)
-            assert answer["usage"]["prompt_tokens"] == len(CHAT_PROMPT.encode())
-            assert bytes(played.submitted[0].token_ids).decode() == CHAT_PROMPT, "no special tokens but the template's"
-
-            await client.post("/v1/chat/completions", json=CHAT)
-            assert played.submitted[1].max_tokens == 1024
-
-            body = CHAT | {"max_tokens": 3, "logprobs": True, "top_logprobs": 2}
-            (choice,) = (await client.post("/v1/chat/completions", json=body)).json()["choices"]
-            for position, token in zip(choice["logprobs"]["content"], expected_tokens(3), strict=True):
-                assert len(position["top_logprobs"]) == 2
-                assert position["top_logprobs"][0]["logprob"] >= position["top_logprobs"][1]["logprob"]
-                assert position["logprob"] <= 0
-                assert bytes(position["bytes"]).decode() == position["token"]
-                assert token < VOCAB
-
-    asyncio.run(scenario())
-
-
-@pytest.mark.parametrize("more", [{}, {"logprobs": True}, {"return_token_ids": True}])
-def test_a_streamed_chat(rig: Rig, more: dict[str, object]) -> None:
-    async def scenario() -> None:
-        async with instance(rig) as (_, client):
-            body = CHAT | {"max_tokens": 20, "stream": True, "stream_options": {"include_usage": True}} | more
-            *chunks, usage = events((await client.post("/v1/chat/completions", json=body)).text)
-            assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
-            deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
-            assert deltas[0]["role"] == "assistant"
-            assert all("role" not in delta for delta in deltas[1:])
-            assert "".join(delta["content"] for delta in deltas) == BYTES.decode()
-            assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
-            assert usage["choices"] == []
-            assert usage["usage"]["completion_tokens"] == 20
-            if "return_token_ids" in more:
-                assert [t for chunk in chunks for t in chunk["choices"][0]["token_ids"]] == expected_tokens(20)
-
-    asyncio.run(scenario())
-
-
-@pytest.mark.parametrize(
-    ("body", "param", "words"),
-    [
-        ({"messages": []}, "messages", "at least 1"),
-        ({"messages": [{"content": "x"}]}, "messages", "messages.0.role: Field required"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, None, "no robots"),
-        (CHAT | {"tools": [{"type": "function"}]}, "tools", "tools"),
-        (CHAT | {"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
-        (CHAT | {"prompt": "x"}, "prompt", "prompt"),
-    ],
-)
-def test_chats_that_are_refused(rig: Rig, body: dict[str, object], param: str | None, words: str) -> None:
-    response = httpx.post(f"{rig.gateway.http}/v1/chat/completions", json=body, timeout=20)
-    error = response.json()["error"]
-    assert (response.status_code, error["param"]) == (400, param), error
-    assert words in error["message"]
-
-
-def test_tokenize_and_detokenize(rig: Rig) -> None:
-    def post(path: str, body: dict[str, object]) -> httpx.Response:
-        return httpx.post(f"{rig.gateway.http}/{path}", json=body, timeout=20)
-
-    text = "né 🦙"
-    answer = post("tokenize", {"prompt": text, "return_token_strs": True}).json()
-    assert (answer["tokens"], answer["count"]) == (list(text.encode()), len(text.encode()))
-    assert (len(answer["token_strs"]), answer["max_model_len"]) == (answer["count"], MAX_MODEL_LEN)
-    assert post("detokenize", {"tokens": answer["tokens"]}).json() == {"prompt": text}
-    assert post("tokenize", {"messages": CHAT["messages"]}).json()["tokens"] == list(CHAT_PROMPT.encode())
-    for path, body in (
-        ("tokenize", {}),
-        ("tokenize", {"prompt": "a", "messages": CHAT["messages"]}),
-        ("detokenize", {"tokens": [VOCAB]}),
-        ("detokenize", {"tokens": "a"}),
-    ):
-        assert post(path, body).status_code == 400
-    assert post("tokenize", {"prompt": "a", "model": "other"}).status_code == 404
-
-
-def test_the_instance_is_told_how_to_shape_the_distribution(rig: Rig) -> None:
-    asked = {
-        "logit_bias": {"7": -100, "0": 2.5},
-        "min_tokens": 2,
-        "repetition_penalty": 1.5,
-        "presence_penalty": -1,
-        "frequency_penalty": 0.5,
-        "top_k": 40,
-        "top_p": 0.5,
-        "min_p": 0.25,
-    }
-
-    async def scenario() -> None:
-        async with instance(rig) as (played, client):
-            body = {"prompt": "a", "max_tokens": 4, "stop_token_ids": [3]}
-            assert (await client.post("/v1/completions", json={**body, **asked})).status_code == 200
-            assert (await client.post("/v1/completions", json={**body, "top_k": -1})).status_code == 200
-            shaped, plain = played.submitted[-2:]
-            shaping = shaped.shaping
-            assert dict(shaping.logit_bias) == {7: -100, 0: 2.5}
-            assert all(getattr(shaping, name) == value for name, value in asked.items() if name != "logit_bias")
-            assert 3 in shaped.stop_token_ids
-            assert not plain.HasField("shaping")
-
-    asyncio.run(scenario())
-
-
-def test_other_paths(rig: Rig) -> None:
-    base = rig.gateway.http
+def test_other_paths(http_rig: HttpRig) -> None:
+    base = http_rig.gateway.http
     (model,) = httpx.get(f"{base}/v1/models").json()["data"]
     assert (model["id"], model["max_model_len"]) == ("tiny", MAX_MODEL_LEN)
     assert httpx.get(f"{base}/v1/models/tiny").json() == model
@@ -420,9 +214,9 @@ def test_other_paths(rig: Rig) -> None:
         ("NO_SUCH_REASON", 500),
     ],
 )
-def test_what_the_instance_refuses(rig: Rig, reason: str, status: int) -> None:
+def test_what_the_instance_refuses(http_rig: HttpRig, reason: str, status: int) -> None:
     async def scenario() -> None:
-        async with instance(rig, fail=(reason, "no, because")) as (_, client):
+        async with instance(http_rig, fail=(reason, "no, because")) as (_, client):
             # A stream gets a real status as well: nothing has been sent yet.
             for stream in (False, True):
                 response = await client.post("/v1/completions", json={"prompt": [1], "stream": stream})
@@ -432,9 +226,9 @@ def test_what_the_instance_refuses(rig: Rig, reason: str, status: int) -> None:
     asyncio.run(scenario())
 
 
-def test_health_says_what_is_missing_and_requests_wait_for_an_instance(rig: Rig) -> None:
+def test_health_says_what_is_missing_and_requests_wait_for_an_instance(http_rig: HttpRig) -> None:
     async def scenario() -> None:
-        async with httpx.AsyncClient(base_url=rig.gateway.http, timeout=20) as client:
+        async with httpx.AsyncClient(base_url=http_rig.gateway.http, timeout=20) as client:
 
             async def lost() -> bool:
                 return (await client.get("/health")).status_code == 503
@@ -445,15 +239,15 @@ def test_health_says_what_is_missing_and_requests_wait_for_an_instance(rig: Rig)
             assert response.status_code == 503
             assert response.json()["error"]["code"] == "no_instance"
             assert response.headers["retry-after"] == "1"
-        async with instance(rig):
+        async with instance(http_rig):
             pass
 
     asyncio.run(scenario())
 
 
-def test_too_many_requests(rig: Rig) -> None:
+def test_too_many_requests(http_rig: HttpRig) -> None:
     async def scenario() -> None:
-        async with instance(rig, delay_s=0.05) as (played, client):
+        async with instance(http_rig, delay_s=0.05) as (played, client):
             body = {"prompt": [1], "max_tokens": 40, "temperature": 0}
             slow = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(3)]
             await until(lambda: len(played.submitted) == 3, "three are in work")
@@ -467,10 +261,10 @@ def test_too_many_requests(rig: Rig) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("delay_s", [0.05, 30.0])  # while tokens flow, and before the first one
-def test_a_client_that_hangs_up_ends_its_request(rig: Rig, stream: bool, delay_s: float) -> None:
+def test_a_client_that_hangs_up_ends_its_request(http_rig: HttpRig, stream: bool, delay_s: float) -> None:
     async def scenario() -> None:
-        async with instance(rig, delay_s=delay_s) as (played, _):
-            host, port = rig.gateway.http.removeprefix("http://").split(":")
+        async with instance(http_rig, delay_s=delay_s) as (played, _):
+            host, port = http_rig.gateway.http.removeprefix("http://").split(":")
             body = json.dumps({"prompt": [1], "max_tokens": 5000, "stream": stream}).encode()
             head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
             with socket.create_connection((host, int(port)), timeout=10) as connection:
@@ -484,9 +278,9 @@ def test_a_client_that_hangs_up_ends_its_request(rig: Rig, stream: bool, delay_s
     asyncio.run(scenario())
 
 
-def test_no_tokenizer(rig: Rig) -> None:
+def test_no_tokenizer(http_rig: HttpRig) -> None:
     async def scenario() -> None:
-        async with instance(rig), httpx.AsyncClient(base_url=rig.bare.http, timeout=20) as client:
+        async with instance(http_rig), httpx.AsyncClient(base_url=http_rig.bare.http, timeout=20) as client:
             response = await client.post("/v1/completions", json={"prompt": "text"})
             assert response.status_code == 400
             assert "token ids" in response.json()["error"]["message"]
@@ -499,10 +293,10 @@ def test_no_tokenizer(rig: Rig) -> None:
     asyncio.run(scenario())
 
 
-def test_two_million_token_ids(rig: Rig) -> None:
+def test_two_million_token_ids(http_rig: HttpRig) -> None:
     """A body of some megabytes is read; it is the model's limit that refuses it."""
     body = json.dumps({"prompt": [7] * 2_000_000}).encode()
-    response = httpx.post(f"{rig.gateway.http}/v1/completions", content=body, timeout=60)
+    response = httpx.post(f"{http_rig.gateway.http}/v1/completions", content=body, timeout=60)
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
     assert "2000000 tokens" in response.json()["error"]["message"]

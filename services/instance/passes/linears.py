@@ -17,7 +17,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from kernels.layer_ops import LayerOps, LinearOp
+from kernels.layer_ops import LayerOps, LinearOp, RowReadingLinearOp
 from services.instance.passes.check import TOLERANCE, reproduces, typical_error
 from services.instance.passes.replace import replace_modules
 from services.instance.passes.trace import Call, LayerTrace
@@ -86,7 +86,7 @@ class PackedLinear(nn.Module):
 class PackedEmbedding(nn.Module):
     """The embedding that shares a packed linear layer's weights."""
 
-    def __init__(self, op: LinearOp) -> None:
+    def __init__(self, op: RowReadingLinearOp) -> None:
         super().__init__()
         self._op = op
 
@@ -164,7 +164,8 @@ def pack(root: nn.Module, layers: Sequence[LayerTrace], ops: LayerOps) -> int:
 
     def reader(module: nn.Module) -> nn.Module | None:
         linear = shared.get(id(module.weight)) if type(module) is nn.Embedding and module.max_norm is None else None
-        return PackedEmbedding(linear.op) if linear is not None and linear.op.reads_rows else None
+        op = None if linear is None else linear.op
+        return PackedEmbedding(op) if isinstance(op, RowReadingLinearOp) else None
 
     count = replace_modules(root, layers, replacement)
     replace_modules(root, (), reader)
