@@ -10,6 +10,7 @@ INSTALLED := $(VENV)/.installed
 KERNELS := $(VENV)/.kernels
 CHAOS_SCHEDULES ?= 30
 CHAOS_SEED ?= $(shell echo $$RANDOM)
+FUZZ_TIMES ?= 100
 SOAK_MINUTES ?= 10
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 BUILDER ?= $(shell command -v docker || command -v podman)
@@ -24,7 +25,7 @@ protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Ipro
 # The names and checksums of all generated files in the current directory.
 generated = find infinitellm -name '*_pb2*' -type f -not -path '*/__pycache__/*' -exec sha256sum {} + | sort -k2
 
-.PHONY: help setup run test test-chaos test-exact soak peers lint proto proto-check clean images deploy undeploy port-forward
+.PHONY: help setup run test test-chaos test-exact fuzz soak peers lint proto proto-check clean images deploy undeploy port-forward
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +43,9 @@ test-chaos: setup ## Kill and stop processes at random while they serve (CHAOS_S
 
 test-exact: setup ## Hold every architecture, over every transport, against transformers with real processes
 	ALL_ARCHITECTURES=1 $(BIN)/python -m pytest tests/cluster/test_serving_architectures.py $(ARGS)
+
+fuzz: setup ## Try the properties on FUZZ_TIMES=100 as many cases as make test does, new ones each time
+	FUZZ_TIMES=$(FUZZ_TIMES) $(BIN)/python -m pytest --timeout=36000 $$(grep -rl 'from fuzzing import' tests) $(ARGS)
 
 soak: setup ## Serve at random for SOAK_MINUTES=10 and check that nothing grows
 	PYTHONPATH=tests $(BIN)/python tests/chaos/soak.py --minutes $(SOAK_MINUTES) $(ARGS)

@@ -6,7 +6,8 @@ from collections import deque
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from fuzzing import cases
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.core.errors import PeerLostError
@@ -32,7 +33,7 @@ def limits_and_steps(draw):
     return Limits(longest, window), draw(st.lists(step, max_size=200))
 
 
-@settings(max_examples=150, deadline=None)
+@cases(150)
 @given(limits_and_steps())
 def test_the_ring_is_a_queue(case):
     """Whatever is sent within the window arrives, in order and intact, however releases are mixed in."""
@@ -63,7 +64,7 @@ def test_the_ring_is_a_queue(case):
         assert layout.capacity % 64 == 0
 
 
-@settings(max_examples=150, deadline=None)
+@cases(150)
 @given(st.integers(0, 1 << 30), st.booleans())
 def test_garbage_in_shared_memory_is_a_lost_peer(seed, plausible):
     """No counter or length that a peer writes leads outside the ring or to another error."""

@@ -11,7 +11,8 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from stations import LIMITS
 
@@ -46,7 +47,7 @@ def limits_and_steps(draw):
     return Limits(longest, window), draw(st.lists(step, max_size=200))
 
 
-@settings(max_examples=150, deadline=None)
+@cases(150)
 @given(limits_and_steps())
 def test_the_ring_is_a_queue(case):
     """What is sent within the window arrives in order, intact and aligned, however it is cut and released."""

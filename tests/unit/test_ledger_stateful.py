@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 
-from hypothesis import settings
+from fuzzing import cases
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -324,5 +324,5 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert readable == (client.open and client.holds[handle] > 0)
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+LedgerMachine.TestCase.settings = cases(100, stateful_step_count=60)
 TestLedgerStateful = LedgerMachine.TestCase

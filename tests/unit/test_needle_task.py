@@ -1,7 +1,8 @@
 """Needle tasks and the plain-Python oracle; no model."""
 
 import pytest
-from hypothesis import given, settings
+from fuzzing import cases
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.launcher.needle.task import (
@@ -88,7 +89,7 @@ def test_impossible_tasks_are_refused():
         make_task(STD_VOCABULARY, 1000, 1.5, seed=0)
 
 
-@settings(max_examples=200, deadline=None)
+@cases(200)
 @given(st.lists(st.sampled_from([0, 1, STD_VOCABULARY.bos, STD_VOCABULARY.eos]), min_size=1, max_size=60), st.data())
 def test_oracle_against_the_naive_rule(tokens, data):
     repeat = data.draw(st.integers(0, len(tokens)))

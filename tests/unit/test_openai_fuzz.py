@@ -7,7 +7,8 @@ import math
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings
+from fuzzing import cases
+from hypothesis import given
 from hypothesis import strategies as st
 
 from services.core.errors import InvalidRequestError
@@ -87,7 +88,7 @@ def check(kind: type[SamplingRequest], body: bytes) -> bool:
 def test_bodies_with_odd_fields(kind: type[SamplingRequest]) -> None:
     understood = 0
 
-    @settings(max_examples=400, deadline=None)
+    @cases(400)
     @given(fields_of(kind))
     def bodies(body: dict[str, object]) -> None:
         nonlocal understood
@@ -97,7 +98,7 @@ def test_bodies_with_odd_fields(kind: type[SamplingRequest]) -> None:
     assert understood > 20, "hardly anything was understood: this shows nothing"
 
 
-@settings(max_examples=300, deadline=None)
+@cases(300)
 @given(st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).encode("utf-8", "surrogatepass")))
 def test_bodies_that_are_anything(body: bytes) -> None:
     for kind in (CompletionRequest, ChatRequest):

@@ -134,7 +134,11 @@ class _Planner:
                 self._obstacle = f"{debtor.id}, whose blocks it hosts, has not been heard of"
 
     def _largest(self, instance: Instance, source: Daemon) -> list[Running]:
-        """The instance's requests with most to move away from a daemon, except those that moved lately."""
+        """The instance's requests with most to move away from a daemon, except those that moved lately.
+
+        Those that this plan moves already come on top of the usual number: the next plan leaves them alone, and what it
+        looks at in their place must have been looked at here, or it would find moves that this one did not.
+        """
         loads = instance.load.requests
         if source is instance.home:
             moved = instance.running
@@ -143,11 +147,16 @@ class _Planner:
             sizes = [(running.remote.get(source, 0), running.load) for running in instance.running.values()]
         sizes = [entry for entry in sizes if entry[0] > 0]
         settled = self._now - self._policy.settle_s
-        ready = [entry for entry in sizes if entry[1].moved_at <= settled]
+        ready = [entry for entry in sizes if entry[1].moved_at < settled]
         if not ready:
             lately = f"its blocks were moved less than {self._policy.settle_s:g} s ago"
             self._obstacle = lately if sizes else "no sealed block that could move"
-        return [instance.request(load) for _, load in heapq.nsmallest(_REQUESTS, ready, key=_largest_first)]
+        moving, others = [], []
+        for entry in ready:
+            running = instance.running.get(entry[1].request_id)
+            (moving if running in self._came_and_left else others).append(entry)
+        chosen = sorted([*moving, *heapq.nsmallest(_REQUESTS, others, key=_largest_first)], key=_largest_first)
+        return [instance.request(load) for _, load in chosen]
 
     def _creditors(self, debtor: Instance) -> Iterator[Daemon]:
         # Step 2: creditors, the one with most to lend first.

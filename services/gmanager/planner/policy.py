@@ -13,7 +13,7 @@ class PlannerPolicy:
 
     Attributes:
         stale_s: who has not been heard of for longer is left alone.
-        settle_s: a request whose blocks were moved is left alone for this long.
+        settle_s: a request whose blocks were moved is left alone for this long, and at that very time in any case.
         horizon_tokens: output of each request for which memory is kept: it grows that far before anything else.
         min_gain: a move must gain the cluster at least this share of what one request of the instance it is for gets.
         hide: answers of a daemon that blocks move to may take at most this share of the time of the debtor's local
