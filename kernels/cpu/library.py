@@ -92,6 +92,16 @@ class ReadCall(Structure):
     ]
 
 
+class WatchCall(Structure):
+    _fields_: ClassVar = [
+        ("counters", c_void_p),
+        ("seen", c_void_p),
+        ("spin_ns", c_int64),
+        ("count", c_int32),
+        ("fd", c_int32),
+    ]
+
+
 def find_library() -> Path | None:
     """The built library beside this file, or None where it was not built for this Python."""
     path = Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
@@ -121,6 +131,8 @@ def load_library() -> ctypes.CDLL:
     library.kernels_store_kv.restype = c_int32
     library.kernels_read.argtypes = [c_void_p, POINTER(ReadCall)]
     library.kernels_read.restype = c_uint32
+    library.watch_counters.argtypes = [POINTER(WatchCall)]
+    library.watch_counters.restype = c_int32
     return library
 
 

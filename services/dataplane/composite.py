@@ -47,7 +47,7 @@ class CompositeTransport(Transport):
         deadline = time.monotonic() + timeout
         left, woken = timeout, False
         while not events and not woken and left > 0:
-            idle = all(transport.arm() for transport in self._transports.values())
+            idle = all(transport.arm(self._loop.fileno()) for transport in self._transports.values())
             # A transport's deadlines make no descriptor ready: they are looked after in between.
             woken = self._loop.serve(min(left, DEADLINE_CHECK_S) if idle else 0.0, events)
             events = self._look()

@@ -5,8 +5,8 @@ connection carries only doorbells, and its hang-up tells that the peer is dead. 
 parent's sockets open, so services start their children by exec.)
 
 A connection is *awake* or *asleep*. ``poll`` looks at the rings of all awake connections; when none has anything, it
-looks again for ``spin_s``, puts them to sleep and waits in epoll. A sleeping connection costs nothing until its
-doorbell rings, and a doorbell is rung once per sleep: a sender to a busy receiver makes no system call.
+watches them for a while (``Patience``), puts them to sleep and waits in epoll. A sleeping connection costs nothing
+until its doorbell rings, and a doorbell is rung once per sleep: a sender to a busy receiver makes no system call.
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from kernels.cpu.library import find_library
+from kernels.cpu.watch import CounterWatch, Watched
 from services.core.errors import ConfigError, PeerLostError
+from services.dataplane.patience import Patience
 from services.dataplane.reception import Reception
 from services.dataplane.shm_handshake import BELL, SharedRings, ShmGuest, offer
 from services.dataplane.shm_ring import RingReader, RingWriter
 from services.dataplane.socket_transport import SocketConnection, SocketTransport
 from services.dataplane.transport import Accepted, Buffer, Connected, Connection, Event, Limits, Received, message_bytes
 from services.dataplane.unix_socket import UnixListener, connect_unix
+
+_COMPILED = find_library() is not None
 
 
 class ShmConnection(SocketConnection):
@@ -72,17 +77,17 @@ class ShmTransport(SocketTransport[ShmConnection]):
 
     Args:
         socket_path: where ``listen`` listens; None for a process that only connects.
-        spin_s: how long ``poll`` watches awake rings before it sleeps. Watching saves the time to wake up from sleep
-            (tens of microseconds); it yields the core to whoever else can run.
+        awake_s: how long ``poll`` watches awake rings before it sleeps: at least, and where messages come soon.
     """
 
     scheme = "shm"
     address_form = "shm:/path/of/socket"
 
-    def __init__(self, socket_path: Path | None = None, spin_s: float = 20e-6) -> None:
+    def __init__(self, socket_path: Path | None = None, awake_s: tuple[float, float] = (20e-6, 1e-3)) -> None:
         super().__init__()
         self._socket_path = socket_path
-        self._spin_s = spin_s
+        self._patience = Patience(*awake_s)
+        self._watch = _RingWatch()
         self._listener: UnixListener | None = None
         self._reception: Reception[SharedRings] | None = None
         self._awake: set[ShmConnection] = set()
@@ -115,6 +120,7 @@ class ShmTransport(SocketTransport[ShmConnection]):
 
     def _remove(self, connection: ShmConnection) -> None:
         self._awake.discard(connection)
+        self._watch = _RingWatch()  # the old one may keep the rings' memory
         super()._remove(connection)
 
     def _begin_poll(self, events: list[Event]) -> None:
@@ -124,26 +130,39 @@ class ShmTransport(SocketTransport[ShmConnection]):
         """Reads the rings of all awake connections."""
         broken: list[tuple[ShmConnection, str]] = []
         for connection in self._awake:
-            reason = _read_ring(connection, events)
+            reason = self._read_ring(connection, events)
             if reason:
                 broken.append((connection, reason))
         for connection, reason in broken:
             self._end(connection, reason, events)
 
-    def _before_wait(self, events: list[Event]) -> None:
-        """Puts the awake connections to sleep, unless one of them has something within ``spin_s``."""
+    def _before_wait(self, events: list[Event], also: int) -> None:
+        """Puts the awake connections to sleep, unless one of them has something soon."""
         if not self._awake:
             return
-        if self._spin_s > 0:
-            until = time.perf_counter() + self._spin_s
-            while time.perf_counter() < until:
-                for connection in self._awake:
-                    if connection.reader.pending():
-                        self._read_rings(events)
-                        return
-                os.sched_yield()  # whom we wait for may need this core
+        awake_s = self._patience.awake_s()
+        if awake_s > 0:
+            match self._watch.look([connection.reader for connection in self._awake], also, awake_s):
+                case Watched.CHANGED:
+                    self._read_rings(events)
+                    return
+                case Watched.READY:
+                    return
+                case Watched.CONTENDED:
+                    self._patience.contended()
         self._awake = {connection for connection in self._awake if not connection.reader.fall_asleep()}
         self._read_rings(events)
+
+    def _read_ring(self, connection: ShmConnection, events: list[Event]) -> str:
+        """Takes what has arrived. Answers why the connection must end, or nothing."""
+        reader = connection.reader
+        try:
+            while (message := reader.read()) is not None:
+                self._patience.arrived()
+                events.append(Received(connection, message))
+        except PeerLostError as error:
+            return str(error)
+        return ""
 
     def _serve_connection(self, connection: ShmConnection, mask: int, events: list[Event]) -> None:
         try:
@@ -160,7 +179,7 @@ class ShmTransport(SocketTransport[ShmConnection]):
             connection.reader.wake_up()
             self._awake.add(connection)
         # What the peer sent before it hung up still counts.
-        reason = _read_ring(connection, events)
+        reason = self._read_ring(connection, events)
         if reason or not bells:
             refused = "the peer ended before it accepted the connection" if connection.waiting else "the peer hung up"
             self._end(connection, reason or refused, events)
@@ -172,20 +191,32 @@ class ShmTransport(SocketTransport[ShmConnection]):
         self._adopt(connection)
         self._awake.add(connection)
         events.append(Accepted(connection, rings.hello()))
-        reason = _read_ring(connection, events)
+        reason = self._read_ring(connection, events)
         if reason:
             self._end(connection, reason, events)
 
 
-def _read_ring(connection: ShmConnection, events: list[Event]) -> str:
-    """Takes what has arrived. Answers why the connection must end, or nothing."""
-    reader = connection.reader
-    try:
-        while (message := reader.read()) is not None:
-            events.append(Received(connection, message))
-    except PeerLostError as error:
-        return str(error)
-    return ""
+class _RingWatch:
+    """Looks at rings until one of them has something."""
+
+    def __init__(self) -> None:
+        self._readers: list[RingReader] = []
+        self._also = -1
+        self._counters: CounterWatch | None = None  # of these readers, where it is compiled
+
+    def look(self, readers: list[RingReader], also: int, awake_s: float) -> Watched:
+        """For ``awake_s`` at most; ``also`` as in ``arm``."""
+        if _COMPILED:
+            if self._counters is None or also != self._also or readers != self._readers:
+                self._readers, self._also = readers, also
+                self._counters = CounterWatch([reader.published for reader in readers], also)
+            return self._counters.watch([reader.taken for reader in readers], awake_s)
+        until = time.perf_counter() + awake_s
+        while time.perf_counter() < until:
+            if any(reader.pending() for reader in readers):
+                return Watched.CHANGED
+            os.sched_yield()  # whom we wait for may need this core
+        return Watched.TIMEOUT
 
 
 def _process_of(sock: socket.socket) -> str:

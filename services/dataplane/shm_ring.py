@@ -27,6 +27,7 @@ import mmap
 import threading
 from collections import deque
 from collections.abc import Sequence
+from ctypes import c_uint64
 from dataclasses import dataclass
 
 from services.core.errors import PeerLostError
@@ -185,10 +186,12 @@ class RingReader(ReleaseHook):
         "_max_message",
         "_read",
         "_tail",
+        "published",
     )
 
     def __init__(self, memory: mmap.mmap, layout: RingLayout, ring: int) -> None:
         self._counters, self._data, self._lengths = _views(memory, layout, ring)
+        self.published = c_uint64.from_buffer(self._counters, 8 * _HEAD)  # head, to be watched
         self._capacity = layout.capacity
         self._max_message = layout.limits.max_message_bytes
         self._fence = MemoryFence()
@@ -202,6 +205,11 @@ class RingReader(ReleaseHook):
     def held(self) -> int:
         """Messages that still take room."""
         return len(self._held)
+
+    @property
+    def taken(self) -> int:
+        """What ``published`` is for as long as there is nothing to read."""
+        return self._read
 
     def pending(self) -> bool:
         """Whether ``read`` has something to look at."""
@@ -271,6 +279,7 @@ class RingReader(ReleaseHook):
         for message in self._held:
             message.data = _RELEASED
         self._held.clear()
+        self.published = c_uint64()
         self._counters = self._data = self._lengths = _RELEASED
 
 

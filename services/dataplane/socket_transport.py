@@ -41,8 +41,12 @@ class WaitableTransport(Transport):
         """Readable when ``poll`` has something to do, provided that it is armed."""
 
     @abstractmethod
-    def arm(self) -> bool:
-        """Prepares for a wait on ``fileno``; every ``poll`` ends it. Answers False if ``poll`` has something to do."""
+    def arm(self, also: int) -> bool:
+        """Prepares for a wait on ``fileno``; every ``poll`` ends it. Answers False if ``poll`` has something to do.
+
+        Args:
+            also: what else is waited for, a descriptor: no time is spent here once it is readable.
+        """
 
 
 class SocketTransport(WaitableTransport, Generic[ConnectionT]):
@@ -64,8 +68,8 @@ class SocketTransport(WaitableTransport, Generic[ConnectionT]):
     def _begin_poll(self, events: list[Event]) -> None:
         """Does what needs no socket to be ready; called first in every poll."""
 
-    def _before_wait(self, events: list[Event]) -> None:
-        """Makes sure that whatever arrives from now on makes a socket ready."""
+    def _before_wait(self, events: list[Event], also: int) -> None:
+        """Makes sure that whatever arrives from now on makes a socket ready; ``also`` as in ``arm``."""
 
     def _part_with(self, connection: ConnectionT) -> None:
         """Ends a connection that this side has closed; it is no longer watched."""
@@ -84,9 +88,9 @@ class SocketTransport(WaitableTransport, Generic[ConnectionT]):
     def fileno(self) -> int:
         return self._loop.fileno()
 
-    def arm(self) -> bool:
+    def arm(self, also: int) -> bool:
         if not self._pending and not self._loop.closed:
-            self._before_wait(self._pending)
+            self._before_wait(self._pending, also)
         return not self._pending
 
     def poll(self, timeout: float) -> list[Event]:
@@ -100,7 +104,7 @@ class SocketTransport(WaitableTransport, Generic[ConnectionT]):
         deadline = time.monotonic() + timeout
         left, woken = timeout, False
         while not events and not woken and left > 0:  # more than once where a socket was ready and no event came of it
-            self._before_wait(events)
+            self._before_wait(events, self._loop.fileno())
             woken = self._serve_sockets(0.0 if events else left, events)
             left = deadline - time.monotonic()
         return events

@@ -70,6 +70,14 @@ typedef struct {
     int64_t count, stride_bytes, run_bytes;
 } read_call;
 
+/* Counters in memory that others write to, what each was when it was read last, and a descriptor. */
+typedef struct {
+    const uint64_t *const *counters;
+    const uint64_t *seen;
+    int64_t spin_ns;
+    int32_t count, fd;
+} watch_call;
+
 typedef struct kernel_context kernel_context;
 
 /* A context owns its threads and scratch memory; it serves one caller at a time. NULL: no memory or no threads. */
@@ -84,5 +92,15 @@ EXPORT int32_t kernels_merge_partials(const kernel_context *context, const merge
 EXPORT int32_t kernels_store_kv(const kernel_context *context, const store_call *call);
 /* Answers a sum of what was read, shared over the threads. */
 EXPORT uint32_t kernels_read(kernel_context *context, const read_call *call);
+
+enum watched {
+    WATCH_TIMEOUT = 0,
+    WATCH_CHANGED = 1,   /* a counter */
+    WATCH_READY = 2,     /* the descriptor is readable */
+    WATCH_CONTENDED = 3, /* somebody else runs on this core, and may be whom we wait for */
+};
+
+/* Looks at the counters for up to spin_ns; it offers the core to others now and then. */
+EXPORT int32_t watch_counters(const watch_call *call);
 
 #endif

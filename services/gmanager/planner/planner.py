@@ -151,10 +151,11 @@ class _Planner:
         if not ready:
             lately = f"its blocks were moved less than {self._policy.settle_s:g} s ago"
             self._obstacle = lately if sizes else "no sealed block that could move"
-        moving, others = [], []
+        moving: list[tuple[int, RequestLoad]] = []
+        others: list[tuple[int, RequestLoad]] = []
         for entry in ready:
             running = instance.running.get(entry[1].request_id)
-            (moving if running in self._came_and_left else others).append(entry)
+            (moving if running is not None and running in self._came_and_left else others).append(entry)
         chosen = sorted([*moving, *heapq.nsmallest(_REQUESTS, others, key=_largest_first)], key=_largest_first)
         return [instance.request(load) for _, load in chosen]
 

@@ -1,0 +1,49 @@
+"""For how long to stay awake while waiting.
+
+To be woken from sleep takes tens of microseconds, more on a virtual machine: as long as a layer's attention may take
+itself. To stay awake costs nothing but the core's time. So a wait begins awake, for long if what was waited for lately
+came soon, as the queries of a step's layers do, and for a moment otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+_WEIGHT = 1 / 8  # of the newest wait in the average
+
+
+class Patience:
+    """One waiting thread's.
+
+    Args:
+        least_s, most_s: how long to stay awake; the longer where waits have lately been shorter than it.
+        clock: seconds.
+    """
+
+    def __init__(self, least_s: float, most_s: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._least_s = least_s
+        self._most_s = most_s
+        self._clock = clock
+        self._longest_s = 4 * most_s  # that counts: after a pause, a dozen soon arrivals are enough to be awake again
+        self._average_s = self._longest_s
+        self._since: float | None = None
+
+    def awake_s(self) -> float:
+        """For how long to stay awake now. A wait begins with this, if none has begun."""
+        if self._since is None:
+            self._since = self._clock()
+        return self._most_s if self._average_s < self._most_s else self._least_s
+
+    def arrived(self) -> None:
+        """Something has come, and the wait is over."""
+        if self._since is not None:
+            self._take(self._clock() - self._since)
+            self._since = None
+
+    def contended(self) -> None:
+        """Others want the core: it takes a while until it pays again to stay awake."""
+        self._average_s = self._longest_s
+
+    def _take(self, waited_s: float) -> None:
+        self._average_s += _WEIGHT * (min(waited_s, self._longest_s) - self._average_s)
