@@ -16,9 +16,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.cpu.answering import CompiledQueries
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,17 @@ class AttentionKernels(ABC):
             out: [rows, q_heads, head_dim], float32 or the pool's dtype, contiguous; overwritten.
             lse: [rows, q_heads] float32, contiguous; overwritten. Rows without a visible key get out 0, lse -inf.
         """
+
+    def compiled_queries(
+        self, pool: Tensor, plan: AttentionPlan, q_heads: int, out_dtype: torch.dtype
+    ) -> CompiledQueries | None:
+        """What compiled code needs to compute the same as ``micro_attention`` on this plan, where there is such code.
+
+        Args:
+            q_heads: of each query; its rows are those of the plan's segments.
+            out_dtype: of the partial outputs.
+        """
+        return None
 
     @abstractmethod
     def merge_partials(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_attention, check_merge, check_pool, check_store
+from kernels.cpu.answering import CompiledQueries
 from kernels.cpu.library import AttentionCall, MergeCall, PoolView, ReadCall, StoreCall, check_status, load_library
 from kernels.interface import AttentionKernels, AttentionPlan, LayerParams
 
@@ -76,6 +77,15 @@ class CpuKernels(AttentionKernels):
     ) -> None:
         prepared = self._prepare_attention(q, pool, plan, params, out, lse)
         check_status(self._library.kernels_micro_attention(self._context, prepared.argument))
+
+    def compiled_queries(
+        self, pool: Tensor, plan: AttentionPlan, q_heads: int, out_dtype: torch.dtype
+    ) -> CompiledQueries:
+        rows = int(plan.query_start[-1])
+        q = torch.empty((rows, q_heads, pool.shape[5]), dtype=pool.dtype)
+        out, lse = torch.empty(q.shape, dtype=out_dtype), torch.empty(q.shape[:2])
+        call = self._attention_call(q, pool, plan, out, lse)
+        return CompiledQueries(self._context, call, pool.shape[1], pool.stride(1), (self, pool, plan))
 
     def store_kv(self, k: Tensor, v: Tensor, pool: Tensor, slots: Tensor, layer: int) -> None:
         prepared = self._prepare_store(k, v, pool, slots, layer)
@@ -145,8 +155,19 @@ class CpuKernels(AttentionKernels):
         layout: Hashable,
     ) -> _Prepared:
         check_pool(pool, params.layer, "cpu")
+        call = self._attention_call(q, pool, plan, out, lse)
+        self._attention.pop(id(plan), None)
+        if len(self._attention) >= _MOST_PLANS:
+            del self._attention[next(iter(self._attention))]
+        prepared = _Prepared(call, call.pool, ctypes.byref(call), weakref.ref(pool), layout, plan)
+        self._attention[id(plan)] = prepared
+        return prepared
+
+    @staticmethod
+    def _attention_call(q: Tensor, pool: Tensor, plan: AttentionPlan, out: Tensor, lse: Tensor) -> AttentionCall:
+        """All but what a layer or a query brings, checked."""
         check_attention(q, pool, plan, out, lse)
-        call = AttentionCall(
+        return AttentionCall(
             pool=_pool_view(pool),
             q_stride=q.stride(0),
             query_start=plan.query_start.data_ptr(),
@@ -160,12 +181,6 @@ class CpuKernels(AttentionKernels):
             q_heads=q.shape[1],
             out_dtype=_DTYPES[out.dtype],
         )
-        self._attention.pop(id(plan), None)
-        if len(self._attention) >= _MOST_PLANS:
-            del self._attention[next(iter(self._attention))]
-        prepared = _Prepared(call, call.pool, ctypes.byref(call), weakref.ref(pool), layout, plan)
-        self._attention[id(plan)] = prepared
-        return prepared
 
     def _prepare_store(self, k: Tensor, v: Tensor, pool: Tensor, slots: Tensor, layer: int) -> _Prepared:
         layout = (

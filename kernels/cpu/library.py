@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sysconfig
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -92,10 +92,43 @@ class ReadCall(Structure):
     ]
 
 
+class RingView(Structure):
+    _fields_: ClassVar = [
+        ("counters", c_void_p),
+        ("data", c_void_p),
+        ("capacity", c_uint64),
+        ("head", c_uint64),
+        ("tail", c_uint64),
+        ("at", c_uint64),
+    ]
+
+
+class Answering(Structure):
+    _fields_: ClassVar = [
+        ("in_", RingView),
+        ("out", RingView),
+        ("max_message", c_uint64),
+        ("kernels", c_void_p),
+        ("attention", AttentionCall),
+        ("step", c_uint64),
+        ("layers", c_int64),
+        ("layer_stride", c_int64),
+        ("ended", c_void_p),
+        ("ended_before", c_uint64),
+        ("bell_fd", c_int32),
+        ("unused", c_int32),
+        ("answered", c_int64),
+        ("computed_ns", c_int64),
+        ("received_bytes", c_int64),
+        ("sent_bytes", c_int64),
+    ]
+
+
 class WatchCall(Structure):
     _fields_: ClassVar = [
         ("counters", c_void_p),
         ("seen", c_void_p),
+        ("answering", c_void_p),
         ("spin_ns", c_int64),
         ("count", c_int32),
         ("fd", c_int32),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 _WEIGHT = 1 / 8  # of the newest wait in the average
+_MOST_TIMES = 32  # after which it is what the newest waits were
 
 
 class Patience:
@@ -35,15 +36,14 @@ class Patience:
             self._since = self._clock()
         return self._most_s if self._average_s < self._most_s else self._least_s
 
-    def arrived(self) -> None:
-        """Something has come, and the wait is over."""
+    def arrived(self, times: int = 1) -> None:
+        """Something has come, so many times since the wait began, which is over."""
         if self._since is not None:
-            self._take(self._clock() - self._since)
+            waited_s = (self._clock() - self._since) / times
+            for _ in range(min(times, _MOST_TIMES)):
+                self._average_s += _WEIGHT * (min(waited_s, self._longest_s) - self._average_s)
             self._since = None
 
     def contended(self) -> None:
         """Others want the core: it takes a while until it pays again to stay awake."""
         self._average_s = self._longest_s
-
-    def _take(self, waited_s: float) -> None:
-        self._average_s += _WEIGHT * (min(waited_s, self._longest_s) - self._average_s)

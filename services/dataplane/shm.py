@@ -18,8 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from kernels.cpu.answering import CompiledQueries, CounterWatch, Watched
 from kernels.cpu.library import find_library
-from kernels.cpu.watch import CounterWatch, Watched
 from services.core.errors import ConfigError, PeerLostError
 from services.dataplane.patience import Patience
 from services.dataplane.reception import Reception
@@ -35,6 +35,8 @@ _COMPILED = find_library() is not None
 class ShmConnection(SocketConnection):
     """One end of a pair of rings."""
 
+    can_answer = _COMPILED
+
     def __init__(
         self, transport: ShmTransport, sock: socket.socket, rings: SharedRings, peer: str, connecting: bool
     ) -> None:
@@ -46,6 +48,7 @@ class ShmConnection(SocketConnection):
         self.reader = RingReader(rings.memory, rings.layout, ring=1 if connecting else 0)
         self._writer: RingWriter | None = RingWriter(rings.memory, rings.layout, ring=0 if connecting else 1)
         self._transport = transport
+        self._queries: CompiledQueries | None = None
 
     def send(self, parts: Sequence[Buffer]) -> None:
         size = message_bytes(parts, self.limits, self.peer)
@@ -61,8 +64,34 @@ class ShmConnection(SocketConnection):
             # Full: the peer has doorbells enough. Hung up: poll says so, after what the peer has sent before.
             pass
 
+    def answer_with(self, queries: CompiledQueries | None) -> None:
+        self._queries = queries
+        if queries is not None and self._writer is not None:
+            self.reader.bind(queries.incoming)
+            self._writer.bind(queries.outgoing)
+            queries.set_connection(self.limits.max_message_bytes, self.fd)
+
+    @property
+    def answers(self) -> bool:
+        """Whether there is anything that compiled code may answer."""
+        return self._queries is not None
+
+    def lend_rings(self) -> CompiledQueries | None:
+        """What compiled code may answer until ``take_rings_back``."""
+        queries = self._queries
+        if queries is None or self._writer is None or self.reader.held:
+            return None
+        self.reader.lend(queries.incoming)
+        self._writer.lend(queries.outgoing)
+        return queries
+
+    def take_rings_back(self, queries: CompiledQueries) -> None:
+        if self._writer is not None:
+            self.reader.take_back(queries.incoming)
+            self._writer.take_back(queries.outgoing)
+
     def end(self) -> None:
-        self._writer = None
+        self._writer = self._queries = None
         self.sock.close()
         if not self.reader.held:
             self.reader.discard()
@@ -127,7 +156,9 @@ class ShmTransport(SocketTransport[ShmConnection]):
         self._read_rings(events)
 
     def _read_rings(self, events: list[Event]) -> None:
-        """Reads the rings of all awake connections."""
+        """Reads the rings of all awake connections, but for what compiled code answers."""
+        if any(connection.answers for connection in self._awake):
+            self._look(0.0, self._loop.fileno())
         broken: list[tuple[ShmConnection, str]] = []
         for connection in self._awake:
             reason = self._read_ring(connection, events)
@@ -138,20 +169,21 @@ class ShmTransport(SocketTransport[ShmConnection]):
 
     def _before_wait(self, events: list[Event], also: int) -> None:
         """Puts the awake connections to sleep, unless one of them has something soon."""
-        if not self._awake:
-            return
-        awake_s = self._patience.awake_s()
-        if awake_s > 0:
-            match self._watch.look([connection.reader for connection in self._awake], also, awake_s):
-                case Watched.CHANGED:
-                    self._read_rings(events)
-                    return
-                case Watched.READY:
-                    return
-                case Watched.CONTENDED:
-                    self._patience.contended()
-        self._awake = {connection for connection in self._awake if not connection.reader.fall_asleep()}
-        self._read_rings(events)
+        while self._awake and not events:  # more than once where compiled code has answered what was there
+            awake_s = self._patience.awake_s()
+            ending = self._look(awake_s, also) if awake_s > 0 else Watched.TIMEOUT
+            if ending is Watched.CONTENDED:
+                self._patience.contended()
+            if ending is not Watched.CHANGED:
+                self._awake = {connection for connection in self._awake if not connection.reader.fall_asleep()}
+            self._read_rings(events)
+
+    def _look(self, awake_s: float, also: int) -> Watched:
+        """Watches the rings of all awake connections; what compiled code may answer is answered meanwhile."""
+        answered, ending = self._watch.look([*self._awake], also, awake_s)
+        if answered:
+            self._patience.arrived(answered)
+        return ending
 
     def _read_ring(self, connection: ShmConnection, events: list[Event]) -> str:
         """Takes what has arrived. Answers why the connection must end, or nothing."""
@@ -178,6 +210,8 @@ class ShmTransport(SocketTransport[ShmConnection]):
         elif bells and connection not in self._awake:
             connection.reader.wake_up()
             self._awake.add(connection)
+            if connection.answers:
+                self._look(0.0, self._loop.fileno())
         # What the peer sent before it hung up still counts.
         reason = self._read_ring(connection, events)
         if reason or not bells:
@@ -197,26 +231,42 @@ class ShmTransport(SocketTransport[ShmConnection]):
 
 
 class _RingWatch:
-    """Looks at rings until one of them has something."""
+    """Looks at the rings of connections until one of them has something."""
 
     def __init__(self) -> None:
-        self._readers: list[RingReader] = []
+        self._connections: list[ShmConnection] = []
         self._also = -1
-        self._counters: CounterWatch | None = None  # of these readers, where it is compiled
+        self._counters: CounterWatch | None = None  # of these connections, where it is compiled
 
-    def look(self, readers: list[RingReader], also: int, awake_s: float) -> Watched:
-        """For ``awake_s`` at most; ``also`` as in ``arm``."""
+    def look(self, connections: list[ShmConnection], also: int, awake_s: float) -> tuple[int, Watched]:
+        """Answers how many queries have been answered meanwhile, and why it looks no more.
+
+        Args:
+            also: as in ``arm``.
+            awake_s: for how long at most, after the last such query.
+        """
         if _COMPILED:
-            if self._counters is None or also != self._also or readers != self._readers:
-                self._readers, self._also = readers, also
-                self._counters = CounterWatch([reader.published for reader in readers], also)
-            return self._counters.watch([reader.taken for reader in readers], awake_s)
+            return self._look(connections, also, awake_s)
         until = time.perf_counter() + awake_s
         while time.perf_counter() < until:
-            if any(reader.pending() for reader in readers):
-                return Watched.CHANGED
+            if any(connection.reader.pending() for connection in connections):
+                return 0, Watched.CHANGED
             os.sched_yield()  # whom we wait for may need this core
-        return Watched.TIMEOUT
+        return 0, Watched.TIMEOUT
+
+    def _look(self, connections: list[ShmConnection], also: int, awake_s: float) -> tuple[int, Watched]:
+        if self._counters is None or also != self._also or connections != self._connections:
+            self._connections, self._also = connections, also
+            self._counters = CounterWatch([connection.reader.published for connection in connections], also)
+        lent = [connection.lend_rings() for connection in connections]
+        before = [0 if queries is None else queries.answered for queries in lent]
+        ending = self._counters.watch([connection.reader.taken for connection in connections], lent, awake_s)
+        answered = 0
+        for connection, queries, count in zip(connections, lent, before, strict=True):
+            if queries is not None:
+                connection.take_rings_back(queries)
+                answered += queries.answered - count
+        return answered, ending
 
 
 def _process_of(sock: socket.socket) -> str:

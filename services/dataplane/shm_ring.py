@@ -27,9 +27,10 @@ import mmap
 import threading
 from collections import deque
 from collections.abc import Sequence
-from ctypes import c_uint64
+from ctypes import addressof, c_char, c_uint64
 from dataclasses import dataclass
 
+from kernels.cpu.library import RingView
 from services.core.errors import PeerLostError
 from services.dataplane.transport import SMALLEST_CHARGE_BYTES, Buffer, Limits, Message, ReleaseHook
 
@@ -106,10 +107,11 @@ class MemoryFence:
 class RingWriter:
     """The sending end of a ring."""
 
-    __slots__ = ("_asleep_seen", "_capacity", "_counters", "_data", "_fence", "_head", "_lengths", "_tail")
+    __slots__ = ("_asleep_seen", "_at", "_capacity", "_counters", "_data", "_fence", "_head", "_lengths", "_tail")
 
     def __init__(self, memory: mmap.mmap, layout: RingLayout, ring: int) -> None:
         self._counters, self._data, self._lengths = _views(memory, layout, ring)
+        self._at = _Addresses(self._counters, self._data)
         self._capacity = layout.capacity
         self._fence = MemoryFence()
         self._head = 0
@@ -151,6 +153,18 @@ class RingWriter:
         self._asleep_seen = asleep
         return True
 
+    def bind(self, view: RingView) -> None:
+        """Says where the ring is."""
+        self._at.put(view, self._capacity)
+
+    def lend(self, view: RingView) -> None:
+        """Compiled code writes now."""
+        view.head, view.tail, view.at = self._head, self._tail, self._asleep_seen
+
+    def take_back(self, view: RingView) -> None:
+        """Compiled code has written."""
+        self._head, self._tail, self._asleep_seen = view.head, view.tail, view.at
+
     def _make_room(self, end: int, size: int) -> None:
         tail = self._counters[_TAIL]
         if not self._tail <= tail <= self._head:
@@ -176,6 +190,7 @@ class RingReader(ReleaseHook):
 
     __slots__ = (
         "_asleep",
+        "_at",
         "_capacity",
         "_counters",
         "_data",
@@ -191,6 +206,7 @@ class RingReader(ReleaseHook):
 
     def __init__(self, memory: mmap.mmap, layout: RingLayout, ring: int) -> None:
         self._counters, self._data, self._lengths = _views(memory, layout, ring)
+        self._at = _Addresses(self._counters, self._data)
         self.published = c_uint64.from_buffer(self._counters, 8 * _HEAD)  # head, to be watched
         self._capacity = layout.capacity
         self._max_message = layout.limits.max_message_bytes
@@ -246,6 +262,18 @@ class RingReader(ReleaseHook):
         self._read = end
         return message
 
+    def bind(self, view: RingView) -> None:
+        """Says where the ring is."""
+        self._at.put(view, self._capacity)
+
+    def lend(self, view: RingView) -> None:
+        """Compiled code reads now; no message is held."""
+        view.head, view.tail, view.at = self._head, self._tail, self._read
+
+    def take_back(self, view: RingView) -> None:
+        """Compiled code has read."""
+        self._head, self._tail, self._read = view.head, view.tail, view.at
+
     def __call__(self, message: Message) -> None:
         """Frees the ring up to the first message that is still held."""
         assert isinstance(message, RingMessage)
@@ -279,8 +307,24 @@ class RingReader(ReleaseHook):
         for message in self._held:
             message.data = _RELEASED
         self._held.clear()
+        self._at.forget()
         self.published = c_uint64()
         self._counters = self._data = self._lengths = _RELEASED
+
+
+class _Addresses:
+    """Where compiled code finds a ring."""
+
+    __slots__ = ("_counters", "_data")
+
+    def __init__(self, counters: memoryview, data: memoryview) -> None:
+        self._counters, self._data = c_char.from_buffer(counters), c_char.from_buffer(data)
+
+    def put(self, view: RingView, capacity: int) -> None:
+        view.counters, view.data, view.capacity = addressof(self._counters), addressof(self._data), capacity
+
+    def forget(self) -> None:
+        self._counters = self._data = c_char()
 
 
 def _views(memory: mmap.mmap, layout: RingLayout, ring: int) -> tuple[memoryview, memoryview, memoryview]:

@@ -18,8 +18,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from services.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kernels.cpu.answering import CompiledQueries
 
 Buffer = bytes | bytearray | memoryview
 
@@ -67,6 +71,7 @@ class Connection(ABC):
 
     limits: Limits
     peer: str  # for messages and logs
+    can_answer = False  # whether ``answer_with`` does anything
 
     @abstractmethod
     def send(self, parts: Sequence[Buffer]) -> None:
@@ -76,6 +81,10 @@ class Connection(ABC):
             PeerLostError: the connection has ended, or the message does not fit the peer's window (which ends it).
             ValueError: the message is longer than ``max_message_bytes``.
         """
+
+    def answer_with(self, queries: CompiledQueries | None) -> None:
+        """Lets compiled code answer these queries from now on, or none; what it leaves is received as ever."""
+        assert queries is None, "this transport leaves all queries to its owner"
 
     @abstractmethod
     def close(self) -> None:

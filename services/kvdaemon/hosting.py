@@ -22,20 +22,21 @@ class Hosting:
         self.queries = 0
         self.queries_s = 0.0
 
-    def answered(self, compute_s: float) -> None:
-        """Takes in any query."""
-        self.queries += 1
+    def answered(self, queries: int, compute_s: float) -> None:
+        """Takes in any queries."""
+        self.queries += queries
         self.queries_s += compute_s
 
-    def add(self, context_tokens: float, compute_s: float) -> None:
-        """Takes in one query without prefill rows.
+    def add(self, queries: int, context_tokens: float, compute_s: float) -> None:
+        """Takes in queries of one plan without prefill rows.
 
         Args:
-            context_tokens: of its rows in this pool, divided by the number of layers.
+            context_tokens: of a query's rows in this pool, divided by the number of layers.
+            compute_s: of all of them.
         """
         with self._lock:
-            self._messages += 1
-            self._context_tokens += context_tokens
+            self._messages += queries
+            self._context_tokens += queries * context_tokens
             self._compute_s += compute_s
 
     def drain(self) -> tuple[HostingTiming, ...]:

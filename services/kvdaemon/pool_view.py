@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import AttentionKernels, LayerParams
+from kernels.cpu.answering import CompiledQueries
 from services.core.blocks import DTYPE_BYTES, PoolGeometry
 from services.core.errors import InvalidRequestError
 from services.dataplane.kv_pool import KvPool
@@ -49,6 +50,11 @@ class PoolView:
         """Tokens of all blocks of a plan, divided by the number of layers: one layer's share of a step's work."""
         assert self._geometry is not None
         return len(plan.attention.block_ids) * self._geometry.block_tokens / self._geometry.layers
+
+    def compiled_queries(self, plan: StepPlan, q_heads: int, out_dtype: str) -> CompiledQueries | None:
+        """What compiled code needs to answer the plan's queries, if the kernels have such code."""
+        assert self._geometry is not None
+        return self._kernels.compiled_queries(self._blocks, plan.attention, q_heads, _TORCH_DTYPES[out_dtype])
 
     def attend(
         self, query: Header, payload: memoryview, plan: StepPlan, max_answer_bytes: int

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.cpu.answering import CompiledQueries
 from services.core.blocks import BlockHandle
 from services.core.errors import (
     InfiniteLLMError,
@@ -51,6 +52,8 @@ class _Client:
     traffic: InstanceTraffic
     segments: SegmentTable = field(default_factory=SegmentTable)
     plan: StepPlan | None = None
+    asked: tuple[int, str] | None = None  # query heads and output dtype of its last query: the next ones are alike
+    compiled: CompiledQueries | None = None  # queries of the plan that need no Python
 
     def send(self, parts: Sequence[Buffer]) -> None:
         """
@@ -100,6 +103,8 @@ class Worker:
                         self._lost(connection, reason)
                     case Connected():
                         pass
+            for client in self._clients.values():
+                self._count_compiled(client)
             self._copier.advance()
             if self._sessions_ended:
                 self._sessions_ended = False  # before looking, so that what ends meanwhile is looked at again
@@ -170,7 +175,9 @@ class Worker:
         segments = wire.unpack_plan(header.rows, payload)
         for segment in segments:
             self._check_readable(client, segment.blocks)
+        self._count_compiled(client)
         client.plan = client.segments.plan(header.step, segments)
+        self._compile(client, client.plan)
 
     def _query(self, client: _Client, header: Header, payload: memoryview, message: Message) -> None:
         if client.plan is None:
@@ -179,11 +186,10 @@ class Worker:
         begun = time.perf_counter()
         out, lse = self._pool.attend(header, payload, client.plan, client.connection.limits.max_message_bytes)
         compute_s = time.perf_counter() - begun
-        self.hosting.answered(compute_s)
-        if client.plan.attention.max_query_len == 1:
-            self.hosting.add(self._pool.context_tokens(client.plan), compute_s)
+        self._count(client.plan, 1, compute_s)
         with self._shared as ledger:
             _check_open(ledger, client.session_id)
+        client.asked = (header.q_heads, header.out_dtype)
         answer = Header(
             Kind.PARTIAL,
             sequence=header.sequence,
@@ -196,6 +202,33 @@ class Worker:
         )
         message.release()
         client.send([answer.pack(), out, lse])
+
+    def _count(self, plan: StepPlan, queries: int, compute_s: float) -> None:
+        self.hosting.answered(queries, compute_s)
+        if plan.attention.max_query_len == 1:
+            self.hosting.add(queries, self._pool.context_tokens(plan), compute_s)
+
+    def _compile(self, client: _Client, plan: StepPlan) -> None:
+        """Lets compiled code answer the queries of a decode step's plan, as far as they are like those before."""
+        client.compiled = None
+        if client.connection.can_answer:
+            if client.asked is not None and plan.rows and plan.attention.max_query_len == 1:
+                with self._shared as ledger:
+                    ended, before = ledger.ended_sessions, ledger.ended_sessions.value
+                self._enter(client)  # after that look: if the session ends from here on, it has changed
+                client.compiled = self._pool.compiled_queries(plan, *client.asked)
+                if client.compiled is not None:
+                    client.compiled.allow(plan.step, ended, before)
+            client.connection.answer_with(client.compiled)
+
+    def _count_compiled(self, client: _Client) -> None:
+        """Takes in what compiled code has answered since the last time."""
+        if client.compiled is not None and client.plan is not None:
+            answered = client.compiled.take_answered()
+            if answered.queries:
+                self._count(client.plan, answered.queries, answered.compute_s)
+                client.traffic.received_bytes += answered.received_bytes
+                client.traffic.sent_bytes += answered.sent_bytes
 
     def _write_block(self, client: _Client, header: Header, payload: memoryview, message: Message) -> None:
         block_bytes = self._enter(client)
@@ -265,6 +298,7 @@ class Worker:
         """Answers whether it was a client's."""
         client = self._clients.pop(connection, None)
         if client is not None:
+            self._count_compiled(client)
             self.traffic.end(client.traffic)
             self._copier.forget(client)
         return client is not None

@@ -26,6 +26,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from ctypes import c_uint64
 
 from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, PoolGeometry
 from services.core.errors import (
@@ -61,6 +62,7 @@ class Ledger:
         self._geometry: PoolGeometry | None = None
         self._store = BlockStore()
         self._holders: dict[int, Holder] = {}
+        self.ended_sessions = c_uint64(0)  # grows before anything that an ended session held is given up
         self._latest: dict[str, Session] = {}  # instance -> its newest session, open or not
         self._offers = Offers()  # of open sessions
         self._writing: set[int] = set()  # blocks between begin_write and finish_write; each counts as one user
@@ -149,6 +151,7 @@ class Ledger:
         holder = self._holders.get(session_id)
         if holder is not None:
             holder.open = False
+            self.ended_sessions.value += 1
             self._offers.withdraw(holder.holds)
             if not holder.mapping_out:
                 self._drop(holder)

@@ -10,7 +10,7 @@ from ctypes import c_uint64
 import pytest
 
 from kernels.cpu import find_library
-from kernels.cpu.watch import CounterWatch, Watched
+from kernels.cpu.answering import CounterWatch, Watched
 from services.dataplane.patience import Patience
 
 LEAST, MOST = 20e-6, 1e-3
@@ -74,13 +74,13 @@ class TestCounterWatch:
         read, write = os.pipe()
         try:
             watch = CounterWatch(counters, read)
-            assert watch.watch([5, 8], LONG_S) is Watched.CHANGED
+            assert watch.watch([5, 8], [None, None], LONG_S) is Watched.CHANGED
             changer = threading.Timer(0.05, lambda: setattr(counters[1], "value", 8))
             changer.start()
             endings = [Watched.CONTENDED]
             until = time.monotonic() + LONG_S
             while endings[-1] is Watched.CONTENDED and time.monotonic() < until:  # a busy machine may end it early
-                endings.append(watch.watch([5, 7], LONG_S))
+                endings.append(watch.watch([5, 7], [None, None], LONG_S))
             assert endings[-1] is Watched.CHANGED
             changer.join()
         finally:
@@ -91,9 +91,9 @@ class TestCounterWatch:
         read, write = os.pipe()
         try:
             watch = CounterWatch([c_uint64(0)], read)
-            assert watch.watch([0], 1e-6) in (Watched.TIMEOUT, Watched.CONTENDED)
+            assert watch.watch([0], [None], 1e-6) in (Watched.TIMEOUT, Watched.CONTENDED)
             os.write(write, b"x")
-            assert watch.watch([0], LONG_S) in (Watched.READY, Watched.CONTENDED)
+            assert watch.watch([0], [None], LONG_S) in (Watched.READY, Watched.CONTENDED)
         finally:
             os.close(read)
             os.close(write)

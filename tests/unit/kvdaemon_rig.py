@@ -1,4 +1,4 @@
-"""A kvdaemon's worker, ledger and pool in this process, and a client of its data plane, over the loopback transport."""
+"""A kvdaemon's worker, ledger and pool in this process, and a client of its data plane."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from services.core.blocks import BlockHandle, PoolGeometry
 from services.dataplane import wire
 from services.dataplane.kv_pool import KvPool
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
-from services.dataplane.transport import Accepted, Buffer, Connection, Limits, Lost, Received
+from services.dataplane.shm import ShmTransport
+from services.dataplane.transport import Accepted, Buffer, Connection, Limits, Lost, Received, Transport
 from services.dataplane.wire import Header, Kind, PlanSegment, Role
 from services.kvdaemon.pool_view import PoolView
 from services.kvdaemon.sessions import Sessions, SharedLedger
@@ -35,7 +37,10 @@ def key(number: int) -> bytes:
 
 
 class Rig:
-    """Use as a context manager; ``failure`` is what ended the worker, if anything did. Daemons of one hub meet."""
+    """Use as a context manager; ``failure`` is what ended the worker, if anything did. Daemons of one hub meet.
+
+    ``shm``: a directory; the data plane is in shared memory and not the loopback transport.
+    """
 
     def __init__(
         self,
@@ -44,16 +49,18 @@ class Rig:
         kernels: AttentionKernels | None = None,
         hub: LoopbackHub | None = None,
         name: str = "daemon",
+        shm: Path | None = None,
     ):
         self.geometry = geometry
         self.pool = KvPool(blocks * geometry.block_bytes)
         self.shared = SharedLedger(Ledger(self.pool.pool_bytes, itertools.count(100).__next__))
         self.hub = hub or LoopbackHub()
-        server = LoopbackTransport(self.hub, name)
+        server = LoopbackTransport(self.hub, name) if shm is None else ShmTransport(shm / name)
         self.address = server.listen()
         self.worker = Worker(server, self.shared, PoolView(self.pool, kernels or ReferenceKernels()))
         self.sessions = Sessions(self.shared, self.worker.sessions_ended)
-        self.transport = LoopbackTransport(self.hub, "client")
+        self._over_shm = shm is not None
+        self.transport = self.another_client("client")
         self.failure: BaseException | None = None
         self._inbox: dict[Connection, list[tuple[Header, bytes]]] = {}
         self._lost: set[Connection] = set()
@@ -78,6 +85,9 @@ class Rig:
             self.worker.run()
         except BaseException as error:
             self.failure = error
+
+    def another_client(self, name: str = "another") -> Transport:
+        return ShmTransport() if self._over_shm else LoopbackTransport(self.hub, name)
 
     # Control plane.
 

@@ -76,7 +76,7 @@ def test_kinds_of_steps_are_bounded() -> None:
 def test_hosting_is_summed() -> None:
     hosting = Hosting()
     assert hosting.drain() == ()
-    hosting.add(100.0, 0.25)
-    hosting.add(50.0, 0.5)
+    hosting.add(1, 100.0, 0.25)
+    hosting.add(1, 50.0, 0.5)
     assert hosting.drain() == (HostingTiming(2, 150.0, 0.75),)
     assert hosting.drain() == ()

@@ -70,15 +70,39 @@ typedef struct {
     int64_t count, stride_bytes, run_bytes;
 } read_call;
 
+typedef struct kernel_context kernel_context;
+
+/* One end of a byte ring in shared memory (services/dataplane/shm_ring.py, ring.h). The reader's: what is published as
+ * far as seen, what is released, what is read. The writer's: what is published, what is released as far as seen, and
+ * the sleep that a doorbell has been rung for. */
+typedef struct {
+    uint64_t *counters;
+    char *data;
+    uint64_t capacity, head, tail, at;
+} ring_view;
+
+/* The queries of one plan that compiled code may answer, and what it has done (answering.c). */
+typedef struct {
+    ring_view in, out;
+    uint64_t max_message;
+    kernel_context *kernels;
+    attention_call attention; /* what a query brings is filled in for each */
+    uint64_t step;
+    int64_t layers, layer_stride;
+    const uint64_t *ended; /* counts sessions that have ended; another value than before: no more answers */
+    uint64_t ended_before;
+    int32_t bell_fd, unused;
+    int64_t answered, computed_ns, received_bytes, sent_bytes;
+} answering;
+
 /* Counters in memory that others write to, what each was when it was read last, and a descriptor. */
 typedef struct {
     const uint64_t *const *counters;
-    const uint64_t *seen;
+    uint64_t *seen;
+    answering *const *answering; /* of the ring that a counter belongs to, or NULL */
     int64_t spin_ns;
     int32_t count, fd;
 } watch_call;
-
-typedef struct kernel_context kernel_context;
 
 /* A context owns its threads and scratch memory; it serves one caller at a time. NULL: no memory or no threads. */
 EXPORT kernel_context *kernels_open(int32_t num_threads);
@@ -100,7 +124,8 @@ enum watched {
     WATCH_CONTENDED = 3, /* somebody else runs on this core, and may be whom we wait for */
 };
 
-/* Looks at the counters for up to spin_ns; it offers the core to others now and then. */
+/* Looks at the counters for up to spin_ns after the last query that it has answered; it offers the core to others now
+ * and then. */
 EXPORT int32_t watch_counters(const watch_call *call);
 
 #endif

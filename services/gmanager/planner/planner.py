@@ -147,7 +147,7 @@ class _Planner:
             sizes = [(running.remote.get(source, 0), running.load) for running in instance.running.values()]
         sizes = [entry for entry in sizes if entry[0] > 0]
         settled = self._now - self._policy.settle_s
-        ready = [entry for entry in sizes if entry[1].moved_at < settled]
+        ready = [entry for entry in sizes if entry[1].moved_at <= settled and entry[1].moved_at < self._now]
         if not ready:
             lately = f"its blocks were moved less than {self._policy.settle_s:g} s ago"
             self._obstacle = lately if sizes else "no sealed block that could move"
