@@ -184,7 +184,8 @@ class SimulatedInstance:
             older = self._lending.oldest_starving()
             for_older = older is not None and older < sequence.age
             if for_older or not self._reserve(sequence):
-                self._short_of_room = not for_older  # who waits for somebody older does not starve itself
+                # Who waits for somebody older, or for its own pool, does not starve itself.
+                self._short_of_room = not (for_older or self._fits_here(sequence))
                 self._reserve_at = now + RETRY_S
                 return
             self._short_of_room = False
@@ -192,11 +193,15 @@ class SimulatedInstance:
             if self._serving.computed_prompts:
                 sequence.computed = len(sequence.tokens) - 1
 
+    def _fits_here(self, sequence: SimulatedSequence) -> bool:
+        return self._serving.blocks_for(sequence.longest) <= self._pool.blocks
+
     def _reserve(self, sequence: SimulatedSequence) -> bool:
         """All blocks of a prompt, or none."""
         needed = self._serving.blocks_for(len(sequence.tokens))
         local = min(needed, self._pool.free)
-        grants = self._lending.borrow(self.index, needed - local) if needed > local else []
+        spare = self._fits_here(sequence)
+        grants = self._lending.borrow(self.index, needed - local, spare_wanted=spare) if needed > local else []
         if local + sum(grant.blocks for grant in grants) < needed:
             for grant in grants:
                 self._pools[grant.instance].give(grant.blocks)
@@ -282,6 +287,7 @@ class SimulatedInstance:
             starving.append(self.running[0].age)
         if self._short_of_room and self.waiting:
             starving.append(self.waiting[0].age)
+        self._lending.waits(self.index, bool(self.waiting))
         self._lending.starves(self.index, min(starving, default=None))
 
     def _release(self, sequence: SimulatedSequence, now: float) -> None:

@@ -39,8 +39,11 @@ class Lending(Protocol):
     def most_blocks(self, debtor: int) -> int:
         """That one request can ever have."""
 
-    def borrow(self, debtor: int, blocks: int) -> list[Grant]:
-        """Up to so many blocks, taken already."""
+    def borrow(self, debtor: int, blocks: int, spare_wanted: bool = False) -> list[Grant]:
+        """Up to so many blocks, taken already; ``spare_wanted``: not of instances whose own requests wait."""
+
+    def waits(self, instance: int, waiting: bool) -> None:
+        """Whether requests of the instance wait."""
 
     def starves(self, instance: int, oldest: RequestAge | None) -> None:
         """The instance's oldest request that cannot go on for want of blocks."""
@@ -60,8 +63,11 @@ class NoLending:
     def most_blocks(self, debtor: int) -> int:
         return self._pools[debtor].blocks
 
-    def borrow(self, debtor: int, blocks: int) -> list[Grant]:
+    def borrow(self, debtor: int, blocks: int, spare_wanted: bool = False) -> list[Grant]:
         return []
+
+    def waits(self, instance: int, waiting: bool) -> None:
+        """Nobody else cares."""
 
     def starves(self, instance: int, oldest: RequestAge | None) -> None:
         """Nobody else cares."""
@@ -78,15 +84,24 @@ class PooledMemory:
     def __init__(self, pools: list[Pool]) -> None:
         self._pools = pools
         self._blocks = sum(pool.blocks for pool in pools)
+        self._waiting: set[int] = set()
         self._starving: dict[int, RequestAge] = {}
         self._oldest: RequestAge | None = None
 
     def most_blocks(self, debtor: int) -> int:
         return self._blocks
 
-    def borrow(self, debtor: int, blocks: int) -> list[Grant]:
+    def waits(self, instance: int, waiting: bool) -> None:
+        (self._waiting.add if waiting else self._waiting.discard)(instance)
+
+    def borrow(self, debtor: int, blocks: int, spare_wanted: bool = False) -> list[Grant]:
         """Of those that the rManager asks."""
-        rooms = [(-pool.free, index) for index, pool in enumerate(self._pools) if index != debtor and pool.free]
+        spared = self._waiting if spare_wanted else ()
+        rooms = [
+            (-pool.free, index)
+            for index, pool in enumerate(self._pools)
+            if index != debtor and pool.free and index not in spared
+        ]
         rooms.sort()
         grants = []
         for (_, index), share in zip(rooms, shares(blocks, [-room for room, _ in rooms]), strict=True):

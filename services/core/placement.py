@@ -221,12 +221,14 @@ class Room:
         address: its control server, host:port.
         free_blocks: that a reservation could get now.
         total_blocks: that requests could have there if nobody else had any (the workspace is not among them).
+        wanted: requests of the instance that maps the pool wait.
     """
 
     kvdaemon_id: str
     address: str
     free_blocks: int
     total_blocks: int
+    wanted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,7 @@ class GManagerServicer(gmanager_pb2_grpc.GManagerServiceServicer):
                     address=room.address,
                     free_blocks=room.free_blocks,
                     total_blocks=room.total_blocks,
+                    wanted=room.wanted,
                 )
                 for room in rooms
             ],

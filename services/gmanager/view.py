@@ -264,14 +264,21 @@ class ClusterView:
     def find_room(self, geometry: PoolGeometry, block_bytes: int, exclude: Collection[str] = ()) -> tuple[Room, ...]:
         """Daemons that can hold blocks of this geometry, the one with the most room first, full ones last."""
         rooms = []
+        wanted = {
+            member.local_kvdaemon_id for member_id, member in self._instances.items() if self._has_waiting(member_id)
+        }
         for member_id, member in self._kvdaemons.items():
             reporter = self._reporters.get(f"kvdaemon/{member_id}")
             if member_id in exclude or reporter is None or reporter.kvdaemon is None:
                 continue
             free, total = room_in(reporter.kvdaemon, geometry, block_bytes)
             if total > 0:
-                rooms.append(Room(member_id, member.address, free, total))
+                rooms.append(Room(member_id, member.address, free, total, member_id in wanted))
         return tuple(sorted(rooms, key=lambda room: (-room.free_blocks, room.kvdaemon_id)))
+
+    def _has_waiting(self, instance_id: str) -> bool:
+        reporter = self._reporters.get(f"instance/{instance_id}")
+        return reporter is not None and reporter.instance is not None and reporter.instance.waiting > 0
 
     def oldest_starving(self, now: float) -> RequestAge | None:
         """The oldest request of the cluster that cannot go on for want of blocks.

@@ -157,12 +157,13 @@ class PromptDeferred:
     """Answer to ReservePrompt: no room now.
 
     Attributes:
-        for_older: whether there is room was not even asked, as an older request elsewhere starves.
+        starves: others must leave it what comes free. Not so where it waits for an older request that starves, or for
+            room in its own pool, which has enough for it.
     """
 
     request_id: str
     attempt: int
-    for_older: bool = False
+    starves: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -242,9 +242,9 @@ class Engine:
         sequence = self._reserving.pop(event.attempt)
         if self._sequences.get(event.request_id) is sequence:
             sequence.state = SequenceState.WAITING
-            # Who waits for an older request does not starve itself. If it said so, everybody would soon starve for
-            # somebody, and the whole cluster would admit one prompt at a time, by age, however much room there is.
-            self._short_of_room = not event.for_older
+            # If all who wait said that they starve, everybody would soon starve for somebody, and the whole cluster
+            # would admit one prompt at a time, by age, however much room there is.
+            self._short_of_room = event.starves
             self._reserve_at = time.monotonic() + _RETRY_S
 
     def _refused(self, event: PromptRefused) -> None:

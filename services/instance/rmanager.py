@@ -1,8 +1,10 @@
 """The instance's rManager: sessions with daemons, and the orders of its engine carried out in them.
 
 Runs in the asyncio thread. Placing a prompt is all or nothing: what is cached is attached to, the rest is reserved in
-the local pool as far as it has room, and beyond that in the pools of others, in proportion to their room. A daemon
-refuses at once what it has no room for, and nothing that was borrowed is borrowed on, so there are no cycles.
+the local pool as far as it has room, and beyond that in the pools of others, in proportion to their room. Who fits
+into its own pool takes nothing from an instance whose own requests wait: where everybody is short of memory, lending it
+to and fro gives nobody more of it, and leaves everybody's blocks far away. A daemon refuses at once what it has no room
+for, and nothing that was borrowed is borrowed on, so there are no cycles.
 """
 
 from __future__ import annotations
@@ -178,11 +180,12 @@ class RManager:
     async def _reserve_prompt(self, order: ReservePrompt) -> None:
         """Answers with PromptReserved, PromptDeferred or PromptRefused, whatever happens."""
         held: list[_Hold] = []
+        fits_here = order.max_blocks <= self._own_blocks
         try:
             await self._look(_FRESH_S)
             older = self._view.oldest_starving
             if older is not None and older < order.age:  # what comes free is not for us
-                self._post(PromptDeferred(order.age.request_id, order.attempt, for_older=True))
+                self._post(PromptDeferred(order.age.request_id, order.attempt, starves=False))
                 return
             refusal = self._too_long(order)
             if refusal is not None:
@@ -193,7 +196,7 @@ class RManager:
             local = await self._local.reserve(missing, 0, request_id=order.age.request_id) if missing else []
             held += [_Hold(self._local, handle) for handle in local]
             missing -= len(local)
-            remote = await self._borrow(missing, order.age.request_id) if missing else []
+            remote = await self._borrow(missing, order.age.request_id, spare_wanted=fits_here) if missing else []
             held += remote
             # A session that is alive has no successor: the engine hears of these blocks before it hears of one, and
             # cannot take them for blocks of the same daemon's next session.
@@ -205,11 +208,16 @@ class RManager:
         except InfiniteLLMError as error:
             _log.warning("reservation interrupted", extra={"request_id": order.age.request_id, "why": str(error)})
         await self._give_back(held)
-        self._post(PromptDeferred(order.age.request_id, order.attempt))
+        self._post(PromptDeferred(order.age.request_id, order.attempt, starves=not fits_here))
+
+    @property
+    def _own_blocks(self) -> int:
+        """That requests can have in the own pool if nobody else has any."""
+        return self._local.opened.total_blocks - self._settings.workspace
 
     def _too_long(self, order: ReservePrompt) -> ContextTooLongError | None:
         """Why this request can never be served, if so: it needs more blocks than can ever be free for it."""
-        own = self._local.opened.total_blocks - self._settings.workspace
+        own = self._own_blocks
         if order.max_blocks <= own:
             return None
         others = self._capacity.limit(time.monotonic())
@@ -267,10 +275,14 @@ class RManager:
 
     # ------------------------------------------------------------ other daemons
 
-    async def _borrow(self, blocks: int, request_id: str) -> list[_Hold]:
-        """Up to ``blocks`` blocks reserved on other daemons, interleaved."""
+    async def _borrow(self, blocks: int, request_id: str, spare_wanted: bool = False) -> list[_Hold]:
+        """Up to ``blocks`` blocks reserved on other daemons, interleaved.
+
+        Args:
+            spare_wanted: not on those whose own instance has requests that wait.
+        """
         await self._look(0.0)
-        rooms = [room for room in self._view.rooms if room.free_blocks]
+        rooms = [room for room in self._view.rooms if room.free_blocks and not (spare_wanted and room.wanted)]
         grants: list[list[_Hold]] = []
         left = blocks
         for room, share in zip(rooms, shares(blocks, [room.free_blocks for room in rooms]), strict=True):

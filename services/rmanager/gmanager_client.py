@@ -92,7 +92,10 @@ class GManagerClient:
             if call_was_given_up():  # another question failed, and closed the channel that all share
                 raise UnavailableError("the connection to the gManager was given up") from None
             raise
-        rooms = (Room(room.kvdaemon_id, room.address, room.free_blocks, room.total_blocks) for room in response.rooms)
+        rooms = (
+            Room(room.kvdaemon_id, room.address, room.free_blocks, room.total_blocks, room.wanted)
+            for room in response.rooms
+        )
         starving = response.oldest_starving if response.HasField("oldest_starving") else None
         return RoomView(tuple(rooms), starving and RequestAge(starving.arrival_time, starving.request_id))
 

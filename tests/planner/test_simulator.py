@@ -246,6 +246,15 @@ def test_blocks_are_borrowed_as_the_rmanager_borrows_them() -> None:
     assert lending.borrow(0, 1) == []
 
 
+def test_instances_whose_own_requests_wait_are_spared() -> None:
+    lending = PooledMemory([Pool(100), Pool(300), Pool(100)])
+    lending.waits(1, True)
+    assert [grant.instance for grant in lending.borrow(0, 20, spare_wanted=True)] == [2]
+    assert {grant.instance for grant in lending.borrow(0, 20)} == {1, 2}
+    lending.waits(1, False)
+    assert {grant.instance for grant in lending.borrow(0, 20, spare_wanted=True)} == {1, 2}
+
+
 def test_the_oldest_starving_request_is_known_to_all() -> None:
     lending = PooledMemory([Pool(1), Pool(1)])
     older, younger = RequestAge(1.0, "a"), RequestAge(2.0, "b")

@@ -146,8 +146,9 @@ class Rig:
         self.local, self.first, self.second = daemons
         self.events = events
 
-    def reserve(self, attempt: int, blocks: int) -> None:
-        self.rmanager.order(ReservePrompt(RequestAge(1.0, "r"), attempt, (), blocks, blocks))
+    def reserve(self, attempt: int, blocks: int, most: int | None = None) -> None:
+        """``most``: blocks that the request may have in the end; those of the prompt if None."""
+        self.rmanager.order(ReservePrompt(RequestAge(1.0, "r"), attempt, (), blocks, most or blocks))
 
     async def answer(self, attempt: int) -> PromptReserved | PromptDeferred:
         async with asyncio.timeout(DEADLINE_S):
@@ -280,7 +281,39 @@ def test_who_waits_for_an_older_request_is_told_so() -> None:
             r.reserve(1, 1)
             answer = await r.answer(1)
             assert isinstance(answer, PromptDeferred)
-            assert answer.for_older
+            assert not answer.starves
             assert r.reserved() == (0, 0, 0)
+
+    asyncio.run(run())
+
+
+def test_who_fits_at_home_takes_nothing_from_an_instance_whose_own_requests_wait() -> None:
+    """But who does not fit takes what it can get; and of daemons that nobody waits for, anybody."""
+
+    async def run() -> None:
+        async with rig() as r:
+            lender = Member("instance", "other", "other:1", local_kvdaemon_id=r.first.name)
+            r.view.set_instances({"other": lender}, 0.0)
+            r.view.apply(1, Heartbeat("instance/other", 0, True, InstanceReport(1, 1)), 0.0)
+            r.reserve(1, 4)  # all of the local pool
+            assert isinstance(await r.answer(1), PromptReserved)
+            r.reserve(2, 4)
+            answer = await r.answer(2)
+            assert isinstance(answer, PromptReserved)
+            assert r.reserved() == (4, 0, 4), "only of the second, whose memory nobody waits for"
+            r.reserve(3, 4)
+            assert isinstance(await r.answer(3), PromptReserved)
+            assert r.reserved() == (4, 0, 8)
+            r.reserve(4, 4)
+            deferred = await r.answer(4)
+            assert isinstance(deferred, PromptDeferred)
+            assert not deferred.starves, "it waits for room at home, and nobody need make any for it"
+            r.reserve(5, 4, most=5)
+            assert isinstance(await r.answer(5), PromptReserved)
+            assert r.reserved() == (4, 4, 8), "longer than its own pool: it depends on others"
+            r.reserve(6, 5)
+            deferred = await r.answer(6)
+            assert isinstance(deferred, PromptDeferred)
+            assert deferred.starves
 
     asyncio.run(run())

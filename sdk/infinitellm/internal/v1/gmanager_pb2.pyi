@@ -531,6 +531,7 @@ class Room(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     FREE_BLOCKS_FIELD_NUMBER: _builtins.int
     TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
     kvdaemon_id: _builtins.str
     address: _builtins.str
     """Control address, host:port."""
@@ -538,6 +539,8 @@ class Room(_message.Message):
     """Free and cached blocks."""
     total_blocks: _builtins.int
     """Blocks that requests could have there if nobody else had any; an instance's workspace is not among them."""
+    wanted: _builtins.bool
+    """Requests of the instance that maps the pool wait."""
     def __init__(
         self,
         *,
@@ -545,10 +548,11 @@ class Room(_message.Message):
         address: _builtins.str = ...,
         free_blocks: _builtins.int = ...,
         total_blocks: _builtins.int = ...,
+        wanted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "free_blocks", b"free_blocks", "kvdaemon_id", b"kvdaemon_id", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "free_blocks", b"free_blocks", "kvdaemon_id", b"kvdaemon_id", "total_blocks", b"total_blocks", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
