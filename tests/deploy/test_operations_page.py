@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -72,8 +73,16 @@ def test_overlays_and_components_are_all_there() -> None:
 @pytest.mark.parametrize("page", ["operations.md", "runbooks.md"])
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / "docs" / page
-    for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", path.read_text()):
-        assert not target or (path.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", path.read_text()):
+        there = path.parent / target if target else path
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What a page's sections are linked by."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_alert_has_its_runbook() -> None:
