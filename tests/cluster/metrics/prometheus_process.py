@@ -25,6 +25,7 @@ class PrometheusProcess:
     """
 
     def __init__(self, directory: Path, cluster: Cluster) -> None:
+        self._binary = prometheus_tool("prometheus")
         self._directory = directory
         self._config = _config(cluster)
         self._process: subprocess.Popen[bytes] | None = None
@@ -34,7 +35,7 @@ class PrometheusProcess:
         file = self._directory / "prometheus.yml"
         file.write_text(yaml.safe_dump(self._config))
         command = [
-            prometheus_tool("prometheus"),
+            self._binary,
             f"--config.file={file}",
             f"--storage.tsdb.path={self._directory / 'data'}",
             f"--web.listen-address={self.http.base_url.host}:{self.http.base_url.port}",
