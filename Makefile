@@ -25,7 +25,7 @@ protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Ipro
 # The names and checksums of all generated files in the current directory.
 generated = find infinitellm -name '*_pb2*' -type f -not -path '*/__pycache__/*' -exec sha256sum {} + | sort -k2
 
-.PHONY: help setup run test test-chaos test-exact fuzz soak peers lint proto proto-check clean images deploy undeploy port-forward
+.PHONY: help setup run test test-chaos test-exact fuzz soak peers lint proto proto-check dashboards clean images deploy undeploy port-forward
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ proto-check: setup ## Check that the code in sdk/ is what proto/ generates
 	$(call protoc,"$$fresh"); \
 	diff <(cd "$$fresh" && $(generated)) <(cd sdk && $(generated)) \
 		|| { echo "sdk/ is not what proto/ generates: run 'make proto' and commit the result" >&2; exit 1; }
+
+dashboards: setup ## Generate the Grafana dashboards of the monitoring component from deploy/dashboards
+	$(BIN)/python -m deploy.dashboards
 
 images: ## Build the container images with docker or podman (IMAGES=infinite-llm names them; TORCH_INDEX_URL=... for torch)
 	@test -n "$(BUILDER)" || { echo "make images needs docker or podman: neither is on PATH" >&2; exit 1; }

@@ -28,6 +28,8 @@ CONNECTIONS = {
 SCRAPED = {("gmanager", 8083), ("instance", 8083), ("instance", 8084), ("kvdaemon", 8084), ("etcd", 2381)}
 MONITORING = {
     ("", "prometheus", 9090),
+    ("", "grafana", 3000),
+    ("grafana", "prometheus", 9090),  # likewise as from anywhere
     ("prometheus", "gateway", 8000),  # as from anywhere; named as its egress must let it through
     *(("prometheus", target, port) for target, port in SCRAPED),
 }

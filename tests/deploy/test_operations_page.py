@@ -15,6 +15,11 @@ from services.runtime import metrics
 
 PAGE = (ROOT / "docs" / "operations.md").read_text()
 POOL_BYTES = 65536 << 20
+NOT_ALERTS = {
+    "NetworkPolicy",
+    "NetworkPolicies",
+    "OOMKilled",
+}  # written like alerts, and none
 
 
 def rows(first: str) -> list[list[str]]:
@@ -68,16 +73,35 @@ def test_overlays_and_components_are_all_there() -> None:
 @pytest.mark.parametrize("page", ["operations.md", "runbooks.md"])
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / "docs" / page
-    for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", path.read_text()):
-        assert not target or (path.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", path.read_text()):
+        there = path.parent / target if target else path
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What a page's sections are linked by."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_alert_has_its_runbook() -> None:
-    headings = {line.removeprefix("## ").lower() for line in (ROOT / "docs" / "runbooks.md").read_text().splitlines()}
+    """Its section says what the alert means, what to look at and what to do; and no section is of no alert."""
+    sections: dict[str, str] = {}
+    for section in (ROOT / "docs" / "runbooks.md").read_text().split("\n## ")[1:]:
+        heading, _, text = section.partition("\n")
+        sections[heading] = text
+    alerts = []
     for file in sorted((K8S / "components" / "monitoring" / "config").glob("*.rules.yml")):
         for group in yaml.safe_load(file.read_text())["groups"]:
             for rule in group["rules"]:
-                page, _, anchor = rule["annotations"]["runbook"].partition("#")
-                assert Path(page) == Path("docs/runbooks.md")
-                assert anchor == rule["alert"].lower()
-                assert anchor in headings
+                if "alert" in rule:
+                    alerts.append(rule["alert"])
+                    assert rule["annotations"]["runbook"] == f"docs/runbooks.md#{rule['alert'].lower()}"
+                    assert rule["annotations"]["summary"]
+                    assert rule["labels"]["severity"] in ("critical", "warning")
+    assert sorted(alerts) == sorted(sections)
+    for heading, text in sections.items():
+        assert [part for part in ("*Means*:", "*Look*:", "*Do*:") if part in text] == ["*Means*:", "*Look*:", "*Do*:"]
+        for other in re.findall(r"\b[A-Z][a-z]+(?:[A-Z][a-z]+)+\b", text):
+            assert other in sections or other in NOT_ALERTS, f"{heading} names {other}"

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import httpx
 import pytest
-from cluster_process import Cluster
+from metrics_rig import DAEMON, GATEWAY, GMANAGER, INSTANCE, LENDER, Run, eventually, scrape
 from moving import Stream
-from scraped import Scraped
-from test_serving import SMALL_ENGINE, prompt_of
+from prometheus_tools import promtool
+from test_serving import prompt_of
 
 from services.runtime import metrics
 from services.runtime.metric_spec import MetricSpec
@@ -23,9 +16,6 @@ from services.runtime.vllm_names import VLLM_NAMES
 
 pytestmark = pytest.mark.cluster
 
-INSTANCE, LENDER, DAEMON, GATEWAY, GMANAGER = "instance-0", "kvdaemon-mem-0", "kvdaemon-0", "gateway-0", "gmanager-0"
-CONFIG = {"instance": {**SMALL_ENGINE["instance"], "vllm_metric_names": True}, "gateway": {"vllm_metric_names": True}}
-DEADLINE_S = 60.0
 # Nothing need move here: tests/unit/test_gmanager_metrics.py has them move.
 OF_MOVES = {metrics.MOVES, metrics.MOVED_BLOCKS, metrics.PREDICTED_GAIN, metrics.MEASURED_GAIN}
 # May be 0 all the time; each has a test of its own beside its code's.
@@ -33,91 +23,6 @@ MAY_BE_0 = {
     *(metrics.MOVES_IN_PROGRESS, metrics.LEADER_CHANGES, metrics.FAILOVERS, metrics.JOURNAL_DROPPED),
     *(metrics.DISCARDED_STEPS, metrics.REQUESTS_WAITING, metrics.STEP_PREDICTION_ERROR, metrics.PLANNED_THROUGHPUT),
 }
-
-
-def scrape(cluster: Cluster) -> dict[str, Scraped]:
-    """Every process that the gateway names, by member; but for one that has just died, which it may name still."""
-    answer = {}
-    for target in cluster.http.get("/metrics/targets").json():
-        (address,) = target["targets"]
-        try:
-            response = httpx.get(f"http://{address}/metrics", timeout=20)
-        except httpx.TransportError:
-            continue
-        assert response.status_code == 200, cluster.logs()
-        answer[target["labels"]["member"]] = Scraped(response.text)
-    return answer
-
-
-def eventually(cluster: Cluster, check: Callable[[], object]) -> None:
-    """Until the check holds: some of what is compared is told a moment later."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not check():
-        assert time.monotonic() < deadline, cluster.logs()
-        time.sleep(0.1)
-
-
-@dataclass
-class Run:
-    """What was done with a cluster, and what it told.
-
-    Attributes:
-        pairs: blocks on each other daemon while a request ran: by /status, by the instance, by the daemon.
-        busy, quiet: scraped while a request ran, and after all had ended.
-        use: of the pools by /status, quiet.
-    """
-
-    cluster: Cluster
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    requests: int = 0
-    pairs: tuple[dict[str, float], ...] = ()
-    busy: dict[str, Scraped] = field(default_factory=dict)
-    quiet: dict[str, Scraped] = field(default_factory=dict)
-    use: dict[str, dict[str, int]] = field(default_factory=dict)
-
-    def count(self, prompt: list[int], token_ids: list[int]) -> None:
-        self.prompt_tokens += len(prompt)
-        self.generated_tokens += len(token_ids)
-        self.requests += 1
-
-    def look_at_pairs(self) -> bool:
-        """Scrapes, and waits for /status to say the same: it hears of blocks that have moved a moment later."""
-        self.busy = scrape(self.cluster)
-        instance, lender = self.busy[INSTANCE], self.busy[LENDER]
-        borrowed = instance.by("kvdaemon_id", "infinite_llm_borrowed_blocks")
-        lent = lender.by("kvdaemon_id", "infinite_llm_lent_blocks")
-        # The daemon tells the instance of its pool once a second.
-        told = borrowed == lent and instance.value("infinite_llm_kv_cache_usage_ratio") > 0
-        deadline = time.monotonic() + 1.0
-        while told and time.monotonic() < deadline:
-            for where in self.cluster.placements():
-                by_status = {name: blocks for name, blocks in where.items() if name != DAEMON}
-                self.pairs = by_status, borrowed, lent
-                if by_status == borrowed:
-                    return True
-        return False
-
-
-@pytest.fixture(scope="module")
-def run(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """An instance with its daemon and a lender; requests one after the other."""
-    arguments = ("--instances", "1", "--kvdaemons", "1", "--pool-mib", "2", "--dtype", "float32")
-    with Cluster(random_llama, tmp_path_factory.mktemp("run") / "c", *arguments, config=CONFIG) as cluster:
-        run = Run(cluster)
-        prompt = prompt_of(600, seed=51)
-        stream = Stream(cluster, prompt, 800)
-        stream.wait_for_tokens(3)
-        eventually(cluster, run.look_at_pairs)
-        run.count(prompt, stream.finish())
-        short = prompt_of(200, seed=52)
-        for _ in range(2):  # the second time three blocks are there already
-            run.count(short, cluster.complete(short, max_tokens=20, ignore_eos=True).token_ids)
-        assert cluster.request(prompt_of(4000, seed=53), max_tokens=4).status_code == 400
-        cluster.wait_until_no_block_is_held()
-        run.use = {daemon["kvdaemon_id"]: daemon["use"] for daemon in cluster.status()["kvdaemons"]}  # type: ignore[index,attr-defined]
-        run.quiet = scrape(cluster)
-        yield run
 
 
 def test_everybody_is_named(run: Run) -> None:
@@ -231,13 +136,9 @@ def test_vllm_names(run: Run) -> None:
 
 
 def test_promtool_finds_nothing_wrong(run: Run) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not on PATH")
     for told in (*run.busy.values(), *run.quiet.values()):
         own = [line for line in told.text.splitlines(keepends=True) if "vllm:" not in line]  # colons are not for names
-        checked = subprocess.run([promtool, "check", "metrics"], input="".join(own), capture_output=True, text=True)
-        assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+        assert promtool("check", "metrics", given="".join(own)) == (0, "")
 
 
 def test_losses_are_told(run: Run) -> None:

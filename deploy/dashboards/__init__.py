@@ -1,0 +1,1 @@
+"""Grafana dashboards as code: ``python -m deploy.dashboards`` writes the JSON that the monitoring component deploys."""

@@ -1,0 +1,35 @@
+"""The cluster whose metrics are looked at: started once for all tests here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster_process import Cluster
+from metrics_rig import Run, eventually, scrape
+from moving import Stream
+from test_serving import SMALL_ENGINE, prompt_of
+
+CONFIG = {"instance": {**SMALL_ENGINE["instance"], "vllm_metric_names": True}, "gateway": {"vllm_metric_names": True}}
+
+
+@pytest.fixture(scope="package")
+def run(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """An instance with its daemon and a lender; requests one after the other."""
+    arguments = ("--instances", "1", "--kvdaemons", "1", "--pool-mib", "2", "--dtype", "float32")
+    with Cluster(random_llama, tmp_path_factory.mktemp("run") / "c", *arguments, config=CONFIG) as cluster:
+        run = Run(cluster)
+        prompt = prompt_of(600, seed=51)
+        stream = Stream(cluster, prompt, 800)
+        stream.wait_for_tokens(3)
+        eventually(cluster, run.look_at_pairs)
+        run.count(prompt, stream.finish())
+        short = prompt_of(200, seed=52)
+        for _ in range(2):  # the second time three blocks are there already
+            run.count(short, cluster.complete(short, max_tokens=20, ignore_eos=True).token_ids)
+        assert cluster.request(prompt_of(4000, seed=53), max_tokens=4).status_code == 400
+        cluster.wait_until_no_block_is_held()
+        run.use = {daemon["kvdaemon_id"]: daemon["use"] for daemon in cluster.status()["kvdaemons"]}  # type: ignore[index,attr-defined]
+        run.quiet = scrape(cluster)
+        yield run
