@@ -29,6 +29,7 @@ from services.dataplane import wire
 from services.dataplane.transport import Accepted, Buffer, Connected, Connection, Lost, Message, Received, Transport
 from services.dataplane.wire import Header, Kind, Role
 from services.kvdaemon.copier import Copier
+from services.kvdaemon.hosted_traces import HostedTraces, HostedWork
 from services.kvdaemon.hosting import Hosting
 from services.kvdaemon.pool_view import PoolView
 from services.kvdaemon.segments import SegmentTable, StepPlan
@@ -51,6 +52,7 @@ class _Client:
     traffic: InstanceTraffic
     segments: SegmentTable = field(default_factory=SegmentTable)
     plan: StepPlan | None = None
+    traced: Sequence[HostedWork] = ()  # by the plan, for requests that are traced
 
     def send(self, parts: Sequence[Buffer]) -> None:
         """
@@ -62,13 +64,20 @@ class _Client:
 
 
 class Worker:
-    """Serves the data plane. ``run`` is the thread; ``sessions_ended`` and ``stop`` may be called by any thread."""
+    """Serves the data plane. ``run`` is the thread; ``sessions_ended`` and ``stop`` may be called by any thread.
 
-    def __init__(self, transport: Transport, shared: SharedLedger, pool: PoolView) -> None:
+    Args:
+        traces: of requests whose instances say that they are traced; None: nobody collects them.
+    """
+
+    def __init__(
+        self, transport: Transport, shared: SharedLedger, pool: PoolView, traces: HostedTraces | None = None
+    ) -> None:
         self._transport = transport
         self._shared = shared
         self._pool = pool
         self._copier = Copier(transport, shared, pool)
+        self._traces = traces
         self._clients: dict[Connection, _Client] = {}
         self._sessions_ended = False
         self._stopped = False
@@ -101,9 +110,13 @@ class Worker:
                     case Connected():
                         pass
             self._copier.advance()
+            if self._traces is not None:
+                self._traces.tick(self.round_at)
             if self._sessions_ended:
                 self._sessions_ended = False  # before looking, so that what ends meanwhile is looked at again
                 self._close_revoked()
+        if self._traces is not None:
+            self._traces.close()
         self._transport.close()
 
     def _accept(self, connection: Connection, hello: bytes) -> None:
@@ -154,7 +167,12 @@ class Worker:
                 case Kind.COPY:
                     self._copier.order(client, client.session_id, header, payload)
                 case Kind.FORGET:
-                    client.segments.forget(wire.unpack_handles(header.rows, payload))
+                    self._forget_segments(client, wire.unpack_handles(header.rows, payload))
+                case Kind.TRACE:
+                    if self._traces is not None:
+                        self._traces.begin(
+                            connection, client.traffic.instance_id, wire.unpack_traces(header.rows, payload)
+                        )
                 case _:
                     raise InvalidRequestError(f"a daemon does not take {header.kind.name} messages")
         except PeerLostError as error:  # the answer could not be sent; Lost follows or has come
@@ -171,6 +189,13 @@ class Worker:
         for segment in segments:
             self._check_readable(client, segment.blocks)
         client.plan = client.segments.plan(header.step, segments)
+        if self._traces is not None:
+            client.traced = self._traces.of(client.connection, segments)
+
+    def _forget_segments(self, client: _Client, handles: Sequence[int]) -> None:
+        client.segments.forget(handles)
+        if self._traces is not None:
+            self._traces.end(client.connection, handles)
 
     def _query(self, client: _Client, header: Header, payload: memoryview, message: Message) -> None:
         if client.plan is None:
@@ -180,6 +205,8 @@ class Worker:
         out, lse = self._pool.attend(header, payload, client.plan, client.connection.limits.max_message_bytes)
         compute_s = time.perf_counter() - begun
         self.hosting.answered(compute_s)
+        for work in client.traced:
+            work.add(compute_s)
         if client.plan.attention.max_query_len == 1:
             self.hosting.add(self._pool.context_tokens(client.plan), compute_s)
         with self._shared as ledger:
@@ -266,6 +293,8 @@ class Worker:
         client = self._clients.pop(connection, None)
         if client is not None:
             self.traffic.end(client.traffic)
+            if self._traces is not None:
+                self._traces.end_all(connection)
             self._copier.forget(client)
         return client is not None
 
