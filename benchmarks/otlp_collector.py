@@ -36,7 +36,7 @@ class CollectedSpan:
     error: bool
 
 
-class OtlpCollector(trace_service_pb2_grpc.TraceServiceServicer):  # type: ignore[misc]
+class OtlpCollector(trace_service_pb2_grpc.TraceServiceServicer):
     """Listens on loopback from construction to ``close``.
 
     Args:
@@ -108,4 +108,4 @@ def _value(value: AnyValue) -> Value:
     kind = value.WhichOneof("value")
     if kind == "array_value":
         return tuple(_value(item) for item in value.array_value.values)
-    return "" if kind is None else getattr(value, kind)  # type: ignore[no-any-return]
+    return "" if kind is None else getattr(value, kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,14 @@ from pathlib import Path
 import grpc
 import pytest
 from cluster_process import Cluster
+from moving import TOKEN, Mover
+from spans import Recorder, parent_of
 from test_serving import SMALL_ENGINE, prompt_of
 
 from benchmarks.otlp_collector import CollectedSpan, OtlpCollector
 from infinitellm.v1 import inference_pb2, inference_pb2_grpc
+from services.core.trace_context import TraceContext
+from services.gmanager.instance_client import InstanceClients, MoveAnswer, MoveOrder
 
 pytestmark = pytest.mark.cluster
 
@@ -173,6 +178,39 @@ def test_grpc_clients_bring_their_trace_along(cluster: Cluster, collector: OtlpC
     while not {("gateway", CALLER)} <= {(span.service, span.parent_id) for span in collector.trace(trace_id)}:
         assert time.monotonic() < deadline, cluster.logs()
         time.sleep(0.1)
+
+
+def test_a_move_is_in_the_trace_of_its_request(cluster: Cluster, collector: OtlpCollector) -> None:
+    """Ordered as a gManager orders it."""
+    trace_id = "2" * 32
+    body = {"prompt": prompt_of(200, seed=83), "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stream": True}
+    headers = {"traceparent": f"00-{trace_id}-{CALLER}-01"}
+    recorder, mover = Recorder(), Mover(cluster)
+    with cluster.http.stream("POST", "/v1/completions", json=body, headers=headers) as response:
+        lines = response.iter_lines()
+        next(line for line in lines if line.startswith("data: "))
+        ((request_id, address),) = mover.requests()
+        order = MoveOrder("m", TOKEN, request_id, "kvdaemon-0", LENDER, mover.addresses[LENDER], num_blocks=2)
+        answer = asyncio.run(_give(address, order, recorder))
+        assert answer.accepted_blocks == 2, answer
+        assert list(lines)[-2] == "data: [DONE]"
+    deadline = time.monotonic() + DEADLINE_S
+    while not {"move", "compute"} <= {span.name for span in collector.trace(trace_id)}:
+        assert time.monotonic() < deadline, f"{collector.trace(trace_id)}\n{cluster.logs()}"
+        time.sleep(0.1)
+    (move,), (compute,) = ([s for s in collector.trace(trace_id) if s.name == name] for name in ("move", "compute"))
+    assert (move.service, move.parent_id) == ("instance", compute.span_id)
+    assert (move.attributes["infinite_llm.move.blocks"], move.attributes["infinite_llm.move.end"]) == (2, "DONE")
+    (ordered,) = recorder.named("order move")
+    assert parent_of(ordered) == TraceContext(int(trace_id, 16), int(compute.span_id, 16))
+
+
+async def _give(address: str, order: MoveOrder, recorder: Recorder) -> MoveAnswer:
+    clients = InstanceClients(tracer=recorder.tracer)
+    try:
+        return await clients.move_blocks(address, order, timeout_s=20.0)
+    finally:
+        await clients.close()
 
 
 def test_a_collector_that_is_away_costs_spans_and_nothing_else(cluster: Cluster, collector: OtlpCollector) -> None:

@@ -19,6 +19,7 @@ from services.dataplane.kv_pool import KvPool
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
 from services.dataplane.transport import Accepted, Buffer, Connection, Limits, Lost, Received
 from services.dataplane.wire import Header, Kind, PlanSegment, Role
+from services.kvdaemon.hosted_traces import HostedTraces
 from services.kvdaemon.pool_view import PoolView
 from services.kvdaemon.sessions import Sessions, SharedLedger
 from services.kvdaemon.worker import Worker
@@ -44,6 +45,7 @@ class Rig:
         kernels: AttentionKernels | None = None,
         hub: LoopbackHub | None = None,
         name: str = "daemon",
+        traces: HostedTraces | None = None,
     ):
         self.geometry = geometry
         self.pool = KvPool(blocks * geometry.block_bytes)
@@ -51,7 +53,7 @@ class Rig:
         self.hub = hub or LoopbackHub()
         server = LoopbackTransport(self.hub, name)
         self.address = server.listen()
-        self.worker = Worker(server, self.shared, PoolView(self.pool, kernels or ReferenceKernels()))
+        self.worker = Worker(server, self.shared, PoolView(self.pool, kernels or ReferenceKernels()), traces)
         self.sessions = Sessions(self.shared, self.worker.sessions_ended)
         self.transport = LoopbackTransport(self.hub, "client")
         self.failure: BaseException | None = None
