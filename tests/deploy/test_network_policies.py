@@ -30,6 +30,7 @@ MONITORING = {
     ("", "prometheus", 9090),
     ("prometheus", "gateway", 8000),  # as from anywhere; named as its egress must let it through
     *(("prometheus", target, port) for target, port in SCRAPED),
+    *((name, "otel-collector", 4317) for name in ("gateway", "gmanager", "instance", "kvdaemon")),
 }
 
 
