@@ -183,7 +183,7 @@ def test_grpc_clients_bring_their_trace_along(cluster: Cluster, collector: OtlpC
 def test_a_move_is_in_the_trace_of_its_request(cluster: Cluster, collector: OtlpCollector) -> None:
     """Ordered as a gManager orders it."""
     trace_id = "2" * 32
-    body = {"prompt": prompt_of(200, seed=83), "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stream": True}
+    body = {"prompt": prompt_of(200, seed=83), "max_tokens": 1100, "temperature": 0, "ignore_eos": True, "stream": True}
     headers = {"traceparent": f"00-{trace_id}-{CALLER}-01"}
     recorder, mover = Recorder(), Mover(cluster)
     with cluster.http.stream("POST", "/v1/completions", json=body, headers=headers) as response:
