@@ -21,6 +21,7 @@ class CollectedSpan:
 
     Attributes:
         service, member: of the process that recorded it.
+        events: their names and attributes.
         error: its status says so.
     """
 
@@ -33,6 +34,7 @@ class CollectedSpan:
     begun_ns: int
     ended_ns: int
     attributes: dict[str, Value]
+    events: tuple[tuple[str, dict[str, Value]], ...]
     error: bool
 
 
@@ -96,6 +98,7 @@ def _span(service: str, member: str, span: Any) -> CollectedSpan:
         span.start_time_unix_nano,
         span.end_time_unix_nano,
         _attributes(span.attributes),
+        tuple((event.name, _attributes(event.attributes)) for event in span.events),
         span.status.code == span.status.STATUS_CODE_ERROR,
     )
 

@@ -252,6 +252,7 @@ class Generation:
         avoid: frozenset[str] = frozenset()
         while (reason := self._reason_to_end()) is None:
             attempt = await self._router.place(self.request, self._generated, self._instance_wait_s, avoid)
+            self._measured.span.placed(attempt.instance_id)
             logger.info("request placed", extra={**self._log, "instance": attempt.instance_id})
             try:
                 while True:

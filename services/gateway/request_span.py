@@ -43,7 +43,14 @@ class RequestSpan:
     def __init__(self, tracer: Tracer, operation: Operation, model: str) -> None:
         self._span = tracer.start_span(f"{operation} {model}", kind=SpanKind.SERVER)
         if self._span.is_recording():
-            self._span.set_attributes({"gen_ai.operation.name": operation, "gen_ai.request.model": model})
+            self._span.set_attributes(
+                {
+                    "gen_ai.operation.name": operation,
+                    "gen_ai.provider.name": "infinite_llm",
+                    "gen_ai.request.model": model,
+                    "gen_ai.response.model": model,
+                }
+            )
 
     def of(self, request: GenerationRequest) -> GenerationRequest:
         """The request is admitted; the answer is to be used instead of it, for it names its trace."""
@@ -59,6 +66,10 @@ class RequestSpan:
             }
         )
         return replace(request, traceparent=context.traceparent)
+
+    def placed(self, instance_id: str) -> None:
+        """It has been submitted to an instance."""
+        self._span.add_event("placed", {"infinite_llm.instance": instance_id})
 
     def first_token(self, after_s: float) -> None:
         self._span.set_attribute("gen_ai.response.time_to_first_chunk", after_s)

@@ -106,6 +106,7 @@ def test_the_gateway_tells_of_the_request(trace: list[CollectedSpan], cluster: C
     assert root.name == f"text_completion {cluster.model_name}"
     told = root.attributes
     assert told["gen_ai.operation.name"] == "text_completion"
+    assert root.events == (("placed", {"infinite_llm.instance": "instance-0"}),)
     assert told["gen_ai.request.model"] == cluster.model_name
     assert told["gen_ai.request.max_tokens"] == told["gen_ai.usage.output_tokens"] == OUTPUT_TOKENS
     assert told["gen_ai.usage.input_tokens"] == PROMPT_TOKENS
