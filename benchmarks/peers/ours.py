@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.peers.server import ServerCommand, Serving
@@ -14,22 +15,26 @@ MAX_BATCH_TOKENS = 1024
 _MIB = 1 << 20
 
 
-def our_command(serving: Serving, directory: Path) -> ServerCommand:
+def our_command(
+    serving: Serving, directory: Path, settings: Mapping[str, Mapping[str, object]] | None = None
+) -> ServerCommand:
     """etcd, Redis, gManager, gateway, one instance and the daemon beside it, which holds the whole KV cache.
 
     Args:
         directory: where the run's files go.
+        settings: further keys of the services' configuration, by kind of service.
     """
     http_port, grpc_port = free_ports(2)
     if serving.kv_bytes % _MIB:
         raise ConfigError(f"kv_bytes must be whole MiB, got {serving.kv_bytes}")
     overlay = directory / "ours-overlay.yaml"
-    settings = {
+    own: dict[str, object] = {
         "max_num_seqs": serving.max_num_seqs,
         "max_batch_tokens": MAX_BATCH_TOKENS,
         "num_threads": len(serving.cores),
     }
-    overlay.write_text(json.dumps({"instance": settings}))  # JSON is YAML
+    merged = {**(settings or {}), "instance": {**own, **(settings or {}).get("instance", {})}}
+    overlay.write_text(json.dumps(merged))  # JSON is YAML
     argv = (
         *(sys.executable, "-m", "services.launcher.cli", "up", "--model", str(serving.checkpoint)),
         *("--instances", "1", "--kvdaemons", "0", "--pool-mib", str(serving.kv_bytes // _MIB)),

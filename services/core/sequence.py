@@ -7,6 +7,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from services.core.shaping import UNSHAPED, LogitShaping
+from services.core.trace_context import TraceContext
 
 
 class RequestAge(NamedTuple):
@@ -51,6 +52,7 @@ class Request:
         arrival_time: Unix seconds; its age, which decides who is preempted.
         stream_id: the gateway stream that gets its tokens.
         cache_salt: separates tenants in the block keys.
+        trace: the gateway's span; None where the request is not traced.
     """
 
     request_id: str
@@ -61,6 +63,7 @@ class Request:
     stream_id: int
     progress: bool = False
     cache_salt: bytes = b""
+    trace: TraceContext | None = None
 
 
 class SequenceState(Enum):
@@ -79,6 +82,7 @@ class Sequence:
         cached_tokens: tokens that were attached to and not computed, at the latest admission.
         computed_before: tokens whose KV had been computed, here or at another instance, when it was lost or given up.
         keys: of its full blocks, as far as they were needed; they depend on the tokens alone.
+        trace: the span that what is done for it elsewhere belongs to.
     """
 
     request: Request
@@ -88,8 +92,10 @@ class Sequence:
     computed_before: int = 0
     keys: list[bytes] = field(default_factory=list)
     state: SequenceState = SequenceState.WAITING
+    trace: TraceContext | None = None
 
     def __post_init__(self) -> None:
+        self.trace = self.request.trace
         self.tokens = list(self.request.token_ids)
         if self.generated:  # elsewhere; the last token is still to compute
             self.computed_before = len(self.tokens) - 1

@@ -17,7 +17,7 @@ from kernels import AttentionKernels, LayerParams
 from services.core.errors import PeerLostError, TransferTimeoutError
 from services.dataplane import wire
 from services.dataplane.peers import AnswerTimes, Peer, PeerSet
-from services.dataplane.wire import Header, Kind, PlanSegment
+from services.dataplane.wire import Header, Kind, PlanSegment, SegmentTrace
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
@@ -32,12 +32,14 @@ class PeerShare:
         segments: the step's segments there, with blocks that are new to it.
         distance: from any row back to the nearest key of its sequence there, at least: a layer whose window is not
             longer sees nothing there, and the daemon is not asked.
+        traces: of segments that are new to the daemon, and whose requests are traced.
     """
 
     kvdaemon_id: str
     rows: Tensor
     segments: Sequence[PlanSegment]
     distance: int
+    traces: Sequence[SegmentTrace] = ()
 
 
 class RemoteAttention:
@@ -90,6 +92,8 @@ class RemoteAttention:
         forgotten = self._forgotten.pop(share.kvdaemon_id, [])
         if forgotten:
             peer.send(Header(Kind.FORGET, rows=len(forgotten)), [wire.pack_handles(forgotten)])
+        if share.traces:
+            peer.send(Header(Kind.TRACE, rows=len(share.traces)), [wire.pack_traces(share.traces)])
         peer.send(Header(Kind.PLAN, step=self._step, rows=len(share.segments)), wire.pack_plan(share.segments))
         self._shares.append((peer, share))
 

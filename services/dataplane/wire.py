@@ -5,6 +5,7 @@
     QUERY        one layer's query rows           PARTIAL       out, then lse, of the same rows
     WRITE_BLOCK  key and contents of a block      BLOCK_SEALED  the block that holds that content now
     FORGET       segments that are gone           (no answer)
+    TRACE        whose traces segments belong to  (no answer)
     COPY         a block to write elsewhere       COPIED        it has been written
                                                   COPY_FAILED   why it has not
                                                   REFUSED       why a message could not be served; ends the connection
@@ -40,6 +41,7 @@ from numpy.typing import NDArray
 
 from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle
 from services.core.errors import InvalidRequestError
+from services.core.trace_context import TraceContext
 
 WIRE_VERSION = 2
 HEADER_BYTES = 64
@@ -66,6 +68,7 @@ class Kind(IntEnum):
     COPY_FAILED = 10
     FILL_BLOCK = 11
     BLOCK_FILLED = 12
+    TRACE = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ class Header:
     Attributes:
         sequence: number of the request within its connection; an answer echoes it.
         step: the sender's step, to recognise what belongs together.
-        rows: query rows (QUERY, PARTIAL), segments (PLAN), handles (FORGET).
+        rows: query rows (QUERY, PARTIAL), segments (PLAN), handles (FORGET, TRACE).
         dtype: element type of q (QUERY) or of out (PARTIAL), by name.
         out_dtype: element type wanted for out (QUERY).
         scale, softcap, window: as ``kernels.LayerParams``.
@@ -210,6 +213,34 @@ def unpack_handles(rows: int, payload: memoryview) -> list[int]:
     if len(payload) != rows * 4:
         raise InvalidRequestError(f"FORGET of {rows} segments holds {len(payload)} bytes")
     return [int(handle) for handle in np.frombuffer(payload, np.uint32)]
+
+
+class SegmentTrace(NamedTuple):
+    """A segment whose request is traced. Sent once, before the first PLAN that names the segment."""
+
+    handle: int
+    trace: TraceContext
+
+
+_TRACE = struct.Struct("<I16s8s")  # handle, trace id, span id, the ids as W3C has them: most significant byte first
+
+
+def pack_traces(segments: Sequence[SegmentTrace]) -> bytes:
+    """Payload of a TRACE."""
+    return b"".join(
+        _TRACE.pack(handle, trace.trace_id.to_bytes(16, "big"), trace.span_id.to_bytes(8, "big"))
+        for handle, trace in segments
+    )
+
+
+def unpack_traces(rows: int, payload: memoryview) -> list[SegmentTrace]:
+    """Reads a TRACE of ``rows`` segments."""
+    if len(payload) != rows * _TRACE.size:
+        raise InvalidRequestError(f"TRACE of {rows} segments holds {len(payload)} bytes")
+    return [
+        SegmentTrace(handle, TraceContext(int.from_bytes(trace_id, "big"), int.from_bytes(span_id, "big")))
+        for handle, trace_id, span_id in _TRACE.iter_unpack(payload)
+    ]
 
 
 def split_block(payload: memoryview, block_bytes: int) -> tuple[bytes, memoryview]:

@@ -36,6 +36,7 @@ from services.runtime.http_server import HttpServer
 from services.runtime.logs import setup_logging
 from services.runtime.membership import Member, Membership
 from services.runtime.metrics_port import make_registry, metrics_route
+from services.runtime.tracing import make_tracing
 from services.runtime.version import version
 from services.runtime.vllm_names import with_vllm_names
 
@@ -83,6 +84,7 @@ async def serve(config: GatewayConfig) -> None:
         else RedisJournal(config.redis_url, config.cluster, config.journal_ttl_s, config.journal_buffer_bytes)
     )
     registry = make_registry()
+    tracing = make_tracing(config.tracing, "gateway", config.member_id, config.cluster)
     service = GenerationService(
         checkpoint,
         tokenizer,
@@ -92,11 +94,12 @@ async def serve(config: GatewayConfig) -> None:
         config.max_failovers,
         config.max_queue,
         RequestMetrics(registry),
+        tracing.tracer,
     )
     registry.register(GatewayState(service, router, journal))
     served = with_vllm_names(registry, checkpoint.name) if config.vllm_metric_names else registry
 
-    grpc_server = make_server(config.tls)
+    grpc_server = make_server(config.tls, tracing.tracer)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(service, keys), grpc_server)
     cluster_pb2_grpc.add_ClusterServiceServicer_to_server(ClusterServicer(gmanager, checkpoint.name, keys), grpc_server)
     grpc_address = bind(grpc_server, config.grpc_listen, tls=config.tls, allow_insecure=config.allow_insecure)
@@ -144,6 +147,7 @@ async def serve(config: GatewayConfig) -> None:
         await etcd.close()
         await health.close()
         tokenizer.close()
+        await asyncio.to_thread(tracing.close)
         logger.info("stopped")
 
 

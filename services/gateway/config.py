@@ -7,6 +7,7 @@ from pathlib import Path
 
 from services.core.errors import ConfigError
 from services.runtime.tls import MutualTls, TlsConfig
+from services.runtime.tracing import TracingConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class GatewayConfig:
         max_queue: requests in work at most; more are answered 429.
         max_body_bytes: size of an HTTP request at most.
         vllm_metric_names: serve the core metrics under vLLM's names as well.
+        tracing: where spans of requests are exported to (runtime/tracing.py); None: there are none.
         tokenizer_threads: prompts tokenized at the same time.
         journal_ttl_s: how long Redis keeps a request.
         journal_buffer_bytes: what is kept for a Redis that is away; the oldest is dropped first.
@@ -60,6 +62,7 @@ class GatewayConfig:
     max_queue: int = 1024
     max_body_bytes: int = 64 * 1024 * 1024
     vllm_metric_names: bool = False
+    tracing: TracingConfig | None = None
     tokenizer_threads: int = 2
     journal_ttl_s: int = 24 * 3600
     journal_buffer_bytes: int = 64 * 1024 * 1024

@@ -19,6 +19,8 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
+from opentelemetry.trace import NoOpTracer, Tracer
+
 from services.core.errors import (
     ContextTooLongError,
     InfiniteLLMError,
@@ -33,6 +35,7 @@ from services.gateway.checkpoint import Checkpoint
 from services.gateway.detokenizer import Detokenizer
 from services.gateway.journal import Journal
 from services.gateway.request_metrics import MeasuredRequest, RequestMetrics
+from services.gateway.request_span import Operation, RequestSpan
 from services.gateway.requests import (
     Ended,
     Event,
@@ -63,6 +66,7 @@ class GenerationService:
         instance_wait_s: how long a request waits for an instance, at first and after each loss.
         max_failovers: losses in a row, without a token between, after which a request fails.
         max_queue: requests in work at most.
+        tracer: makes the requests' spans.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class GenerationService:
         max_failovers: int,
         max_queue: int,
         metrics: RequestMetrics,
+        tracer: Tracer | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
@@ -84,6 +89,7 @@ class GenerationService:
         self._max_failovers = max_failovers
         self._max_queue = max_queue
         self._metrics = metrics
+        self._tracer = tracer or NoOpTracer()
         self._active = 0
 
     @property
@@ -106,13 +112,18 @@ class GenerationService:
 
     @asynccontextmanager
     async def start(
-        self, model: str, prompt: Prompt, sampling: Sampling, progress: bool = False
+        self,
+        model: str,
+        prompt: Prompt,
+        sampling: Sampling,
+        progress: bool = False,
+        operation: Operation = "text_completion",
     ) -> AsyncIterator[Generation]:
         """Admits a request; it is in work until the block is left.
 
         Raises: ModelNotFoundError, QueueFullError, InvalidRequestError, ContextTooLongError.
         """
-        measured = MeasuredRequest(self._metrics)
+        measured = MeasuredRequest(self._metrics, RequestSpan(self._tracer, operation, self.checkpoint.name))
         with measured.refusals():
             self.check_model(model)
             if self._active >= self._max_queue:
@@ -120,7 +131,7 @@ class GenerationService:
         self._active += 1
         try:
             with measured.refusals():
-                request = await self._admit(prompt, sampling, progress)
+                request = measured.span.of(await self._admit(prompt, sampling, progress))
             generation = Generation(
                 request,
                 self.tokenizer.detokenizer(request.prompt_ids),
@@ -241,6 +252,7 @@ class Generation:
         avoid: frozenset[str] = frozenset()
         while (reason := self._reason_to_end()) is None:
             attempt = await self._router.place(self.request, self._generated, self._instance_wait_s, avoid)
+            self._measured.span.placed(attempt.instance_id)
             logger.info("request placed", extra={**self._log, "instance": attempt.instance_id})
             try:
                 while True:

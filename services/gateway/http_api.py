@@ -28,6 +28,7 @@ from services.gateway.openai_chat import ChatRequest
 from services.gateway.openai_errors import ApiError, api_error
 from services.gateway.openai_types import CompletionRequest, SamplingRequest, parse_request
 from services.gateway.rendering import Renderer
+from services.gateway.request_span import CallersTrace, Operation
 from services.gateway.requests import Event, Finished, GenerationRequest, NewTokens, Prompt, Sampling
 from services.gateway.tokenize_api import answer_detokenize, answer_tokenize
 from services.runtime.api_keys import ApiKeys
@@ -103,7 +104,7 @@ def make_app(
             Route("/version", version_of),
             *further,
         ],
-        middleware=[] if keys is None else [Middleware(_KeyGuard, keys=keys)],
+        middleware=[Middleware(CallersTrace), *([] if keys is None else [Middleware(_KeyGuard, keys=keys)])],
         exception_handlers={
             InfiniteLLMError: _on_error,
             ApiError: _on_error,
@@ -149,6 +150,8 @@ class _Asked:
 class _Endpoint(ABC):
     """An ASGI application of its own: the request's life spans the sending of the answer."""
 
+    operation: Operation
+
     def __init__(self, service: GenerationService, max_body_bytes: int) -> None:
         self.service = service
         self._max_body_bytes = max_body_bytes
@@ -167,7 +170,9 @@ class _Endpoint(ABC):
 
     async def _answer(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
         async with (
-            self.service.start(asked.body.model or "", asked.prompt, asked.sampling) as generation,
+            self.service.start(
+                asked.body.model or "", asked.prompt, asked.sampling, operation=self.operation
+            ) as generation,
             aclosing(generation.events()) as events,
         ):
             renderer = asked.renderer(generation.request)
@@ -183,6 +188,8 @@ class _Endpoint(ABC):
 class _Completions(_Endpoint):
     """POST /v1/completions."""
 
+    operation = "text_completion"
+
     async def ask(self, body: bytes) -> _Asked:
         asked = parse_request(CompletionRequest, body)
         model, tokenizer = self.service.checkpoint.name, self.service.tokenizer
@@ -196,6 +203,8 @@ class _Completions(_Endpoint):
 
 class _Chats(_Endpoint):
     """POST /v1/chat/completions."""
+
+    operation = "chat"
 
     def __init__(self, service: GenerationService, max_body_bytes: int, template: ChatTemplate | None) -> None:
         super().__init__(service, max_body_bytes)

@@ -269,6 +269,7 @@ def _submission(request: GenerationRequest, generated: Sequence[int]) -> instanc
         progress=request.progress,
         arrival_time=request.arrival_time,
         shaping=None if request.shaping == UNSHAPED else _shaping(request.shaping),
+        traceparent=request.traceparent,
     )
 
 

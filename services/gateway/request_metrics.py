@@ -1,4 +1,4 @@
-"""What a gateway measures of each request."""
+"""What a gateway measures of each request, and tells its span."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry
 
 from services.core.errors import InfiniteLLMError
+from services.gateway.request_span import UNTRACED, RequestSpan
 from services.runtime import metrics
 
 _REFUSED = "refused"
@@ -34,10 +35,12 @@ class RequestMetrics:
 class MeasuredRequest:
     """One request, which arrives now."""
 
-    def __init__(self, of_all: RequestMetrics) -> None:
+    def __init__(self, of_all: RequestMetrics, span: RequestSpan = UNTRACED) -> None:
+        self.span = span
         self._of_all = of_all
         self._arrived_at = time.perf_counter()
         self._token_at: float | None = None  # the latest
+        self._tokens = 0
 
     @contextmanager
     def refusals(self) -> Iterator[None]:
@@ -56,18 +59,22 @@ class MeasuredRequest:
         now = time.perf_counter()
         if self._token_at is None:
             self._of_all.time_to_first_token.observe(now - self._arrived_at)
+            self.span.first_token(now - self._arrived_at)
         else:
             self._of_all.inter_token_latency.observe(now - self._token_at)
         self._token_at = now
         self._of_all.generation_tokens.inc(count)
+        self._tokens += count
 
     def lost_instance(self) -> None:
         self._of_all.failovers.inc()
+        self.span.lost_instance()
 
     def answered(self, cached_tokens: int) -> None:
         """The answer is complete; so much of its prompt was not computed."""
         self._of_all.cached_prompt_tokens.inc(cached_tokens)
         self._of_all.duration.observe(time.perf_counter() - self._arrived_at)
+        self.span.answered(cached_tokens)
 
     def ended(self, state: str) -> None:
         """Once, however it ended: "stop", "length", "aborted" or an error's reason."""
@@ -75,3 +82,4 @@ class MeasuredRequest:
         self._of_all.requests[_REFUSED if refused else state].inc()
         if refused:
             self._of_all.refusals.labels(state).inc()
+        self.span.ended(state, refused, self._tokens)

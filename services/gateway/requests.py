@@ -47,6 +47,7 @@ class GenerationRequest:
         stop, include_stop: see ``Sampling``.
         progress: prefill progress is wanted.
         arrival_time: Unix time in seconds.
+        traceparent: of its span, as W3C's Trace Context writes it; empty where it is not traced.
     """
 
     request_id: str
@@ -61,6 +62,7 @@ class GenerationRequest:
     shaping: LogitShaping = UNSHAPED
     stop: tuple[str, ...] = ()
     include_stop: bool = False
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

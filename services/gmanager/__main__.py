@@ -29,6 +29,7 @@ from services.runtime.logs import setup_logging
 from services.runtime.membership import Kind, Member, Membership
 from services.runtime.metrics import PLANNING_TIME
 from services.runtime.metrics_port import MetricsPort, make_registry
+from services.runtime.tracing import make_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,9 @@ async def serve(config: GManagerConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
-    view, changed, orders = ClusterView(), MembershipSignal(), InstanceClients(config.tls)
-    server = make_server(config.tls)
+    tracing = make_tracing(config.tracing, "gmanager", config.member_id, config.cluster)
+    view, changed, orders = ClusterView(), MembershipSignal(), InstanceClients(config.tls, tracing.tracer)
+    server = make_server(config.tls, tracing.tracer)
     address = bind(server, config.listen, tls=config.tls, allow_insecure=config.allow_insecure)
     registry = make_registry()
     metrics = MetricsPort(config.metrics_listen, registry, config.allow_insecure)
@@ -112,6 +114,7 @@ async def serve(config: GManagerConfig) -> None:
         await etcd.close()
         await metrics.close()
         await health.close()
+        await asyncio.to_thread(tracing.close)
         logger.info("stopped")
 
 

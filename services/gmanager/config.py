@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from services.core.errors import ConfigError
 from services.gmanager.planner.policy import PlannerPolicy
 from services.runtime.tls import MutualTls, TlsConfig
+from services.runtime.tracing import TracingConfig
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class GManagerConfig:
         policy: what the planner may do, and for how much.
         health_listen: host:port for Kubernetes' probes.
         metrics_listen: host:port that serves /metrics over HTTP; port 0 takes a free one.
+        tracing: where spans of requests are exported to (runtime/tracing.py); None: there are none.
         kubernetes: keep the deletion costs of the daemons' pods; None: there is no Kubernetes, or nothing scales.
         tls: identity on gRPC.
         etcd_tls: towards etcd.
@@ -64,6 +66,7 @@ class GManagerConfig:
     policy: PlannerPolicy = field(default_factory=PlannerPolicy)
     health_listen: str | None = None
     metrics_listen: str | None = None
+    tracing: TracingConfig | None = None
     kubernetes: KubernetesConfig | None = None
     tls: MutualTls | None = None
     etcd_tls: TlsConfig | None = None

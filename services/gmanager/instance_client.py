@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import grpc.aio
+from opentelemetry.trace import NoOpTracer, SpanKind, Tracer
 
 from infinitellm.internal.v1 import instance_pb2, instance_pb2_grpc
+from services.core.trace_context import parse_traceparent
 from services.runtime.grpc_channel import error_from_rpc, make_channel
 from services.runtime.tls import MutualTls
+from services.runtime.tracing import under
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,9 @@ class MoveAnswer:
 class InstanceClients:
     """Channels to instances, kept from order to order."""
 
-    def __init__(self, tls: MutualTls | None = None) -> None:
+    def __init__(self, tls: MutualTls | None = None, tracer: Tracer | None = None) -> None:
         self._tls = tls
+        self._tracer = tracer or NoOpTracer()
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def move_blocks(self, address: str, order: MoveOrder, timeout_s: float) -> MoveAnswer:
@@ -62,11 +67,13 @@ class InstanceClients:
             destination_address=order.destination_address,
             num_blocks=order.num_blocks,
         )
+        begun = time.time_ns()
         try:
             response = await instance_pb2_grpc.InstanceServiceStub(channel).MoveBlocks(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as exc:
             await self._drop(address)
             raise error_from_rpc(exc) from exc
+        self._trace(order, response, begun)
         return MoveAnswer(response.accepted_blocks, response.refusal)
 
     async def keep(self, addresses: frozenset[str]) -> None:
@@ -76,6 +83,23 @@ class InstanceClients:
 
     async def close(self) -> None:
         await self.keep(frozenset())
+
+    def _trace(self, order: MoveOrder, response: instance_pb2.MoveBlocksResponse, begun: int) -> None:
+        """The order's span. Which trace the request belongs to, its instance knows and says in its answer."""
+        request = parse_traceparent(response.traceparent)
+        if request is None:
+            return
+        attributes: dict[str, str | int] = {
+            "infinite_llm.move.id": order.move_id,
+            "infinite_llm.move.source": order.source_kvdaemon_id,
+            "infinite_llm.move.destination": order.destination_kvdaemon_id,
+            "infinite_llm.move.accepted_blocks": response.accepted_blocks,
+            "infinite_llm.move.refusal": response.refusal,
+        }
+        span = self._tracer.start_span(
+            "order move", under(request), kind=SpanKind.CLIENT, attributes=attributes, start_time=begun
+        )
+        span.end()
 
     async def _drop(self, address: str) -> None:
         channel = self._channels.pop(address, None)

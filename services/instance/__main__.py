@@ -40,6 +40,7 @@ from services.runtime.health import HealthPort
 from services.runtime.logs import setup_logging
 from services.runtime.membership import Member, Membership
 from services.runtime.metrics_port import MetricsPort, make_registry
+from services.runtime.tracing import make_tracing
 from services.runtime.vllm_names import with_vllm_names
 
 _log = logging.getLogger("services.instance")
@@ -83,6 +84,7 @@ async def serve(config: InstanceConfig, model: Model) -> None:
             f"the pool of kvdaemon {config.local_kvdaemon_id} has no room for this instance's {size.blocks} work blocks"
         )
     registry = make_registry()
+    tracing = make_tracing(config.tracing, "instance", config.member_id, config.cluster)
     parts = assemble(
         config,
         model,
@@ -94,6 +96,7 @@ async def serve(config: InstanceConfig, model: Model) -> None:
         servicer.publish,
         _end,
         EngineMetrics(registry),
+        tracing.tracer,
     )
     registry.register(InstanceState(config.member_id, parts.board, parts.peers, local))
     served = with_vllm_names(registry, model.shape.name) if config.vllm_metric_names else registry
@@ -101,7 +104,7 @@ async def serve(config: InstanceConfig, model: Model) -> None:
     thread = threading.Thread(target=_run, args=(parts.engine,), name="engine", daemon=True)
     thread.start()
     servicer.serve(parts.engine, parts.rmanager.moves)
-    server = make_server(config.tls)
+    server = make_server(config.tls, tracing.tracer)
     add_InstanceServiceServicer_to_server(servicer, server)
     address = bind(server, config.listen, tls=config.tls, allow_insecure=config.allow_insecure)
     await server.start()
@@ -150,6 +153,7 @@ async def serve(config: InstanceConfig, model: Model) -> None:
     await etcd.close()
     await metrics.close()
     await health.close()
+    await asyncio.to_thread(tracing.close)
 
 
 async def _open_local(

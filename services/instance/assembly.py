@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from opentelemetry.trace import Tracer
+
 import kernels
 from services.core.blocks import BlockHandle, BlockKeySpace, PoolGeometry
 from services.core.errors import ConfigError
@@ -20,6 +22,7 @@ from services.instance.control import Order
 from services.instance.dist_attention import DistAttention
 from services.instance.engine import Engine
 from services.instance.engine_metrics import EngineMetrics
+from services.instance.engine_traces import EngineTraces, NoTraces
 from services.instance.memory import BlockMemory
 from services.instance.model import Model
 from services.instance.outputs import EngineSnapshot, Output
@@ -127,6 +130,7 @@ def assemble(
     publish: Callable[[list[Output]], None],
     on_fatal: Callable[[str], None],
     metrics: EngineMetrics,
+    tracer: Tracer,
 ) -> Assembly:
     """Builds engine and rManager; called on the event loop. The engine does not run yet."""
     shape = model.shape
@@ -157,11 +161,12 @@ def assemble(
     )
     scheduler = Scheduler(max_num_seqs, config.max_batch_tokens, config.mixed_step_s)
     board = SnapshotBoard(local.kvdaemon_id, max_num_seqs)
-    engine = Engine(model, attention, remote, peers, memory, scheduler, desk, publish, board.put, metrics)
+    traces = NoTraces() if config.tracing is None else EngineTraces(tracer)
+    engine = Engine(model, attention, remote, peers, memory, scheduler, desk, publish, board.put, metrics, traces)
     settings = RManagerSettings(
         config.member_id, geometry, config.transport, len(workspace), config.call_timeout_s, config.tls
     )
-    rmanager = desk.rmanager = RManager(settings, local, gmanager, peers, engine.post, on_fatal)
+    rmanager = desk.rmanager = RManager(settings, local, gmanager, peers, engine.post, on_fatal, tracer)
     board.moves = lambda: rmanager.moves.reports
     return Assembly(engine, rmanager, board, peers)
 

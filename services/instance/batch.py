@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import AttentionPlan
 from services.dataplane.remote_attention import PeerShare
-from services.dataplane.wire import PlanSegment
+from services.dataplane.wire import PlanSegment, SegmentTrace
 from services.instance.dist_attention import StepTensors
 from services.instance.rotary import RotaryRegimes
 from services.instance.scheduler import Scheduled
@@ -109,6 +109,7 @@ def _shares(
     rows: dict[str, list[NDArray[np.int64]]] = {}
     segments: dict[str, list[PlanSegment]] = {}
     distances: dict[str, int] = {}
+    traces: dict[str, list[SegmentTrace]] = {}
     for at, (item, table) in enumerate(zip(scheduled, tables, strict=True)):
         for kvdaemon_id, segment in table.segments.items():
             newest_key = int(segment.blocks.rows[-1, 2]) + table.block_tokens - 1
@@ -119,11 +120,17 @@ def _shares(
             new = segment.blocks.rows[segment.sent :].astype(np.uint32)
             plan = PlanSegment(segment.handle, item.count, item.sequence.computed, segment.sent, new)
             segments.setdefault(kvdaemon_id, []).append(plan)
+            if segment.sent == 0 and item.sequence.trace is not None:
+                traces.setdefault(kvdaemon_id, []).append(SegmentTrace(segment.handle, item.sequence.trace))
             segment.sent = segment.blocks.count
             distances[kvdaemon_id] = min(distance, distances.get(kvdaemon_id, distance))
     return tuple(
         PeerShare(
-            kvdaemon_id, torch.from_numpy(np.concatenate(rows[kvdaemon_id])), tuple(plans), distances[kvdaemon_id]
+            kvdaemon_id,
+            torch.from_numpy(np.concatenate(rows[kvdaemon_id])),
+            tuple(plans),
+            distances[kvdaemon_id],
+            tuple(traces.get(kvdaemon_id, ())),
         )
         for kvdaemon_id, plans in segments.items()
     )

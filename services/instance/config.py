@@ -11,6 +11,7 @@ from services.dataplane.link_spec import parse_link
 from services.dataplane.select import Scheme
 from services.instance.passes import PASSES, PassName
 from services.runtime.tls import MutualTls, TlsConfig
+from services.runtime.tracing import TracingConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class InstanceConfig:
         health_listen: host:port for Kubernetes' probes.
         metrics_listen: host:port that serves /metrics over HTTP; port 0 takes a free one.
         vllm_metric_names: serve the core metrics under vLLM's names as well.
+        tracing: where spans of requests are exported to (runtime/tracing.py); None: there are none.
         stall_timeout_s: an engine that has finished no step for so long is stuck; longer than any step may take.
         tls: identity on gRPC.
         etcd_tls: towards etcd.
@@ -75,6 +77,7 @@ class InstanceConfig:
     health_listen: str | None = None
     metrics_listen: str | None = None
     vllm_metric_names: bool = False
+    tracing: TracingConfig | None = None
     stall_timeout_s: float = 300.0
     tls: MutualTls | None = None
     etcd_tls: TlsConfig | None = None

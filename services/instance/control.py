@@ -13,6 +13,7 @@ from services.core.blocks import BlockHandle, BlockRef
 from services.core.errors import InfiniteLLMError
 from services.core.placement import MoveEnd
 from services.core.sequence import Request, RequestAge
+from services.core.trace_context import TraceContext
 
 # ---------------------------------------------------------------- orders: engine -> rManager
 
@@ -26,6 +27,7 @@ class ReservePrompt:
         keys: of the prompt's full blocks that may be attached to.
         full_blocks: full blocks of the prompt.
         max_blocks: blocks that the request can need in the end; more than the cluster has is refused for good.
+        trace: what the calls for it belong to.
     """
 
     age: RequestAge
@@ -33,6 +35,7 @@ class ReservePrompt:
     keys: tuple[bytes, ...]
     full_blocks: int
     max_blocks: int
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +89,15 @@ class SealCopies:
 
 @dataclass(frozen=True, slots=True)
 class ReserveMove:
-    """Find places at the move's destination for blocks with these keys: the same content, or room for it."""
+    """Find places at the move's destination for blocks with these keys: the same content, or room for it.
+
+    Attributes:
+        trace: the request's span, if it is traced.
+    """
 
     move_id: str
     keys: tuple[bytes, ...]
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,8 @@ from services.instance.control import (
     Submit,
 )
 from services.instance.dist_attention import DistAttention
-from services.instance.engine_metrics import EngineMetrics
+from services.instance.engine_metrics import EngineMetrics, PreemptionReason
+from services.instance.engine_traces import NoTraces, Traces
 from services.instance.memory import BlockMemory
 from services.instance.model import Model
 from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, Output, ProgressOutput, TokenOutput
@@ -66,6 +67,7 @@ class Engine:
         publish: gets all outputs of a step at once; called by the engine thread, must not block.
         publish_snapshot: gets a new snapshot after a change, at most every few steps; likewise.
         metrics: what the engine counts; None where nobody asks.
+        traces: what it tells of single requests; None likewise.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Engine:
         publish: Callable[[list[Output]], None],
         publish_snapshot: Callable[[EngineSnapshot], None],
         metrics: EngineMetrics | None = None,
+        traces: Traces | None = None,
     ) -> None:
         self._model = model
         self._attention = attention
@@ -91,6 +94,7 @@ class Engine:
         self._publish = publish
         self._publish_snapshot = publish_snapshot
         self._metrics = metrics or EngineMetrics(CollectorRegistry())
+        self._traces = traces or NoTraces()
         self._inbox: deque[EngineEvent] = deque()
         self._sequences: dict[str, Sequence] = {}
         self._reserving: dict[int, Sequence] = {}  # by attempt
@@ -142,6 +146,7 @@ class Engine:
             _log.warning("step discarded", extra={"step": self._steps, "why": str(error)})
             self._metrics.discarded_step()
             return
+        self._traces.step(scheduled, begun, self._attention.times, self._remote.answers)
         sampled = [item for item in scheduled if item.samples]
         samples = iter(self._sampler.draw(logits, [item.sequence for item in sampled]))
         for item in scheduled:
@@ -172,7 +177,7 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: str) -> None:
         request = sequence.request
         self._outputs.append(FinishOutput(request.request_id, request.stream_id, reason, sequence.cached_tokens))
-        self._drop(sequence)
+        self._drop(sequence, reason)
         _log.info(
             "request finished",
             extra={"request_id": request.request_id, "reason": reason, "generated": sequence.generated},
@@ -184,8 +189,9 @@ class Engine:
             ProgressOutput(request.request_id, request.stream_id, sequence.computed, len(sequence.tokens))
         )
 
-    def _drop(self, sequence: Sequence) -> None:
+    def _drop(self, sequence: Sequence, end: str) -> None:
         """The request is over, for whatever reason: everything it holds is given up."""
+        self._traces.ended(sequence, end)
         self._scheduler.remove(sequence)
         self._sampler.forget(sequence)
         del self._sequences[sequence.request_id]
@@ -212,6 +218,7 @@ class Engine:
                     self._memory.prompt_keys(sequence),
                     len(sequence.tokens) // geometry.block_tokens,
                     geometry.blocks_for(longest),
+                    sequence.trace,
                 )
             )
 
@@ -226,6 +233,7 @@ class Engine:
             return
         self._memory.admit(sequence, event)
         self._scheduler.admit(sequence)
+        self._traces.admitted(sequence, len(event.local), len(event.remote))
         self._short_of_room = False
         _log.info(
             "request admitted",
@@ -250,7 +258,7 @@ class Engine:
     def _refused(self, event: PromptRefused) -> None:
         sequence = self._reserving.pop(event.attempt)
         if self._sequences.get(event.request_id) is sequence:
-            self._drop(sequence)
+            self._drop(sequence, event.error.reason)
             self._outputs.append(FailOutput(event.request_id, sequence.request.stream_id, event.error))
 
     def _make_room(self) -> None:
@@ -269,11 +277,16 @@ class Engine:
         gives_way = len(running) > 1 or (older is not None and older < youngest.age)
         if gives_way or now - self._stuck_since > self._patience_s:
             _log.info("request preempted", extra={"request_id": youngest.request_id, "tokens": len(youngest.tokens)})
-            self._memory.release(youngest)
-            self._scheduler.preempt(youngest)
-            self._metrics.preempted("memory")
+            self._preempted(youngest, "memory")
             self._stuck_since = None
             self._reserve_at = now + _YIELD_S
+
+    def _preempted(self, sequence: Sequence, reason: PreemptionReason) -> None:
+        """A running request gives up its blocks and waits again."""
+        self._memory.release(sequence)
+        self._scheduler.preempt(sequence)
+        self._metrics.preempted(reason)
+        self._traces.preempted(sequence, reason)
 
     def _settle_peers(self) -> None:
         """Sequences with blocks on a lost daemon are computed anew from their tokens."""
@@ -289,9 +302,7 @@ class Engine:
                 },
             )
             for sequence in affected:
-                self._memory.release(sequence)
-                self._scheduler.preempt(sequence)
-                self._metrics.preempted("kvdaemon_lost")
+                self._preempted(sequence, "kvdaemon_lost")
 
     # ------------------------------------------------------------ events
 
@@ -308,18 +319,19 @@ class Engine:
                 if known is not None:
                     if known.request.stream_id > request.stream_id:
                         return
-                    self._drop(known)
+                    self._drop(known, "replaced")
                 sequence = Sequence(request)
                 self._sequences[request.request_id] = sequence
                 self._scheduler.add(sequence)
+                self._traces.submitted(sequence)
             case Abort(request_id, stream_id):
                 aborted = self._sequences.get(request_id)
                 if aborted is not None and aborted.request.stream_id == stream_id:
-                    self._drop(aborted)
+                    self._drop(aborted, "aborted")
                     _log.info("request aborted", extra={"request_id": request_id})
             case AbortStream(stream_id):
                 for sequence in [s for s in self._sequences.values() if s.request.stream_id == stream_id]:
-                    self._drop(sequence)
+                    self._drop(sequence, "aborted")
             case PromptReserved():
                 self._reserved(event)
             case PromptDeferred():

@@ -13,7 +13,8 @@ from services.runtime import metrics
 
 _PHASES = ("decode", "prefill")
 _PARTS = ("non_attention", "send", "local_attention", "remote_wait", "merge")
-_REASONS = ("memory", "kvdaemon_lost")
+PreemptionReason = Literal["memory", "kvdaemon_lost"]
+_REASONS: tuple[PreemptionReason, ...] = ("memory", "kvdaemon_lost")
 
 
 class EngineMetrics:
@@ -64,6 +65,6 @@ class EngineMetrics:
         """A daemon was lost in the middle of a step."""
         self._discarded.inc()
 
-    def preempted(self, reason: Literal["memory", "kvdaemon_lost"]) -> None:
+    def preempted(self, reason: PreemptionReason) -> None:
         """A running request has given up its blocks."""
         self._preemptions[reason].inc()

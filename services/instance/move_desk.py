@@ -13,11 +13,15 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from opentelemetry.trace import NoOpTracer, Span, Tracer
+
 from services.core.blocks import BlockHandle
 from services.core.errors import InfiniteLLMError
 from services.core.placement import MoveEnd, MoveReport
+from services.core.trace_context import TraceContext
 from services.instance.control import BeginMove, EndMove, EngineEvent, MoveReserved, ReserveMove
 from services.rmanager.daemon_client import DaemonSession
+from services.runtime.tracing import entered, ns_ago, under
 
 _log = logging.getLogger(__name__)
 _OFFER_TTL_S = 30.0  # how long the destination keeps room that is not used
@@ -42,10 +46,11 @@ class MoveInstruction:
 
 @dataclass(frozen=True, slots=True)
 class MoveAnswer:
-    """``refusal`` is None where the move is accepted."""
+    """``refusal`` is None where the move is accepted; ``trace`` is the request's span, if it is traced."""
 
     accepted_blocks: int
     refusal: MoveEnd | None = None
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +67,20 @@ class MoveDesk:
         session_with: the session with a daemon by its id and control address, opened if there is none; None where the
             daemon gives none.
         post: puts an event into the engine's inbox.
+        tracer: makes the moves' spans.
     """
 
     def __init__(
-        self, session_with: SessionWith, post: Callable[[EngineEvent], None], offer_ttl_s: float = _OFFER_TTL_S
+        self,
+        session_with: SessionWith,
+        post: Callable[[EngineEvent], None],
+        tracer: Tracer | None = None,
+        offer_ttl_s: float = _OFFER_TTL_S,
     ) -> None:
         self._session_with = session_with
         self._post = post
+        self._tracer = tracer or NoOpTracer()
+        self._spans: dict[str, Span] = {}  # of traced moves that are active
         self._offer_ttl_s = offer_ttl_s
         self._highest_token = 0
         self._active: dict[str, _Known] = {}  # until the engine ends them, which it does once with each
@@ -106,6 +118,8 @@ class MoveDesk:
         if known is None:  # the engine has ended it since
             return
         kvdaemon_id = known.instruction.destination_kvdaemon_id
+        if order.trace is not None:
+            self._spans[order.move_id] = self._begin_span(known, order.trace)
         reserved_at = time.monotonic()
         session_id = 0
         attached: dict[int, BlockHandle] = {}
@@ -117,7 +131,8 @@ class MoveDesk:
                 reserved_at = time.monotonic()
                 found = await session.attach(order.keys)
                 missing = len(order.keys) - len(found)
-                room = await self._reserve(session, missing, known.instruction.request_id)
+                with entered(order.trace):
+                    room = await self._reserve(session, missing, known.instruction.request_id)
                 if session.alive:  # an event that names its session follows no event that names its successor
                     session_id, attached, reserved = session.opened.session_id, found, room
                     refusal = None if attached or reserved else MoveEnd.DESTINATION_FULL
@@ -135,13 +150,16 @@ class MoveDesk:
                     self._offer_ttl_s / 2,  # the other half is for what is on its way
                 )
             )
-            _answer(known, MoveAnswer(len(attached) + len(reserved), refusal))
+            _answer(known, MoveAnswer(len(attached) + len(reserved), refusal, order.trace))
 
     def end(self, order: EndMove) -> None:
         """The engine has ended a move, or has refused to begin it."""
         known = self._ended[order.move_id] = self._active.pop(order.move_id)
         if len(self._ended) > _REMEMBERED:
             self._ended.popitem(last=False)
+        if (span := self._spans.pop(order.move_id, None)) is not None:
+            span.set_attributes({"infinite_llm.move.blocks": order.moved_blocks, "infinite_llm.move.end": order.end})
+            span.end()
         if not known.answer.done():
             _answer(known, MoveAnswer(0, order.end))
         elif known.answer.result().refusal is None:
@@ -157,6 +175,16 @@ class MoveDesk:
             )
             self._reports.append(report)
             _log.info("move ended", extra={"move": report.move_id, "blocks": report.moved_blocks, "end": report.end})
+
+    def _begin_span(self, known: _Known, request: TraceContext) -> Span:
+        instruction = known.instruction
+        attributes = {
+            "infinite_llm.move.id": instruction.move_id,
+            "infinite_llm.move.source": instruction.source_kvdaemon_id,
+            "infinite_llm.move.destination": instruction.destination_kvdaemon_id,
+        }
+        begun = ns_ago(time.monotonic() - known.began)
+        return self._tracer.start_span("move", under(request), attributes=attributes, start_time=begun)
 
     async def _reserve(self, session: DaemonSession, blocks: int, request_id: str) -> list[BlockHandle]:
         if not blocks:

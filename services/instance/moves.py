@@ -101,7 +101,8 @@ class Moves:
         for index in chosen:
             memory.table.entries[index].busy = True
         self._moves[order.move_id] = _Move(order, memory, deque(chosen))
-        self._control.order(ReserveMove(order.move_id, tuple(self._key(memory, index) for index in chosen)))
+        keys = tuple(self._key(memory, index) for index in chosen)
+        self._control.order(ReserveMove(order.move_id, keys, memory.sequence.trace))
 
     def reserved(self, event: MoveReserved) -> None:
         """The places have come. Content that lies there already is used there at once."""

@@ -18,6 +18,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from opentelemetry.trace import Tracer
+
 from services.core.blocks import BlockHandle, BlockRef, PoolGeometry
 from services.core.errors import ContextTooLongError, InfiniteLLMError, UnavailableError
 from services.core.placement import Room, RoomView
@@ -47,6 +49,7 @@ from services.rmanager.daemon_client import DaemonSession
 from services.rmanager.gmanager_client import GManagerClient
 from services.rmanager.lenders import shares
 from services.runtime.tls import MutualTls
+from services.runtime.tracing import entered
 
 _log = logging.getLogger(__name__)
 _BLIND_S = 2.0  # a gManager that did not answer is not asked again before
@@ -89,6 +92,7 @@ class RManager:
         local: the open session with the local daemon.
         post: puts an event into the engine's inbox.
         on_fatal: called when the engine cannot go on, because the local daemon and with it the pool is gone.
+        tracer: makes the moves' spans.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class RManager:
         peers: PeerSet,
         post: Callable[[EngineEvent], None],
         on_fatal: Callable[[str], None],
+        tracer: Tracer | None = None,
     ) -> None:
         self._settings = settings
         self._local = local
@@ -114,7 +119,7 @@ class RManager:
         self._capacity = Capacity(time.monotonic())
         self._look_again_at = -math.inf  # monotonic
         self._tasks: set[asyncio.Task[None]] = set()
-        self.moves = MoveDesk(self._session_at, post)
+        self.moves = MoveDesk(self._session_at, post, tracer)
 
     def order(self, order: Order) -> None:
         """Takes an order from the engine thread."""
@@ -150,7 +155,8 @@ class RManager:
     async def _execute(self, order: Order) -> None:
         match order:
             case ReservePrompt():
-                await self._reserve_prompt(order)
+                with entered(order.trace):
+                    await self._reserve_prompt(order)
             case SealLocal(blocks):
                 now = await self._local.seal(blocks)
                 own = [handle for handle, _ in blocks]

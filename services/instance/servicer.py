@@ -14,6 +14,7 @@ from infinitellm.internal.v1 import instance_pb2_grpc as rpc
 from services.core.errors import ContextTooLongError, InfiniteLLMError, InvalidRequestError, ShuttingDownError
 from services.core.sequence import Request, SamplingParams
 from services.core.shaping import UNSHAPED, LogitShaping
+from services.core.trace_context import parse_traceparent
 from services.instance.control import Abort, AbortStream, Submit
 from services.instance.engine import Engine
 from services.instance.move_desk import MoveDesk, MoveInstruction
@@ -105,7 +106,11 @@ class InstanceServicer(rpc.InstanceServiceServicer):
                 request.num_blocks,
             )
         )
-        return pb.MoveBlocksResponse(accepted_blocks=answer.accepted_blocks, refusal=answer.refusal or "")
+        return pb.MoveBlocksResponse(
+            accepted_blocks=answer.accepted_blocks,
+            refusal=answer.refusal or "",
+            traceparent="" if answer.trace is None else answer.trace.traceparent,
+        )
 
     async def _read(
         self,
@@ -161,6 +166,7 @@ class InstanceServicer(rpc.InstanceServiceServicer):
             stream_id,
             message.progress,
             message.cache_salt,
+            parse_traceparent(message.traceparent),
         )
 
     def _distribute(self, outputs: list[Output]) -> None:

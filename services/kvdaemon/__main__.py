@@ -27,6 +27,7 @@ from services.dataplane.kv_pool import KvPool
 from services.dataplane.pool_socket import PoolSocketServer
 from services.dataplane.select import listening_transport
 from services.kvdaemon.config import KvDaemonConfig
+from services.kvdaemon.hosted_traces import HostedTraces
 from services.kvdaemon.metrics import DaemonState
 from services.kvdaemon.pool_view import PoolView
 from services.kvdaemon.server import KvDaemonServicer, SessionTerms
@@ -42,6 +43,7 @@ from services.runtime.health import HealthPort
 from services.runtime.logs import setup_logging
 from services.runtime.membership import Member, Membership
 from services.runtime.metrics_port import MetricsPort, make_registry
+from services.runtime.tracing import make_tracing
 
 _log = logging.getLogger("services.kvdaemon")
 _STOP_TIMEOUT_S = 5.0
@@ -69,13 +71,15 @@ async def serve(config: KvDaemonConfig) -> None:
     pool = KvPool(config.pool_bytes)
     shared = SharedLedger(Ledger(config.pool_bytes, lambda: secrets.randbits(64)))
     data_plane = listening_transport(config.transports, config.dataplane, config.link)
-    worker = Worker(data_plane.transport, shared, PoolView(pool, kernels.load("cpu", config.num_threads)))
+    tracing = make_tracing(config.tracing, "kvdaemon", config.member_id, config.cluster)
+    traces = None if config.tracing is None else HostedTraces(tracing.tracer)
+    worker = Worker(data_plane.transport, shared, PoolView(pool, kernels.load("cpu", config.num_threads)), traces)
     sessions = Sessions(shared, worker.sessions_ended)
     pool_socket = PoolSocketServer(config.pool_socket, pool, sessions.may_map, sessions.hung_up)
     terms = SessionTerms(
         data_plane.addresses, str(config.pool_socket), config.ping_interval_s, config.session_timeout_s
     )
-    server = make_server(config.tls)
+    server = make_server(config.tls, tracing.tracer)
     add_KvDaemonServiceServicer_to_server(KvDaemonServicer(shared, sessions, terms), server)
     address = bind(server, config.listen, tls=config.tls, allow_insecure=config.allow_insecure)
     registry = make_registry()
@@ -131,6 +135,7 @@ async def serve(config: KvDaemonConfig) -> None:
     pool.close()
     await metrics.close()
     await health.close()
+    await asyncio.to_thread(tracing.close)
 
 
 def _snapshot(shared: SharedLedger) -> KvDaemonSnapshot:

@@ -9,6 +9,7 @@ from services.core.errors import ConfigError
 from services.dataplane.link_spec import parse_link
 from services.dataplane.select import ListenOptions, Scheme
 from services.runtime.tls import MutualTls, TlsConfig
+from services.runtime.tracing import TracingConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class KvDaemonConfig:
             ``dataplane_listen``.
         health_listen: host:port for Kubernetes' probes.
         metrics_listen: host:port that serves /metrics over HTTP; port 0 takes a free one.
+        tracing: where spans of requests are exported to (runtime/tracing.py); None: there are none.
         stall_timeout_s: a worker thread that has finished no round of its loop for so long is stuck.
         tls: identity on gRPC.
         etcd_tls: towards etcd.
@@ -49,6 +51,7 @@ class KvDaemonConfig:
     dataplane_advertise: str | None = None
     health_listen: str | None = None
     metrics_listen: str | None = None
+    tracing: TracingConfig | None = None
     stall_timeout_s: float = 120.0
     tls: MutualTls | None = None
     etcd_tls: TlsConfig | None = None

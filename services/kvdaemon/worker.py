@@ -30,6 +30,7 @@ from services.dataplane import wire
 from services.dataplane.transport import Accepted, Buffer, Connected, Connection, Lost, Message, Received, Transport
 from services.dataplane.wire import Header, Kind, Role
 from services.kvdaemon.copier import Copier
+from services.kvdaemon.hosted_traces import HostedTraces, HostedWork
 from services.kvdaemon.hosting import Hosting
 from services.kvdaemon.pool_view import PoolView
 from services.kvdaemon.segments import SegmentTable, StepPlan
@@ -54,6 +55,7 @@ class _Client:
     plan: StepPlan | None = None
     asked: tuple[int, str] | None = None  # query heads and output dtype of its last query: the next ones are alike
     compiled: CompiledQueries | None = None  # queries of the plan that need no Python
+    traced: Sequence[HostedWork] = ()  # by the plan, for requests that are traced
 
     def send(self, parts: Sequence[Buffer]) -> None:
         """
@@ -65,13 +67,20 @@ class _Client:
 
 
 class Worker:
-    """Serves the data plane. ``run`` is the thread; ``sessions_ended`` and ``stop`` may be called by any thread."""
+    """Serves the data plane. ``run`` is the thread; ``sessions_ended`` and ``stop`` may be called by any thread.
 
-    def __init__(self, transport: Transport, shared: SharedLedger, pool: PoolView) -> None:
+    Args:
+        traces: of requests whose instances say that they are traced; None: nobody collects them.
+    """
+
+    def __init__(
+        self, transport: Transport, shared: SharedLedger, pool: PoolView, traces: HostedTraces | None = None
+    ) -> None:
         self._transport = transport
         self._shared = shared
         self._pool = pool
         self._copier = Copier(transport, shared, pool)
+        self._traces = traces
         self._clients: dict[Connection, _Client] = {}
         self._sessions_ended = False
         self._stopped = False
@@ -106,9 +115,13 @@ class Worker:
             for client in self._clients.values():
                 self._count_compiled(client)
             self._copier.advance()
+            if self._traces is not None:
+                self._traces.tick(self.round_at)
             if self._sessions_ended:
                 self._sessions_ended = False  # before looking, so that what ends meanwhile is looked at again
                 self._close_revoked()
+        if self._traces is not None:
+            self._traces.close()
         self._transport.close()
 
     def _accept(self, connection: Connection, hello: bytes) -> None:
@@ -159,7 +172,12 @@ class Worker:
                 case Kind.COPY:
                     self._copier.order(client, client.session_id, header, payload)
                 case Kind.FORGET:
-                    client.segments.forget(wire.unpack_handles(header.rows, payload))
+                    self._forget_segments(client, wire.unpack_handles(header.rows, payload))
+                case Kind.TRACE:
+                    if self._traces is not None:
+                        self._traces.begin(
+                            connection, client.traffic.instance_id, wire.unpack_traces(header.rows, payload)
+                        )
                 case _:
                     raise InvalidRequestError(f"a daemon does not take {header.kind.name} messages")
         except PeerLostError as error:  # the answer could not be sent; Lost follows or has come
@@ -178,6 +196,14 @@ class Worker:
         self._count_compiled(client)
         client.plan = client.segments.plan(header.step, segments)
         self._compile(client, client.plan)
+        if self._traces is not None:
+            client.traced = self._traces.of(client.connection, segments)
+
+    def _forget_segments(self, client: _Client, handles: Sequence[int]) -> None:
+        self._count_compiled(client)
+        client.segments.forget(handles)
+        if self._traces is not None:
+            self._traces.end(client.connection, handles)
 
     def _query(self, client: _Client, header: Header, payload: memoryview, message: Message) -> None:
         if client.plan is None:
@@ -186,7 +212,7 @@ class Worker:
         begun = time.perf_counter()
         out, lse = self._pool.attend(header, payload, client.plan, client.connection.limits.max_message_bytes)
         compute_s = time.perf_counter() - begun
-        self._count(client.plan, 1, compute_s)
+        self._count(client, client.plan, 1, compute_s)
         with self._shared as ledger:
             _check_open(ledger, client.session_id)
         client.asked = (header.q_heads, header.out_dtype)
@@ -203,8 +229,10 @@ class Worker:
         message.release()
         client.send([answer.pack(), out, lse])
 
-    def _count(self, plan: StepPlan, queries: int, compute_s: float) -> None:
+    def _count(self, client: _Client, plan: StepPlan, queries: int, compute_s: float) -> None:
         self.hosting.answered(queries, compute_s)
+        for work in client.traced:
+            work.add(queries, compute_s)
         if plan.attention.max_query_len == 1:
             self.hosting.add(queries, self._pool.context_tokens(plan), compute_s)
 
@@ -226,7 +254,7 @@ class Worker:
         if client.compiled is not None and client.plan is not None:
             answered = client.compiled.take_answered()
             if answered.queries:
-                self._count(client.plan, answered.queries, answered.compute_s)
+                self._count(client, client.plan, answered.queries, answered.compute_s)
                 client.traffic.received_bytes += answered.received_bytes
                 client.traffic.sent_bytes += answered.sent_bytes
 
@@ -300,6 +328,8 @@ class Worker:
         if client is not None:
             self._count_compiled(client)
             self.traffic.end(client.traffic)
+            if self._traces is not None:
+                self._traces.end_all(connection)
             self._copier.forget(client)
         return client is not None
 

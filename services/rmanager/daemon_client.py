@@ -26,6 +26,7 @@ from services.core.placement import PoolStats
 from services.rmanager.gmanager_client import geometry_to_proto, stats_from_proto
 from services.runtime.grpc_channel import call_was_given_up, error_from_rpc, make_channel
 from services.runtime.tls import MutualTls
+from services.runtime.tracing import outgoing_metadata
 
 _log = logging.getLogger(__name__)
 _Response = TypeVar("_Response")
@@ -126,7 +127,10 @@ class DaemonSession:
             ttl_s=ttl_s,
         )
         try:
-            response = await self._call(lambda: self._stub.Reserve(request, timeout=self._call_timeout_s))
+            metadata = outgoing_metadata()
+            response = await self._call(
+                lambda: self._stub.Reserve(request, timeout=self._call_timeout_s, metadata=metadata)
+            )
         except PoolExhaustedError:
             return []
         return [_handle(block) for block in response.blocks]

@@ -26,6 +26,7 @@ from services.core.sequence import RequestAge
 from services.core.timings import HostingTiming, StepTiming
 from services.runtime.grpc_channel import call_was_given_up, error_from_rpc, make_channel
 from services.runtime.tls import MutualTls
+from services.runtime.tracing import outgoing_metadata
 
 AddressSource = Callable[[], Awaitable[str | None]]
 
@@ -81,7 +82,7 @@ class GManagerClient:
         try:
             async with asyncio.timeout(timeout_s):
                 stub = gmanager_pb2_grpc.GManagerServiceStub(await self._connected())
-                response = await stub.FindRoom(request, timeout=timeout_s)
+                response = await stub.FindRoom(request, timeout=timeout_s, metadata=outgoing_metadata())
         except grpc.aio.AioRpcError as exc:
             await self.close()
             raise error_from_rpc(exc) from exc

@@ -1,4 +1,4 @@
-"""gRPC servers: size limits, keepalive, mutual TLS, and one interceptor: who may call, and errors as statuses."""
+"""gRPC servers: size limits, keepalive, mutual TLS, and one interceptor: who may call, traces, errors as statuses."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Any
 
 import grpc
 from grpc import aio
+from opentelemetry import context as otel_context
+from opentelemetry.context import Context
+from opentelemetry.trace import NoOpTracer, Tracer
 
 from services.core.errors import ConfigError, InfiniteLLMError
 from services.runtime.access import check_caller
 from services.runtime.addresses import split_address, split_listen_address
 from services.runtime.grpc_errors import error_message, error_metadata, status_code
 from services.runtime.tls import MutualTls
+from services.runtime.tracing import call_span, incoming_context
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +40,13 @@ _OPTIONS = (
 )
 
 
-def make_server(tls: MutualTls | None = None) -> aio.Server:
+def make_server(tls: MutualTls | None = None, tracer: Tracer | None = None) -> aio.Server:
     """A server with the project's options and interceptor; add services, ``bind`` with the same ``tls``, then start it.
 
-    With ``tls``, a caller is let through to what its role may call (``access.py``).
+    With ``tls``, a caller is let through to what its role may call (``access.py``). With ``tracer``, a unary call that
+    is made for a traced request has a span.
     """
-    return aio.server(interceptors=[CallInterceptor(tls)], options=_OPTIONS)
+    return aio.server(interceptors=[CallInterceptor(tls, tracer or NoOpTracer())], options=_OPTIONS)
 
 
 def bind(server: aio.Server, address: str, *, tls: MutualTls | None = None, allow_insecure: bool = False) -> str:
@@ -64,14 +69,16 @@ def bind(server: aio.Server, address: str, *, tls: MutualTls | None = None, allo
 
 
 class CallInterceptor(aio.ServerInterceptor):
-    """Lets in who may call, and ends a call whose handler raises with the error's status and ErrorInfo.
+    """Lets in who may call, and ends a call whose handler raises with the error's status and ErrorInfo. The handler
+    runs in the caller's trace, where its metadata name one.
 
     An ``InfiniteLLMError`` is an answer and is not logged here. Anything else is a bug: it is logged with its traceback
     and answered as INTERNAL without details.
     """
 
-    def __init__(self, tls: MutualTls | None) -> None:
+    def __init__(self, tls: MutualTls | None, tracer: Tracer) -> None:
         self._tls = tls
+        self._tracer = tracer
 
     async def intercept_service(
         self,
@@ -81,34 +88,42 @@ class CallInterceptor(aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:  # gRPC answers UNIMPLEMENTED
             return None
-        method = str(handler_call_details.method)
+        method, tls = str(handler_call_details.method), self._tls
+        caller = incoming_context(handler_call_details.invocation_metadata or ())
         coders = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
         }
         if handler.stream_stream:
-            return grpc.stream_stream_rpc_method_handler(_streaming(handler.stream_stream, method, self._tls), **coders)
+            return grpc.stream_stream_rpc_method_handler(
+                _streaming(handler.stream_stream, method, tls, caller), **coders
+            )
         if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(_streaming(handler.unary_stream, method, self._tls), **coders)
+            return grpc.unary_stream_rpc_method_handler(_streaming(handler.unary_stream, method, tls, caller), **coders)
         if handler.stream_unary:
-            return grpc.stream_unary_rpc_method_handler(_unary(handler.stream_unary, method, self._tls), **coders)
-        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, method, self._tls), **coders)
+            behaviour = _unary(handler.stream_unary, method, tls, self._tracer, caller)
+            return grpc.stream_unary_rpc_method_handler(behaviour, **coders)
+        behaviour = _unary(handler.unary_unary, method, tls, self._tracer, caller)
+        return grpc.unary_unary_rpc_method_handler(behaviour, **coders)
 
 
-def _unary(behaviour: Any, method: str, tls: MutualTls | None) -> Any:
+def _unary(behaviour: Any, method: str, tls: MutualTls | None, tracer: Tracer, caller: Context | None) -> Any:
     async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
         try:
             if tls is not None:
                 check_caller(tls, method, context.auth_context())
-            return await behaviour(request, context)
+            with call_span(tracer, method, caller):
+                return await behaviour(request, context)
         except Exception as exc:
             await _abort(context, exc, method)
 
     return call
 
 
-def _streaming(behaviour: Any, method: str, tls: MutualTls | None) -> Any:
+def _streaming(behaviour: Any, method: str, tls: MutualTls | None, caller: Context | None) -> Any:
     async def call(request: Any, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        if caller is not None:
+            otel_context.attach(caller)  # for good: the call has a task, and so a context, of its own
         # A handler is an async generator, or a coroutine that writes to the context itself.
         try:
             if tls is not None:

@@ -32,6 +32,7 @@ MONITORING = {
     ("grafana", "prometheus", 9090),  # likewise as from anywhere
     ("prometheus", "gateway", 8000),  # as from anywhere; named as its egress must let it through
     *(("prometheus", target, port) for target, port in SCRAPED),
+    *((name, "otel-collector", 4317) for name in ("gateway", "gmanager", "instance", "kvdaemon")),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from manifests import OVERLAYS, Document, Pod, config_files, cores, mib, named, of_kind, overlay, pods
 
 from services.core.errors import ConfigError
@@ -161,6 +162,30 @@ def test_state_is_where_the_services_look_for_it(documents: tuple[Document, ...]
         if isinstance(config, GatewayConfig):
             assert config.redis_url is not None
             _check_endpoint(documents, config.redis_url.removeprefix("redis://").partition("/")[0])
+
+
+def test_spans_go_to_the_collector_where_there_is_one(
+    documents: tuple[Document, ...], loaded: list[tuple[Pod, Document, AnyConfig]]
+) -> None:
+    collectors = [pod for pod in pods(documents) if pod.name == "otel-collector"]
+    assert all((config.tracing is not None) is bool(collectors) for _, _, config in loaded)
+    for _, _, config in loaded:
+        if config.tracing is not None:
+            _check_endpoint(documents, config.tracing.endpoint.removeprefix("http://"))
+            assert 0 < config.tracing.sampling_ratio < 1
+    for collector in collectors:
+        (container,) = collector.containers
+        (volume,) = collector.spec["volumes"]
+        files = named(documents, "ConfigMap", collector.namespace, volume["configMap"]["name"])["data"]
+        path = Path(container["args"][0].removeprefix("--config="))
+        assert path.parent == Path(container["volumeMounts"][0]["mountPath"])
+        settings = yaml.safe_load(files[path.name])
+        ports = {port["containerPort"] for port in container["ports"]}
+        told = (settings["receivers"]["otlp"]["protocols"]["grpc"], settings["extensions"]["health_check"])
+        assert {split_address(part["endpoint"])[1] for part in told} == ports
+        (pipeline,) = settings["service"]["pipelines"].values()
+        for kind, names in pipeline.items():
+            assert set(names) == settings[kind].keys()
 
 
 def _check_endpoint(documents: tuple[Document, ...], endpoint: str) -> None:

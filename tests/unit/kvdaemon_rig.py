@@ -21,6 +21,7 @@ from services.dataplane.loopback import LoopbackHub, LoopbackTransport
 from services.dataplane.shm import ShmTransport
 from services.dataplane.transport import Accepted, Buffer, Connection, Limits, Lost, Received, Transport
 from services.dataplane.wire import Header, Kind, PlanSegment, Role
+from services.kvdaemon.hosted_traces import HostedTraces
 from services.kvdaemon.pool_view import PoolView
 from services.kvdaemon.sessions import Sessions, SharedLedger
 from services.kvdaemon.worker import Worker
@@ -50,6 +51,7 @@ class Rig:
         hub: LoopbackHub | None = None,
         name: str = "daemon",
         shm: Path | None = None,
+        traces: HostedTraces | None = None,
     ):
         self.geometry = geometry
         self.pool = KvPool(blocks * geometry.block_bytes)
@@ -57,7 +59,7 @@ class Rig:
         self.hub = hub or LoopbackHub()
         server = LoopbackTransport(self.hub, name) if shm is None else ShmTransport(shm / name)
         self.address = server.listen()
-        self.worker = Worker(server, self.shared, PoolView(self.pool, kernels or ReferenceKernels()))
+        self.worker = Worker(server, self.shared, PoolView(self.pool, kernels or ReferenceKernels()), traces)
         self.sessions = Sessions(self.shared, self.worker.sessions_ended)
         self._over_shm = shm is not None
         self.transport = self.another_client("client")

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from gmanager_office import leading
+from opentelemetry.trace import Tracer
 
 from infinitellm.internal.v1 import kvdaemon_pb2, kvdaemon_pb2_grpc
 from infinitellm.internal.v1.gmanager_pb2_grpc import add_GManagerServiceServicer_to_server
@@ -53,11 +54,11 @@ class Gate:
 class Daemon(KvDaemonServicer):
     """A daemon's control server."""
 
-    def __init__(self, name: str, blocks: int) -> None:
+    def __init__(self, name: str, blocks: int, tracer: Tracer | None = None) -> None:
         self.name = name
         self.ledger = SharedLedger(Ledger(blocks * GEOMETRY.block_bytes, itertools.count(1).__next__))
         self.reserving, self.releasing = Gate(), Gate()
-        self._server = make_server()
+        self._server = make_server(tracer=tracer)
         super().__init__(
             self.ledger, Sessions(self.ledger, lambda: None), SessionTerms((f"loopback:{name}",), "", 1.0, 5.0)
         )
@@ -162,8 +163,8 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig() -> AsyncIterator[Rig]:
-    local, first, second = daemons = Daemon("local", 4), Daemon("first", 8), Daemon("second", 8)
+async def rig(tracer: Tracer | None = None) -> AsyncIterator[Rig]:
+    local, first, second = daemons = Daemon("local", 4), Daemon("first", 8, tracer), Daemon("second", 8)
     view = ClusterView()
     view.set_kvdaemons({d.name: Member("kvdaemon", d.name, d.address) for d in (first, second)}, 0.0)
     for daemon in (first, second):
@@ -176,7 +177,7 @@ async def rig() -> AsyncIterator[Rig]:
         own = local.session("i")
         await own.open()
         settings = RManagerSettings("i", GEOMETRY, "loopback", 0, DEADLINE_S)
-        rmanager = RManager(settings, own, client, peers, events.put_nowait, lambda reason: pytest.fail(reason))
+        rmanager = RManager(settings, own, client, peers, events.put_nowait, lambda reason: pytest.fail(reason), tracer)
         yield Rig(rmanager, daemons, events, view)
         await rmanager.close()
         await own.close()

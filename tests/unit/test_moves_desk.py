@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from spans import CALLER, Recorder, parent_of, told
 from test_instance_rmanager import DEADLINE_S, Rig, rig
 
 from services.core.blocks import BlockHandle
@@ -223,3 +224,36 @@ def test_copies_of_a_session_that_is_over_are_not_sealed_in_its_successor() -> N
             assert sealed.session_id == second.session_id
 
     asyncio.run(run())
+
+
+def test_a_move_of_a_traced_request_has_a_span() -> None:
+    recorder = Recorder()
+
+    async def run() -> None:
+        async with rig(recorder.tracer) as r:
+            asked = asyncio.create_task(r.rmanager.moves.instruct(instruction(r)))
+            await event_of(r, BeginMove)
+            r.rmanager.order(ReserveMove("m", KEYS[:3], CALLER))
+            await event_of(r, MoveReserved)
+            assert await asked == MoveAnswer(3, None, CALLER)
+            r.rmanager.order(EndMove("m", 2, MoveEnd.COPY_FAILED))
+            async with asyncio.timeout(DEADLINE_S):
+                while True:
+                    await asyncio.sleep(0.01)
+                    if recorder.named("move"):
+                        break
+
+    asyncio.run(run())
+    reserve, move = recorder.spans
+    assert reserve.name.endswith("KvDaemonService/Reserve")
+    assert [parent_of(span) for span in (reserve, move)] == [CALLER, CALLER]
+    assert told(move) == {
+        "infinite_llm.move.id": "m",
+        "infinite_llm.move.source": "second",
+        "infinite_llm.move.destination": "first",
+        "infinite_llm.move.blocks": 2,
+        "infinite_llm.move.end": "COPY_FAILED",
+    }
+    assert move.start_time is not None
+    assert reserve.start_time is not None
+    assert move.start_time <= reserve.start_time

@@ -3,8 +3,9 @@ import pytest
 
 from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle
 from services.core.errors import InvalidRequestError
+from services.core.trace_context import TraceContext
 from services.dataplane import wire
-from services.dataplane.wire import CopyOrder, Header, Hello, Kind, PlanSegment, Role
+from services.dataplane.wire import CopyOrder, Header, Hello, Kind, PlanSegment, Role, SegmentTrace
 
 
 def test_a_header_survives_the_way():
@@ -26,6 +27,14 @@ def test_a_header_survives_the_way():
     packed = header.pack()
     assert len(packed) == wire.HEADER_BYTES
     assert wire.unpack(memoryview(packed + b"payload")) == (header, b"payload")
+
+
+def test_traces_survive_the_way():
+    traces = [SegmentTrace(7, TraceContext(1 << 127, 1)), SegmentTrace(2**32 - 1, TraceContext(2, (1 << 64) - 1))]
+    packed = wire.pack_traces(traces)
+    assert wire.unpack_traces(2, memoryview(packed)) == traces
+    with pytest.raises(InvalidRequestError, match="TRACE of 3 segments holds 56 bytes"):
+        wire.unpack_traces(3, memoryview(packed))
 
 
 def test_a_plan_survives_the_way():

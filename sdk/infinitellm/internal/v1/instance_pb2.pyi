@@ -106,6 +106,7 @@ class SubmitRequest(_message.Message):
     ARRIVAL_TIME_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     SHAPING_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     prompt_tokens: _builtins.int
     """Length of the prompt proper; len(token_ids) - prompt_tokens tokens were generated already."""
@@ -122,6 +123,8 @@ class SubmitRequest(_message.Message):
     """Unix time of arrival in seconds; the age that decides who is preempted."""
     cache_salt: _builtins.bytes
     """Separates tenants in the block keys."""
+    traceparent: _builtins.str
+    """W3C traceparent of the gateway's span; empty where the request is not traced."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, followed by the tokens generated so far when a request is continued here."""
@@ -149,10 +152,11 @@ class SubmitRequest(_message.Message):
         arrival_time: _builtins.float = ...,
         cache_salt: _builtins.bytes = ...,
         shaping: Global___LogitShaping | None = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shaping", b"shaping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_time", b"arrival_time", "cache_salt", b"cache_salt", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "progress", b"progress", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "seed", b"seed", "shaping", b"shaping", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_time", b"arrival_time", "cache_salt", b"cache_salt", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "progress", b"progress", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "seed", b"seed", "shaping", b"shaping", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -459,21 +463,25 @@ class MoveBlocksResponse(_message.Message):
 
     ACCEPTED_BLOCKS_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     accepted_blocks: _builtins.int
     """Blocks that are on their way now, at most num_blocks; 0 if the move is refused."""
     refusal: _builtins.str
     """Why it is refused; empty if it is accepted: STALE_LEADER, UNKNOWN_REQUEST (it is not running here), NOTHING_TO_MOVE
     (no sealed block there that is not on its way already), DESTINATION_FULL, DESTINATION_UNREACHABLE, TOO_MANY_MOVES.
     """
+    traceparent: _builtins.str
+    """W3C traceparent of the request's span at the instance; empty where it is not traced, or not running here."""
     def __init__(
         self,
         *,
         accepted_blocks: _builtins.int = ...,
         refusal: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_blocks", b"accepted_blocks", "refusal", b"refusal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_blocks", b"accepted_blocks", "refusal", b"refusal", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
