@@ -27,6 +27,7 @@ from services.instance.rmanager import RManager, RManagerSettings
 from services.instance.scheduler import Scheduler
 from services.rmanager.daemon_client import DaemonSession
 from services.rmanager.gmanager_client import GManagerClient
+from services.runtime.grammars import Grammars
 
 _WINDOW_WRITES = 8  # block writes that fit a daemon's window beside two steps' queries
 
@@ -127,6 +128,7 @@ def assemble(
     publish: Callable[[list[Output]], None],
     on_fatal: Callable[[str], None],
     metrics: EngineMetrics,
+    grammars: Grammars,
 ) -> Assembly:
     """Builds engine and rManager; called on the event loop. The engine does not run yet."""
     shape = model.shape
@@ -157,7 +159,7 @@ def assemble(
     )
     scheduler = Scheduler(max_num_seqs, config.max_batch_tokens, config.mixed_step_s)
     board = SnapshotBoard(local.kvdaemon_id, max_num_seqs)
-    engine = Engine(model, attention, remote, peers, memory, scheduler, desk, publish, board.put, metrics)
+    engine = Engine(model, attention, remote, peers, memory, scheduler, desk, publish, board.put, metrics, grammars)
     settings = RManagerSettings(
         config.member_id, geometry, config.transport, len(workspace), config.call_timeout_s, config.tls
     )

@@ -23,16 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from byte_tokenizer import EOS, write_byte_tokenizer
 
 from infinitellm.internal.v1 import instance_pb2, instance_pb2_grpc
-from services.gateway.detokenizer import byte_of_character
 from services.runtime.etcd import EtcdClient
 from services.runtime.grpc_server import bind, make_server
 from services.runtime.membership import Member, Membership
 
 CLUSTER = "test"
-EOS = 256
 VOCAB = 257
 MAX_MODEL_LEN = 10_000
 # Every token is one byte, so most characters are spread over several tokens.
@@ -176,11 +174,7 @@ def write_checkpoint(directory: Path, tokenizer: bool = True) -> Path:
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 255]}))
     if tokenizer:
-        plain = Tokenizer(models.BPE(vocab=byte_of_character(), merges=[]))
-        plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        plain.decoder = decoders.ByteLevel()
-        plain.add_special_tokens([AddedToken("<|end|>", special=True)])
-        plain.save(str(directory / "tokenizer.json"))
+        write_byte_tokenizer(directory)
         (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     return directory
 
