@@ -38,7 +38,8 @@ TEXT = "né 🦙 你好 — "
 BYTES = TEXT.encode()
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
-    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if tools %}tools: {{ tools | tojson }}\n{% endif %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 START_TIMEOUT_S = 30.0
 
@@ -65,6 +66,7 @@ class Script:
         fail: reason and message that every new request is answered with.
         silent: says nothing any more, not even that it is alive.
         progress: number of progress events before the first token.
+        text: what it says instead of the formula's tokens; the end-of-sequence token follows.
     """
 
     delay_s: float = 0.0
@@ -72,6 +74,7 @@ class Script:
     fail: tuple[str, str] | None = None
     silent: bool = False
     progress: int = 0
+    text: bytes | None = None
 
 
 @dataclass
@@ -153,7 +156,11 @@ class PlayedInstance(instance_pb2_grpc.InstanceServiceServicer):
         for index in range(len(submit.token_ids) - submit.prompt_tokens, submit.max_tokens):
             await asyncio.sleep(script.delay_s)
             token = expected_token(index, submit.temperature, submit.seed)
-            if index == script.eos_at and EOS in submit.stop_token_ids:
+            end = script.eos_at
+            if script.text is not None:
+                end = len(script.text)
+                token = script.text[index] if index < end else token
+            if index == end and EOS in submit.stop_token_ids:
                 token, reason = EOS, "stop"
             tokens = instance_pb2.StepTokens(request_id=request_id, ids=[token])
             if submit.logprobs:
