@@ -8,7 +8,8 @@ from typing import Literal, get_args
 from services.core.errors import InvalidRequestError
 
 StructureKind = Literal["json_schema", "regex", "grammar"]
-MOST_CHARACTERS = 1 << 18
+# The time and the memory that an expression takes to compile grow with the square of its length: here to some seconds.
+MOST_CHARACTERS = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 from services.core.errors import InvalidRequestError
 from services.core.structure import Structure
 
-_KEPT = 32  # compiled structures
+_KEPT = 128  # compiled structures
+# Compiling recurses as deeply as rules refer to one another; a structure of the greatest length needs some 100 MiB.
+_STACK_BYTES = 512 << 20
 _MOST_ERROR_CHARACTERS = 400
 # Without a bound, a model that likes white space better than what comes next never ends.
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{0,32}"
@@ -83,6 +86,7 @@ class Grammars:
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._tokenizer: tuple[LLTokenizer, int] | None = None
+        self._compiling: ThreadPoolExecutor | None = None
         self._compiled: OrderedDict[Structure, LLMatcher] = OrderedDict()  # never used, only copied; oldest first
 
     def start(self, structure: Structure) -> GrammarState:
@@ -93,10 +97,11 @@ class Grammars:
         """
         with self._loading:
             tokenizer, end = self._load(structure.asked_by)
+            compiling = self._compiling = self._compiling or _deep_thread()
         with self._lock:
             matcher = self._compiled.pop(structure, None)
-        if matcher is None:  # compiled without the lock: nobody waits for another one's structure
-            matcher = _compile(structure, tokenizer)
+        if matcher is None:  # compiled without the lock: who needs a known one does not wait
+            matcher = compiling.submit(_compile, structure, tokenizer).result()
         with self._lock:
             self._compiled[structure] = matcher
             if len(self._compiled) > _KEPT:
@@ -120,6 +125,17 @@ class Grammars:
                 f"{asked_by}: this model's tokenizer.json does not serve for structured outputs: {error}"
             ) from error
         return self._tokenizer
+
+
+def _deep_thread() -> ThreadPoolExecutor:
+    """One thread whose stack suffices. Only one: however many structures come, they take one core."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+    before = threading.stack_size(_STACK_BYTES)
+    try:
+        executor.submit(int).result()  # starts the thread
+    finally:
+        threading.stack_size(before)
+    return executor
 
 
 def json_grammar(schema: dict[str, Any]) -> str:

@@ -194,13 +194,21 @@ def test_a_structure_that_no_token_can_follow_ends_its_request_alone(tmp_path: P
         ("grammar", "start: start", "not a valid grammar"),
         ("grammar", "§§§", "not a valid grammar"),
         ("poem", "", "is none of json_schema, regex, grammar"),
-        ("regex", "a" * (2**18 + 1), "at most 262144 characters"),
+        ("regex", "a" * (2**15 + 1), "at most 32768 characters"),
     ],
 )
 def test_what_is_wrong_is_named(grammars: Grammars, kind: StructureKind, text: str, words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words) as caught:
         grammars.start(Structure(kind, text, "the.field"))
     assert str(caught.value).startswith("the.field: ")
+
+
+def test_rules_may_refer_to_one_another_however_deeply(grammars: Grammars) -> None:
+    chain = "start: a0\n" + "\n".join(f"a{n}: a{n + 1}" for n in range(2500)) + '\na2500: "x"'
+    references = {f"a{n}": {"items": {"$ref": f"#/$defs/a{n + 1}"}, "type": "array"} for n in range(500)}
+    schema = {"$ref": "#/$defs/a0", "$defs": {**references, "a500": {}}}
+    assert grammars.start(Structure("grammar", chain)).allowed()[ord("x")]
+    assert grammars.start(Structure("json_schema", json.dumps(schema))).allowed()[ord("[")]
 
 
 def test_without_a_suitable_tokenizer(tmp_path: Path) -> None:
