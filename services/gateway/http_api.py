@@ -1,4 +1,7 @@
-"""The HTTP API: OpenAI's /v1/completions, /v1/chat/completions and /v1/models; /tokenize, /health, /version."""
+"""The HTTP API: OpenAI's /v1/completions, /v1/chat/completions and /v1/models; /tokenize, /health, /version.
+
+/openapi.json describes it.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ from services.gateway.generation import GenerationService
 from services.gateway.openai_chat import ChatRequest
 from services.gateway.openai_errors import ApiError, api_error
 from services.gateway.openai_types import CompletionRequest, SamplingRequest, parse_request
+from services.gateway.openapi import openapi
 from services.gateway.rendering import Frame, Renderer, usage_chunk, whole_answer
 from services.gateway.requests import Finished, GenerationRequest, NewTokens, Prompt, Sampling
 from services.gateway.tokenize_api import answer_detokenize, answer_tokenize
@@ -92,8 +96,14 @@ def make_app(
     async def version_of(request: Request) -> Response:
         return JSONResponse({"version": version})
 
+    document = openapi(version)
+
+    async def openapi_document(request: Request) -> Response:
+        return JSONResponse(document)
+
     return Starlette(
         routes=[
+            Route("/openapi.json", openapi_document),
             Route("/v1/completions", _Completions(service, max_body_bytes), methods=["POST"]),
             Route("/v1/chat/completions", _Chats(service, max_body_bytes, chat_template), methods=["POST"]),
             Route("/tokenize", tokenize, methods=["POST"]),

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+import schemathesis
 from etcd_process import EtcdProcess
 from fuzzing import cases
 from gateway_rig import Gateway, gateway, instance_process, service, write_checkpoint
@@ -127,6 +128,25 @@ def test_any_generate_request(served: Gateway) -> None:
             cluster_pb2.GetClusterStatusRequest(), timeout=DEADLINE_S
         )
         assert status.models == ["tiny"]
+
+
+def test_what_the_document_allows(served: Gateway) -> None:
+    """Schemathesis makes requests of /openapi.json, as it allows them and as it does not."""
+    schema = schemathesis.openapi.from_url(f"{served.http}/openapi.json")
+    tried = set()
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        modes = [*schemathesis.GenerationMode] if operation.method == "post" else [schemathesis.GenerationMode.POSITIVE]
+        for mode in modes:
+
+            @cases(40)
+            @given(operation.as_strategy(generation_mode=mode))
+            def requests(case: schemathesis.Case) -> None:
+                case.call_and_validate(checks=[schemathesis.checks.not_a_server_error], timeout=DEADLINE_S)
+
+            requests()
+            tried.add(operation.path)
+    assert tried == {*schema.raw_schema["paths"]}
 
 
 def odd_bodies(kind: type[SamplingRequest]) -> st.SearchStrategy[dict[str, object]]:
