@@ -25,6 +25,9 @@ class SamplingOptions(TypedDict, total=False):
         stop_token_ids: further tokens that end the answer; the one drawn is its last.
         stop: texts that end the answer where it contains one of them.
         include_stop_str_in_output: the text goes on to the end of the stop text, in place of ending before it.
+        json_schema: a JSON schema, as a text, that the answer must fit; of this and the next two, at most one.
+        regex: a regular expression that it must match as a whole.
+        grammar: a grammar that it must follow, in the Lark dialect of llguidance or in GBNF.
     """
 
     top_k: int
@@ -38,6 +41,9 @@ class SamplingOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     stop: Sequence[str]
     include_stop_str_in_output: bool
+    json_schema: str
+    regex: str
+    grammar: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from services.core.shaping import UNSHAPED, LogitShaping
+from services.core.structure import Structure
 from services.core.trace_context import TraceContext
 
 
@@ -32,6 +33,7 @@ class SamplingParams:
         stop_token_ids: drawing one of these ends the request; it is the last token of the answer.
         logprobs: report the log-probabilities of this many most probable tokens; 0 reports none. They are the model's
             own, before anything is done to them.
+        structure: what the answer must look like. ``stop_token_ids`` are drawn only where it is complete.
     """
 
     temperature: float
@@ -40,6 +42,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     logprobs: int = 0
     shaping: LogitShaping = UNSHAPED
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True, slots=True)

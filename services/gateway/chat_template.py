@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from services.core.errors import ConfigError, InvalidRequestError
-from services.gateway.openai_chat import ChatMessage
+from services.gateway.openai_chat import ChatMessage, Tool
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -47,22 +48,29 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ConfigError(f"chat template: line {getattr(error, 'lineno', '?')}: {error}") from error
         self._special_tokens = dict(special_tokens)
+        self._takes_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The prompt, up to where the assistant's next message begins.
 
         Raises:
-            InvalidRequestError: the template does not take these messages.
+            InvalidRequestError: the template does not take these messages, or no tools.
         """
+        if tools and not self._takes_tools:
+            raise InvalidRequestError("tools: the model's chat template has no place for them; leave them out")
         try:
             return self._template.render(
-                messages=list(messages), add_generation_prompt=True, tools=None, documents=None, **self._special_tokens
+                messages=list(messages),
+                add_generation_prompt=True,
+                tools=list(tools) or None,
+                documents=None,
+                **self._special_tokens,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise InvalidRequestError(f"messages: the model's chat template refuses them: {error}") from error
 
 
-def render_chat(template: ChatTemplate | None, messages: Sequence[ChatMessage]) -> str:
+def render_chat(template: ChatTemplate | None, messages: Sequence[ChatMessage], tools: Sequence[Tool] = ()) -> str:
     """The prompt that messages make.
 
     Raises:
@@ -73,7 +81,9 @@ def render_chat(template: ChatTemplate | None, messages: Sequence[ChatMessage]) 
             "this model has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja): "
             "use /v1/completions"
         )
-    return template.render([message.for_template() for message in messages])
+    return template.render(
+        [message.for_template() for message in messages], [tool.model_dump(exclude_none=True) for tool in tools]
+    )
 
 
 def load_chat_template(directory: Path) -> ChatTemplate | None:

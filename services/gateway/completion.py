@@ -5,26 +5,39 @@ from __future__ import annotations
 from typing import Any
 
 from services.gateway.openai_types import CompletionRequest
-from services.gateway.rendering import Renderer, finite
+from services.gateway.rendering import Frame, Renderer, finite
 from services.gateway.requests import GenerationRequest, NewTokens, PositionLogprobs
 from services.gateway.tokenizer import Tokenizer
 
 
 class CompletionRenderer(Renderer):
-    """Renders one generation; a chunk looks like the whole."""
+    """Renders one choice; a chunk looks like the whole.
+
+    Args:
+        echo: comes before the answer's text.
+    """
 
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, asked: CompletionRequest, request: GenerationRequest, model: str, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        asked: CompletionRequest,
+        frame: Frame,
+        index: int,
+        request: GenerationRequest,
+        tokenizer: Tokenizer,
+        echo: str,
+    ) -> None:
         shows_tokens = asked.logprobs is not None or bool(asked.return_token_ids)
-        super().__init__(asked, request, model, tokenizer, shows_tokens)
+        super().__init__(frame, index, request, tokenizer, shows_tokens)
         self._asked = asked
+        self._echo = echo
         self._text_length = 0
 
     def chunk_choice(self, tokens: NewTokens, text: str, finish_reason: str | None) -> dict[str, Any]:
         choice: dict[str, Any] = {
-            "index": 0,
-            "text": text,
+            "index": self.index,
+            "text": self._echo + text if self.chunks == 0 else text,
             "logprobs": self._logprobs(tokens) if self._asked.logprobs is not None and tokens.ids else None,
             "finish_reason": finish_reason,
         }

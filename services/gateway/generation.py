@@ -52,6 +52,7 @@ from services.gateway.requests import (
 from services.gateway.router import Router
 from services.gateway.stop_strings import StopStrings
 from services.gateway.tokenizer import Tokenizer
+from services.runtime.grammars import Grammars
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class GenerationService:
     ) -> None:
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
+        self._grammars = Grammars(checkpoint.directory, checkpoint.vocab_size)
         self._router = router
         self._journal = journal
         self._instance_wait_s = instance_wait_s
@@ -169,19 +171,28 @@ class GenerationService:
                 f"stop_token_ids: token id {wrong_stops[0]} is not in the vocabulary of "
                 f"{self.checkpoint.vocab_size} tokens"
             )
+        stop_token_ids = (*(() if sampling.ignore_eos else self.checkpoint.eos_ids), *sampling.stop_token_ids)
+        if sampling.structure is not None:
+            if not stop_token_ids:
+                raise InvalidRequestError(
+                    f"{sampling.structure.asked_by}: needs a token that ends the answer: leave ignore_eos out, or give "
+                    "stop_token_ids"
+                )
+            await asyncio.to_thread(self._grammars.start, sampling.structure)
         return GenerationRequest(
             request_id=f"cmpl-{uuid.uuid4().hex}",
             prompt_ids=prompt_ids,
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
-            stop_token_ids=(*(() if sampling.ignore_eos else self.checkpoint.eos_ids), *sampling.stop_token_ids),
+            stop_token_ids=stop_token_ids,
             logprobs=sampling.logprobs,
             progress=progress,
             arrival_time=time.time(),
             shaping=sampling.shaping,
             stop=sampling.stop,
             include_stop=sampling.include_stop,
+            structure=sampling.structure,
         )
 
 

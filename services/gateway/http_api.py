@@ -1,4 +1,7 @@
-"""The HTTP API: OpenAI's /v1/completions, /v1/chat/completions and /v1/models; /tokenize, /health, /version."""
+"""The HTTP API: OpenAI's /v1/completions, /v1/chat/completions and /v1/models; /tokenize, /health, /version.
+
+/openapi.json describes it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +24,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from services.core.errors import InfiniteLLMError, UnauthenticatedError
 from services.gateway.chat import ChatRenderer
 from services.gateway.chat_template import ChatTemplate, render_chat
+from services.gateway.choices import ChoiceEvent, events_of, sampling_of_choice
 from services.gateway.completion import CompletionRenderer
 from services.gateway.disconnect import ClientDisconnected, unless_disconnected
-from services.gateway.generation import Generation, GenerationService
+from services.gateway.generation import GenerationService
 from services.gateway.openai_chat import ChatRequest
 from services.gateway.openai_errors import ApiError, api_error
 from services.gateway.openai_types import CompletionRequest, SamplingRequest, parse_request
-from services.gateway.rendering import Renderer
+from services.gateway.openapi import openapi
+from services.gateway.rendering import Frame, Renderer, usage_chunk, whole_answer
 from services.gateway.request_span import CallersTrace, Operation
-from services.gateway.requests import Event, Finished, GenerationRequest, NewTokens, Prompt, Sampling
+from services.gateway.requests import Finished, GenerationRequest, NewTokens, Prompt, Sampling
 from services.gateway.tokenize_api import answer_detokenize, answer_tokenize
 from services.runtime.api_keys import ApiKeys
 
@@ -92,8 +97,14 @@ def make_app(
     async def version_of(request: Request) -> Response:
         return JSONResponse({"version": version})
 
+    document = openapi(version)
+
+    async def openapi_document(request: Request) -> Response:
+        return JSONResponse(document)
+
     return Starlette(
         routes=[
+            Route("/openapi.json", openapi_document),
             Route("/v1/completions", _Completions(service, max_body_bytes), methods=["POST"]),
             Route("/v1/chat/completions", _Chats(service, max_body_bytes, chat_template), methods=["POST"]),
             Route("/tokenize", tokenize, methods=["POST"]),
@@ -138,13 +149,13 @@ class _Asked:
     """One request of the API, ready to be started.
 
     Attributes:
-        renderer: of the admitted request.
+        renderer: of one choice, by its index and its admitted request.
     """
 
     body: SamplingRequest
     prompt: Prompt
     sampling: Sampling
-    renderer: Callable[[GenerationRequest], Renderer]
+    renderer: Callable[[Frame, int, GenerationRequest], Renderer]
 
 
 class _Endpoint(ABC):
@@ -169,19 +180,25 @@ class _Endpoint(ABC):
             logger.info("client disconnected")
 
     async def _answer(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
-        async with (
-            self.service.start(
-                asked.body.model or "", asked.prompt, asked.sampling, operation=self.operation
-            ) as generation,
-            aclosing(generation.events()) as events,
-        ):
-            renderer = asked.renderer(generation.request)
+        async with AsyncExitStack() as stack:
+            prompt, generations = asked.prompt, []
+            for index in range(asked.body.n or 1):
+                sampling = sampling_of_choice(asked.sampling, index)
+                starting = self.service.start(asked.body.model or "", prompt, sampling, operation=self.operation)
+                generations.append(await stack.enter_async_context(starting))
+                prompt = generations[0].request.prompt_ids  # tokenized once
+            frame = Frame(asked.body, generations[0].request.request_id, self.service.checkpoint.name)
+            renderers = [
+                asked.renderer(frame, index, generation.request) for index, generation in enumerate(generations)
+            ]
+            events = await stack.enter_async_context(aclosing(events_of(generations)))
             # An error before the first event still gets its own status.
             first = await anext(events)
+            headers = {"x-request-id": generations[0].request.request_id}
             if asked.body.stream:
-                await _stream(first, events, renderer, generation, send)
+                await _stream(first, events, renderers, frame, headers, send)
             else:
-                response = await _collect(first, events, renderer, generation)
+                response = await _collect(first, events, renderers, frame, headers)
                 await response(scope, receive, send)
 
 
@@ -192,12 +209,21 @@ class _Completions(_Endpoint):
 
     async def ask(self, body: bytes) -> _Asked:
         asked = parse_request(CompletionRequest, body)
-        model, tokenizer = self.service.checkpoint.name, self.service.tokenizer
+        prompt, tokenizer = asked.the_prompt(), self.service.tokenizer
+        echo = ""
+        if asked.echo:
+            if asked.logprobs is not None:
+                raise ApiError(
+                    400,
+                    "echo: not together with logprobs: the log-probabilities of a prompt's tokens are not computed",
+                    "echo",
+                )
+            echo = prompt if isinstance(prompt, str) else await tokenizer.decode(prompt)
         return _Asked(
             asked,
-            asked.the_prompt(),
+            prompt,
             asked.sampling(_DEFAULT_TOKENS, asked.logprobs),
-            lambda request: CompletionRenderer(asked, request, model, tokenizer),
+            lambda frame, index, request: CompletionRenderer(asked, frame, index, request, tokenizer, echo),
         )
 
 
@@ -214,15 +240,16 @@ class _Chats(_Endpoint):
         asked = parse_request(ChatRequest, body)
         self.service.check_model(asked.model or "")
         logprobs = asked.shown_logprobs
-        text = render_chat(self._template, asked.messages)
+        tools = asked.offered_tools
+        text = render_chat(self._template, asked.messages, tools)
         prompt = await self.service.tokenizer.encode(text, add_special_tokens=False)  # the template writes them
         room = max(1, self.service.max_model_len - len(prompt))
-        model, tokenizer = self.service.checkpoint.name, self.service.tokenizer
+        tokenizer = self.service.tokenizer
         return _Asked(
             asked,
             prompt,
             asked.sampling(min(_DEFAULT_CHAT_TOKENS, room), logprobs),
-            lambda request: ChatRenderer(asked, request, model, tokenizer),
+            lambda frame, index, request: ChatRenderer(asked, frame, index, request, tokenizer, bool(tools)),
         )
 
 
@@ -240,41 +267,58 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 async def _collect(
-    first: Event, rest: AsyncGenerator[Event, None], renderer: Renderer, generation: Generation
+    first: ChoiceEvent,
+    rest: AsyncGenerator[ChoiceEvent, None],
+    renderers: Sequence[Renderer],
+    frame: Frame,
+    headers: dict[str, str],
 ) -> Response:
     """The whole answer in one JSON object."""
-    tokens: list[NewTokens] = []
-    event = first
-    while not isinstance(event, Finished):
+    tokens: list[list[NewTokens]] = [[] for _ in renderers]
+    ends: dict[int, Finished] = {}
+    index, event = first
+    while True:
         if isinstance(event, NewTokens):
-            tokens.append(event)
-        event = await anext(rest)
-    return Response(renderer.whole(tokens, event), media_type="application/json", headers=_headers(generation))
+            tokens[index].append(event)
+        elif isinstance(event, Finished):
+            ends[index] = event
+        if len(ends) == len(renderers):
+            break
+        index, event = await anext(rest)
+    body = whole_answer(frame, renderers, tokens, [ends[index] for index in range(len(ends))])
+    return Response(body, media_type="application/json", headers=headers)
 
 
 async def _stream(
-    first: Event,
-    rest: AsyncGenerator[Event, None],
-    renderer: Renderer,
-    generation: Generation,
+    first: ChoiceEvent,
+    rest: AsyncGenerator[ChoiceEvent, None],
+    renderers: Sequence[Renderer],
+    frame: Frame,
+    headers: dict[str, str],
     send: Send,
 ) -> None:
     """Server-sent events. An error in the middle becomes an event of its own, and no [DONE] follows it."""
-    headers = _headers(generation) | {
+    headers = headers | {
         "content-type": "text/event-stream; charset=utf-8",
         "cache-control": "no-cache",
         "x-accel-buffering": "no",
     }
     raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
-    event = first
+    ends: dict[int, Finished] = {}
+    index, event = first
     try:
-        while not isinstance(event, Finished):
+        while True:
             if isinstance(event, NewTokens):
-                await _send_event(send, renderer.tokens_chunk(event))
-            event = await anext(rest)
-        for chunk in renderer.last_chunks(event):
-            await _send_event(send, chunk)
+                await _send_event(send, renderers[index].tokens_chunk(event))
+            elif isinstance(event, Finished):
+                ends[index] = event
+                await _send_event(send, renderers[index].last_chunk(event))
+            if len(ends) == len(renderers):
+                break
+            index, event = await anext(rest)
+        if frame.asks_for_usage:
+            await _send_event(send, usage_chunk(frame, renderers, [ends[index] for index in range(len(ends))]))
         await _send_event(send, b"[DONE]")
     except InfiniteLLMError as exc:
         await _send_event(send, api_error(exc).body())
@@ -283,10 +327,6 @@ async def _stream(
 
 async def _send_event(send: Send, data: bytes) -> None:
     await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
-
-
-def _headers(generation: Generation) -> dict[str, str]:
-    return {"x-request-id": generation.request.request_id}
 
 
 def _model(service: GenerationService, created: int) -> dict[str, Any]:

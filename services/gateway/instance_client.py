@@ -270,6 +270,9 @@ def _submission(request: GenerationRequest, generated: Sequence[int]) -> instanc
         arrival_time=request.arrival_time,
         shaping=None if request.shaping == UNSHAPED else _shaping(request.shaping),
         traceparent=request.traceparent,
+        structure=None
+        if request.structure is None
+        else instance_pb2.Structure(kind=request.structure.kind, text=request.structure.text),
     )
 
 

@@ -166,6 +166,7 @@ class RedisJournal:
                 "stop_token_ids": request.stop_token_ids,
                 "logprobs": request.logprobs,
                 "shaping": asdict(request.shaping),
+                "structure": None if request.structure is None else asdict(request.structure),
             }
         )
         self._put(_Started(request.request_id, _pack(request.prompt_ids), parameters, request.arrival_time))

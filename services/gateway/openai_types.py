@@ -13,12 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from services.core.shaping import MOST_BIASED, LogitShaping
+from services.core.structure import Structure
 from services.gateway.openai_errors import ApiError
 from services.gateway.requests import MAX_STOP_CHARACTERS, MAX_STOPS, Sampling
+from services.gateway.structured_types import ResponseFormat, StructuredOutputs, structure_of
 
 MAX_LOGPROBS = 20
 MAX_TOKEN_ID = 2**32 - 1
 MAX_STOP_TOKENS = 128
+MAX_N = 128
 
 # Validation stops at the first wrong one: a list may be millions long.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]], Field(fail_fast=True)]
@@ -31,9 +34,7 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 Neutral = Mapping[str, tuple[object, ...]]
 _NEUTRAL: Neutral = {
     "length_penalty": (1,),
-    "n": (1,),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "use_beam_search": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -61,6 +62,7 @@ class SamplingRequest(BaseModel):
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     # OpenAI's seeds are signed, the project's unsigned: both are taken.
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
@@ -82,6 +84,8 @@ class SamplingRequest(BaseModel):
     include_stop_str_in_output: bool | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKENS)] | None = None
     return_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def asks_for_usage(self) -> bool:
@@ -92,6 +96,8 @@ class SamplingRequest(BaseModel):
         Args:
             default_tokens: generated at most where the request does not say.
             logprobs: of how many of the most probable tokens; None: of none.
+
+        Raises: ApiError, InvalidRequestError.
         """
         return Sampling(
             max_tokens=default_tokens if self.max_tokens is None else self.max_tokens,
@@ -104,7 +110,12 @@ class SamplingRequest(BaseModel):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             include_stop=bool(self.include_stop_str_in_output),
+            structure=self.structure(),
         )
+
+    def structure(self) -> Structure | None:
+        """What the answer must look like. Raises ApiError, InvalidRequestError."""
+        return structure_of(self.response_format, self.structured_outputs)
 
     def shaping(self) -> LogitShaping:
         return LogitShaping(
@@ -129,13 +140,13 @@ class CompletionRequest(SamplingRequest):
     neutral: ClassVar[Neutral] = {
         **_NEUTRAL,
         "best_of": (1,),
-        "echo": (False,),
         "suffix": ("",),
         "add_special_tokens": (True,),
     }
 
     prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
 
     def the_prompt(self) -> str | list[int]:
         """The one prompt. Raises ApiError for several."""

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from services.gateway.openai_types import SamplingRequest
@@ -20,8 +21,31 @@ _PLACEHOLDER = "\0"
 _quote = json.encoder.encode_basestring
 
 
+class Frame:
+    """What is around the choices of one answer.
+
+    Args:
+        answer_id: the client's name for it.
+    """
+
+    def __init__(self, asked: SamplingRequest, answer_id: str, model: str) -> None:
+        self.asks_for_usage = asked.asks_for_usage
+        self._answer_id = answer_id
+        self._model = model
+        self._created = int(time.time())
+
+    def object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._answer_id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+
 class Renderer(ABC):
-    """Renders one generation as JSON.
+    """Renders one choice of an answer as JSON.
 
     Args:
         shows_tokens: whether chunks differ in more than their text.
@@ -31,24 +55,23 @@ class Renderer(ABC):
     chunk_object: str
 
     def __init__(
-        self, asked: SamplingRequest, request: GenerationRequest, model: str, tokenizer: Tokenizer, shows_tokens: bool
+        self, frame: Frame, index: int, request: GenerationRequest, tokenizer: Tokenizer, shows_tokens: bool
     ) -> None:
+        self.index = index
         self.request = request
         self.tokenizer = tokenizer
         self.chunks = 0
-        self._model = model
-        self._created = int(time.time())
-        self._asks_for_usage = asked.asks_for_usage
+        self._frame = frame
         self._shows_tokens = shows_tokens
         self._around: tuple[str, str] | None = None  # of the second chunk's text, and of all chunks behind it
 
     @abstractmethod
     def chunk_choice(self, tokens: NewTokens, text: str, finish_reason: str | None) -> dict[str, Any]:
-        """``choices[0]`` of a chunk."""
+        """The choice in a chunk."""
 
     @abstractmethod
     def whole_choice(self, tokens: NewTokens, text: str, finish_reason: str) -> dict[str, Any]:
-        """``choices[0]`` of the whole answer."""
+        """The choice in the whole answer."""
 
     def tokens_chunk(self, tokens: NewTokens) -> bytes:
         """A chunk of a stream."""
@@ -60,36 +83,39 @@ class Renderer(ABC):
         before, after = self._around
         return f"{before}{_quote(tokens.text)}{after}".encode()
 
-    def last_chunks(self, finished: Finished) -> list[bytes]:
-        """The end of a stream: the reason, then the usage where it was asked for."""
-        chunks = [to_json(self._chunk(NO_TOKENS, finished.text, finished.reason))]
-        if self._asks_for_usage:
-            chunks.append(to_json(self._object(self.chunk_object, []) | {"usage": _usage(finished)}))
-        return chunks
+    def last_chunk(self, finished: Finished) -> bytes:
+        """The end of this choice's chunks, with the reason."""
+        return to_json(self._chunk(NO_TOKENS, finished.text, finished.reason))
 
-    def whole(self, tokens: list[NewTokens], finished: Finished) -> bytes:
-        """The answer without a stream."""
+    def whole(self, tokens: list[NewTokens], finished: Finished) -> dict[str, Any]:
+        """The choice without a stream."""
         together = NewTokens(
             tuple(token for part in tokens for token in part.ids),
             tuple(text for part in tokens for text in part.texts),
             tuple(position for part in tokens for position in part.logprobs),
         )
-        choice = self.whole_choice(together, together.text + finished.text, finished.reason)
-        return to_json(self._object(self.whole_object, [choice]) | {"usage": _usage(finished)})
+        return self.whole_choice(together, together.text + finished.text, finished.reason)
 
     def _chunk(self, tokens: NewTokens, text: str, finish_reason: str | None) -> dict[str, Any]:
-        chunk = self._object(self.chunk_object, [self.chunk_choice(tokens, text, finish_reason)])
+        chunk = self._frame.object(self.chunk_object, [self.chunk_choice(tokens, text, finish_reason)])
         self.chunks += 1
-        return chunk | {"usage": None} if self._asks_for_usage else chunk
+        return chunk | {"usage": None} if self._frame.asks_for_usage else chunk
 
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self.request.request_id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-        }
+
+def whole_answer(
+    frame: Frame, renderers: Sequence[Renderer], tokens: Sequence[list[NewTokens]], ends: Sequence[Finished]
+) -> bytes:
+    """The answer without a stream, of one element for each choice."""
+    choices = [
+        renderer.whole(of_choice, finished)
+        for renderer, of_choice, finished in zip(renderers, tokens, ends, strict=True)
+    ]
+    return to_json(frame.object(renderers[0].whole_object, choices) | {"usage": _usage(ends)})
+
+
+def usage_chunk(frame: Frame, renderers: Sequence[Renderer], ends: Sequence[Finished]) -> bytes:
+    """What ends a stream where it was asked for."""
+    return to_json(frame.object(renderers[0].chunk_object, []) | {"usage": _usage(ends)})
 
 
 def to_json(value: dict[str, Any]) -> bytes:
@@ -105,10 +131,13 @@ def _text(value: dict[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _usage(finished: Finished) -> dict[str, Any]:
+def _usage(ends: Sequence[Finished]) -> dict[str, Any]:
+    """Of all choices; their one prompt counts once."""
+    first = ends[0]
+    completion_tokens = sum(finished.completion_tokens for finished in ends)
     return {
-        "prompt_tokens": finished.prompt_tokens,
-        "completion_tokens": finished.completion_tokens,
-        "total_tokens": finished.prompt_tokens + finished.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": finished.cached_tokens},
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": first.prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": first.cached_tokens},
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from services.core.shaping import UNSHAPED, LogitShaping
+from services.core.structure import Structure
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
@@ -22,6 +23,7 @@ class Sampling:
         stop_token_ids: end the answer, besides the model's own, which ``ignore_eos`` leaves out.
         stop: end the answer where the text contains one of them, not counted before ``min_tokens``.
         include_stop: that string is the end of the text; otherwise what comes before it.
+        structure: what the answer must look like; tokens that end it are drawn only where it is complete.
     """
 
     max_tokens: int
@@ -33,6 +35,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     include_stop: bool = False
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class GenerationRequest:
         prompt_ids: at least one id, each below the model's vocabulary size.
         seed: token i is drawn by (seed, i); a continuation elsewhere draws the same numbers.
         stop_token_ids: all tokens that end the answer.
-        stop, include_stop: see ``Sampling``.
+        stop, include_stop, structure: see ``Sampling``.
         progress: prefill progress is wanted.
         arrival_time: Unix time in seconds.
         traceparent: of its span, as W3C's Trace Context writes it; empty where it is not traced.
@@ -63,6 +66,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     traceparent: str = ""
+    structure: Structure | None = None
 
 
 @dataclass(frozen=True, slots=True)

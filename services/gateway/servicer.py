@@ -13,6 +13,7 @@ from infinitellm.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inferen
 from services.core.errors import InvalidRequestError
 from services.core.placement import PoolStats
 from services.core.shaping import LogitShaping
+from services.core.structure import Structure
 from services.gateway.cluster import ClusterState, InstanceView, KvDaemonView, RequestView
 from services.gateway.generation import GenerationService
 from services.gateway.gmanager_client import GManagerClient
@@ -113,6 +114,7 @@ def _sampling(sampling: inference_pb2.SamplingParams) -> Sampling:
         stop_token_ids=tuple(sampling.stop_token_ids),
         stop=_stop(sampling.stop),
         include_stop=sampling.include_stop_str_in_output,
+        structure=_structure(sampling),
     )
 
 
@@ -120,6 +122,11 @@ def _stop(stop: Sequence[str]) -> tuple[str, ...]:
     if len(stop) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_CHARACTERS for text in stop):
         raise InvalidRequestError(f"sampling.stop: at most {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters")
     return tuple(stop)
+
+
+def _structure(sampling: inference_pb2.SamplingParams) -> Structure | None:
+    kind = sampling.WhichOneof("structure")
+    return None if kind is None else Structure(kind, getattr(sampling, kind), f"sampling.{kind}")
 
 
 def _responses(request_id: str, event: Event) -> list[inference_pb2.GenerateResponse]:

@@ -35,6 +35,7 @@ from services.rmanager.gmanager_locator import GManagerLocator
 from services.rmanager.heartbeat import HeartbeatSender
 from services.runtime.config import load_config
 from services.runtime.etcd import EtcdClient
+from services.runtime.grammars import Grammars
 from services.runtime.grpc_server import bind, make_server
 from services.runtime.health import HealthPort
 from services.runtime.logs import setup_logging
@@ -71,7 +72,8 @@ async def serve(config: InstanceConfig, model: Model) -> None:
     membership = Membership(etcd, config.cluster)
     locator = GManagerLocator(membership)
     gmanager = GManagerClient(locator.address, config.tls)
-    servicer = InstanceServicer(model.shape.vocab_size, model.shape.max_model_len)
+    grammars = Grammars(config.model, model.shape.vocab_size)
+    servicer = InstanceServicer(model.shape.vocab_size, model.shape.max_model_len, grammars)
 
     local = await _open_local(config, membership, model, lambda reason: None if stop.is_set() else _end(reason))
     opened = local.opened
@@ -97,6 +99,7 @@ async def serve(config: InstanceConfig, model: Model) -> None:
         _end,
         EngineMetrics(registry),
         tracing.tracer,
+        grammars,
     )
     registry.register(InstanceState(config.member_id, parts.board, parts.peers, local))
     served = with_vllm_names(registry, model.shape.name) if config.vllm_metric_names else registry

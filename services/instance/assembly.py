@@ -30,6 +30,7 @@ from services.instance.rmanager import RManager, RManagerSettings
 from services.instance.scheduler import Scheduler
 from services.rmanager.daemon_client import DaemonSession
 from services.rmanager.gmanager_client import GManagerClient
+from services.runtime.grammars import Grammars
 
 _WINDOW_WRITES = 8  # block writes that fit a daemon's window beside two steps' queries
 
@@ -131,6 +132,7 @@ def assemble(
     on_fatal: Callable[[str], None],
     metrics: EngineMetrics,
     tracer: Tracer,
+    grammars: Grammars,
 ) -> Assembly:
     """Builds engine and rManager; called on the event loop. The engine does not run yet."""
     shape = model.shape
@@ -162,7 +164,9 @@ def assemble(
     scheduler = Scheduler(max_num_seqs, config.max_batch_tokens, config.mixed_step_s)
     board = SnapshotBoard(local.kvdaemon_id, max_num_seqs)
     traces = NoTraces() if config.tracing is None else EngineTraces(tracer)
-    engine = Engine(model, attention, remote, peers, memory, scheduler, desk, publish, board.put, metrics, traces)
+    engine = Engine(
+        model, attention, remote, peers, memory, scheduler, desk, publish, board.put, metrics, traces, grammars
+    )
     settings = RManagerSettings(
         config.member_id, geometry, config.transport, len(workspace), config.call_timeout_s, config.tls
     )

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 
-from services.core.errors import PeerLostError, TransferTimeoutError
+from services.core.errors import InfiniteLLMError, InvalidRequestError, PeerLostError, TransferTimeoutError
 from services.core.placement import MOST_WAITING_TOLD, RunningRequest, WaitingRequest
 from services.core.sequence import RequestAge, Sequence, SequenceState
 from services.dataplane.peers import PeerSet
@@ -50,6 +50,7 @@ from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, 
 from services.instance.sampler import Sample, Sampler
 from services.instance.scheduler import Scheduled, Scheduler
 from services.instance.step_timings import StepTimings
+from services.runtime.grammars import Grammars
 
 _log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.5  # longest wait for an event; only bounds how late a missed wake-up would be noticed
@@ -68,6 +69,7 @@ class Engine:
         publish_snapshot: gets a new snapshot after a change, at most every few steps; likewise.
         metrics: what the engine counts; None where nobody asks.
         traces: what it tells of single requests; None likewise.
+        grammars: of the model's tokenizer, for structured outputs; None refuses them.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Engine:
         publish_snapshot: Callable[[EngineSnapshot], None],
         metrics: EngineMetrics | None = None,
         traces: Traces | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self._model = model
         self._attention = attention
@@ -104,7 +107,7 @@ class Engine:
         self._patience_s = 0.0
         self._short_of_room = False  # a prompt found no room: nobody younger may take what comes free
         self._steps = 0
-        self._sampler = Sampler(model.shape.vocab_size)
+        self._sampler = Sampler(model.shape.vocab_size, grammars)
         self._outputs: list[Output] = []
         self._snapshot_at = 0.0
         self.timings = StepTimings()
@@ -161,8 +164,11 @@ class Engine:
         self.timings.add(scheduled, tables, step_s, self._attention.times, self._remote.answers)
         self._metrics.step(scheduled, step_s, self._attention.times, self._remote.merge_s)
 
-    def _append(self, sequence: Sequence, drawn: Sample) -> None:
+    def _append(self, sequence: Sequence, drawn: Sample | InvalidRequestError) -> None:
         request = sequence.request
+        if isinstance(drawn, InvalidRequestError):
+            self._fail(sequence, drawn)
+            return
         if request.progress and sequence.generated == 0:
             self._progress(sequence)
         sequence.tokens.append(drawn.token_id)
@@ -182,6 +188,10 @@ class Engine:
             "request finished",
             extra={"request_id": request.request_id, "reason": reason, "generated": sequence.generated},
         )
+
+    def _fail(self, sequence: Sequence, error: InfiniteLLMError) -> None:
+        self._outputs.append(FailOutput(sequence.request_id, sequence.request.stream_id, error))
+        self._drop(sequence, error.reason)
 
     def _progress(self, sequence: Sequence) -> None:
         request = sequence.request
@@ -258,8 +268,7 @@ class Engine:
     def _refused(self, event: PromptRefused) -> None:
         sequence = self._reserving.pop(event.attempt)
         if self._sequences.get(event.request_id) is sequence:
-            self._drop(sequence, event.error.reason)
-            self._outputs.append(FailOutput(event.request_id, sequence.request.stream_id, event.error))
+            self._fail(sequence, event.error)
 
     def _make_room(self) -> None:
         """Nobody here could take a step. If that is for want of blocks and none will come free, the youngest gives way.

@@ -7,18 +7,20 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from infinitellm.internal.v1 import instance_pb2 as pb
 from infinitellm.internal.v1 import instance_pb2_grpc as rpc
 from services.core.errors import ContextTooLongError, InfiniteLLMError, InvalidRequestError, ShuttingDownError
 from services.core.sequence import Request, SamplingParams
 from services.core.shaping import UNSHAPED, LogitShaping
+from services.core.structure import Structure, StructureKind
 from services.core.trace_context import parse_traceparent
 from services.instance.control import Abort, AbortStream, Submit
 from services.instance.engine import Engine
 from services.instance.move_desk import MoveDesk, MoveInstruction
 from services.instance.outputs import FailOutput, FinishOutput, Output, ProgressOutput, TokenOutput
+from services.runtime.grammars import Grammars
 
 if TYPE_CHECKING:
     import grpc
@@ -30,7 +32,8 @@ _PING_INTERVAL_S = 1.0
 class InstanceServicer(rpc.InstanceServiceServicer):
     """One stream per gateway; a step's outputs for a gateway travel in one message. The gManager has blocks moved."""
 
-    def __init__(self, vocab_size: int, max_model_len: int) -> None:
+    def __init__(self, vocab_size: int, max_model_len: int, grammars: Grammars | None = None) -> None:
+        self._grammars = grammars
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._engine: Engine | None = None
@@ -125,7 +128,12 @@ class InstanceServicer(rpc.InstanceServiceServicer):
                     _log.info("gateway connected", extra={"gateway": message.hello.gateway_id, "stream": stream_id})
                 case "submit":
                     try:
-                        engine.post(Submit(self._request(message.submit, stream_id)))
+                        request = self._request(message.submit, stream_id)
+                        structure = request.sampling.structure
+                        if structure is not None and self._grammars is not None:
+                            # Compiled here once, so that the engine's steps do not wait for it.
+                            await asyncio.to_thread(self._grammars.start, structure)
+                        engine.post(Submit(request))
                     except InfiniteLLMError as error:
                         outbox.put_nowait([FailOutput(message.submit.request_id, stream_id, error)])
                 case "abort":
@@ -154,8 +162,9 @@ class InstanceServicer(rpc.InstanceServiceServicer):
             raise InvalidRequestError(
                 f"stop token id {max(stops)} is not below the vocabulary's size {self._vocab_size}"
             )
+        structure = _structure(message.structure) if message.HasField("structure") else None
         sampling = SamplingParams(
-            message.temperature, message.seed, message.max_tokens, stops, message.logprobs, shaping
+            message.temperature, message.seed, message.max_tokens, stops, message.logprobs, shaping, structure
         )
         return Request(
             message.request_id,
@@ -190,6 +199,10 @@ def _shaping(message: pb.LogitShaping) -> LogitShaping:
         message.top_p,
         message.min_p,
     )
+
+
+def _structure(message: pb.Structure) -> Structure:
+    return Structure(cast(StructureKind, message.kind), message.text)
 
 
 def _response(outputs: Iterable[Output]) -> pb.ServeResponse:

@@ -38,20 +38,27 @@ class TokenCounts:
         self._taken = len(tokens)
 
 
-def shape_logits(logits: Tensor, params: SamplingParams, draw: int, counts: TokenCounts | None) -> Tensor:
+def shape_logits(
+    logits: Tensor, params: SamplingParams, draw: int, counts: TokenCounts | None, allowed: Tensor | None = None
+) -> Tensor:
     """One row as it is drawn from, [vocab_size] float32, not yet divided by the temperature.
 
     Args:
         logits: [vocab_size], left as they are.
         draw: tokens that the answer has already.
         counts: of the tokens so far; needed if ``params.shaping.penalizes``.
+        allowed: [vocab_size] bool, at least one; None: all tokens. Where only the end is left, min_tokens gives way.
     """
     shaping = params.shaping
     row = logits.to("cpu", torch.float32, copy=True)
     for token, bias in shaping.logit_bias:
         row[token] += bias
+    if allowed is not None:
+        row[~allowed] = -math.inf
     if draw < shaping.min_tokens and params.stop_token_ids:
-        row[list(params.stop_token_ids)] = -math.inf
+        stops = list(params.stop_token_ids)
+        if allowed is None or allowed.sum() > allowed[stops].sum():
+            row[stops] = -math.inf
     if shaping.penalizes:
         assert counts is not None
         if shaping.repetition_penalty != 1:

@@ -23,16 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from byte_tokenizer import EOS, write_byte_tokenizer
 
 from infinitellm.internal.v1 import instance_pb2, instance_pb2_grpc
-from services.gateway.detokenizer import byte_of_character
 from services.runtime.etcd import EtcdClient
 from services.runtime.grpc_server import bind, make_server
 from services.runtime.membership import Member, Membership
 
 CLUSTER = "test"
-EOS = 256
 VOCAB = 257
 MAX_MODEL_LEN = 10_000
 # Every token is one byte, so most characters are spread over several tokens.
@@ -40,7 +38,8 @@ TEXT = "né 🦙 你好 — "
 BYTES = TEXT.encode()
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
-    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if tools %}tools: {{ tools | tojson }}\n{% endif %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 START_TIMEOUT_S = 30.0
 
@@ -67,6 +66,7 @@ class Script:
         fail: reason and message that every new request is answered with.
         silent: says nothing any more, not even that it is alive.
         progress: number of progress events before the first token.
+        text: what it says instead of the formula's tokens; the end-of-sequence token follows.
     """
 
     delay_s: float = 0.0
@@ -74,6 +74,7 @@ class Script:
     fail: tuple[str, str] | None = None
     silent: bool = False
     progress: int = 0
+    text: bytes | None = None
 
 
 @dataclass
@@ -155,7 +156,11 @@ class PlayedInstance(instance_pb2_grpc.InstanceServiceServicer):
         for index in range(len(submit.token_ids) - submit.prompt_tokens, submit.max_tokens):
             await asyncio.sleep(script.delay_s)
             token = expected_token(index, submit.temperature, submit.seed)
-            if index == script.eos_at and EOS in submit.stop_token_ids:
+            end = script.eos_at
+            if script.text is not None:
+                end = len(script.text)
+                token = script.text[index] if index < end else token
+            if index == end and EOS in submit.stop_token_ids:
                 token, reason = EOS, "stop"
             tokens = instance_pb2.StepTokens(request_id=request_id, ids=[token])
             if submit.logprobs:
@@ -176,11 +181,7 @@ def write_checkpoint(directory: Path, tokenizer: bool = True) -> Path:
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, 255]}))
     if tokenizer:
-        plain = Tokenizer(models.BPE(vocab=byte_of_character(), merges=[]))
-        plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        plain.decoder = decoders.ByteLevel()
-        plain.add_special_tokens([AddedToken("<|end|>", special=True)])
-        plain.save(str(directory / "tokenizer.json"))
+        write_byte_tokenizer(directory)
         (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     return directory
 

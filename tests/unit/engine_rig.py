@@ -55,6 +55,7 @@ from services.instance.passes import PASSES, PassName
 from services.instance.passes.apply import apply_passes
 from services.instance.probe import probe
 from services.instance.scheduler import Scheduler
+from services.runtime.grammars import Grammars
 
 LIMITS = Limits(1 << 20, 8 << 20)
 
@@ -74,6 +75,7 @@ class EngineRig:
         block_tokens: int = 64,
         dtype: str = "float32",
         passes: SequenceOf[PassName] = PASSES,
+        grammars: Grammars | None = None,
     ) -> None:
         torch.set_num_threads(1)
         hub = LoopbackHub()
@@ -120,6 +122,7 @@ class EngineRig:
             self.outputs.extend,
             self._take_snapshot,
             EngineMetrics(self.registry),
+            grammars,
         )
         self.snapshot = EngineSnapshot()
         self.move_ends: dict[str, EndMove] = {}

@@ -10,6 +10,7 @@ import pytest
 from fuzzing import cases
 from hypothesis import given
 from hypothesis import strategies as st
+from odd_values import VALUES
 
 from services.core.errors import InvalidRequestError
 from services.gateway.openai_chat import ChatRequest
@@ -18,20 +19,6 @@ from services.gateway.openai_types import CompletionRequest, SamplingRequest, pa
 from services.gateway.tokenize_api import DetokenizeRequest, TokenizeRequest
 
 VOCAB = 1000
-SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(2**70), 2**70),
-    st.sampled_from([0, 1, -1, 2**31 - 1, 2**31, 2**32, 2**63, 2**64, 1e308, -0.0, 1e-320]),
-    st.floats(allow_nan=False, allow_infinity=False),
-    st.text(max_size=8),
-    st.sampled_from(["user", "\ud800", "\0", "", "5", "text", "default"]),
-)
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4) | st.just("5"), inner, max_size=4),
-    max_leaves=12,
-)
 MESSAGES = st.lists(
     st.dictionaries(st.sampled_from(["role", "content", "name", "tool_calls"]), VALUES, max_size=4), max_size=3
 )
@@ -45,6 +32,9 @@ SOUND = st.fixed_dictionaries(
         "logit_bias": st.dictionaries(st.integers(0, 2 * VOCAB).map(str), st.floats(-100, 100), max_size=3),
         "stream": st.booleans(),
         "seed": st.integers(-(2**63), 2**64 - 1),
+        "n": st.integers(1, 3),
+        "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}]),
+        "structured_outputs": st.sampled_from([{"regex": "a"}, {"json": {}}, {"choice": ["a"]}, {"grammar": "x"}]),
     },
 )
 

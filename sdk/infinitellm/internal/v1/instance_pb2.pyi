@@ -107,6 +107,7 @@ class SubmitRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     SHAPING_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    STRUCTURE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     prompt_tokens: _builtins.int
     """Length of the prompt proper; len(token_ids) - prompt_tokens tokens were generated already."""
@@ -137,6 +138,10 @@ class SubmitRequest(_message.Message):
     def shaping(self) -> Global___LogitShaping:
         """What is done to the logits before a token is drawn; nothing where it is not set."""
 
+    @_builtins.property
+    def structure(self) -> Global___Structure:
+        """What the answer must look like; anything where it is not set."""
+
     def __init__(
         self,
         *,
@@ -153,14 +158,38 @@ class SubmitRequest(_message.Message):
         cache_salt: _builtins.bytes = ...,
         shaping: Global___LogitShaping | None = ...,
         traceparent: _builtins.str = ...,
+        structure: Global___Structure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shaping", b"shaping"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shaping", b"shaping", "structure", b"structure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_time", b"arrival_time", "cache_salt", b"cache_salt", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "progress", b"progress", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "seed", b"seed", "shaping", b"shaping", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_time", b"arrival_time", "cache_salt", b"cache_salt", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "progress", b"progress", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "seed", b"seed", "shaping", b"shaping", "stop_token_ids", b"stop_token_ids", "structure", b"structure", "temperature", b"temperature", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SubmitRequest: _TypeAlias = SubmitRequest  # noqa: Y015
+
+@_typing.final
+class Structure(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """json_schema, regex or grammar; see the fields of these names in infinitellm.v1.SamplingParams."""
+    text: _builtins.str
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Structure: _TypeAlias = Structure  # noqa: Y015
 
 @_typing.final
 class LogitShaping(_message.Message):
