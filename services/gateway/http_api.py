@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's /v1/completions, /v1/chat/completions and /v1/models; /tokenize, /health, /version."""
+"""The HTTP API: OpenAI's /v1/completions, /v1/chat/completions, /v1/models; /v1/streams, /tokenize, /health, /version."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.core.errors import InfiniteLLMError, UnauthenticatedError
-from services.gateway.chat import ChatRenderer
 from services.gateway.chat_template import ChatTemplate, render_chat
-from services.gateway.completion import CompletionRenderer
 from services.gateway.disconnect import ClientDisconnected, unless_disconnected
-from services.gateway.generation import Generation, GenerationService
+from services.gateway.generation import Asker, Generation, GenerationService
 from services.gateway.openai_chat import ChatRequest
 from services.gateway.openai_errors import ApiError, api_error
-from services.gateway.openai_types import CompletionRequest, SamplingRequest, parse_request
+from services.gateway.openai_types import CompletionRequest, parse_request
+from services.gateway.renderers import renderer_of, rendering_of
 from services.gateway.rendering import Renderer
-from services.gateway.requests import Event, Finished, GenerationRequest, NewTokens, Prompt, Sampling
+from services.gateway.requests import Event, Finished, NewTokens, Prompt, Sampling
+from services.gateway.resume_api import KEY_NAME, Resumption
+from services.gateway.sse import generation_headers, send_stream
 from services.gateway.tokenize_api import answer_detokenize, answer_tokenize
 from services.runtime.api_keys import ApiKeys
 
@@ -95,6 +96,7 @@ def make_app(
         routes=[
             Route("/v1/completions", _Completions(service, max_body_bytes), methods=["POST"]),
             Route("/v1/chat/completions", _Chats(service, max_body_bytes, chat_template), methods=["POST"]),
+            Route("/v1/streams/{request_id}", Resumption(service), methods=["GET"]),
             Route("/tokenize", tokenize, methods=["POST"]),
             Route("/detokenize", detokenize, methods=["POST"]),
             Route("/v1/models", models),
@@ -123,7 +125,7 @@ class _KeyGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
             try:
-                self._keys.name_of(Request(scope).headers.get("authorization"))
+                scope[KEY_NAME] = self._keys.name_of(Request(scope).headers.get("authorization"))
             except UnauthenticatedError as exc:
                 error = api_error(exc)
                 response = Response(error.body(), error.status, error.headers(), media_type="application/json")
@@ -134,16 +136,11 @@ class _KeyGuard:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """One request of the API, ready to be started.
+    """One request of the API, ready to be started."""
 
-    Attributes:
-        renderer: of the admitted request.
-    """
-
-    body: SamplingRequest
+    body: CompletionRequest | ChatRequest
     prompt: Prompt
     sampling: Sampling
-    renderer: Callable[[GenerationRequest], Renderer]
 
 
 class _Endpoint(ABC):
@@ -166,15 +163,16 @@ class _Endpoint(ABC):
             logger.info("client disconnected")
 
     async def _answer(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
+        service, asker = self.service, Asker(scope.get(KEY_NAME, ""), rendering_of(asked.body))
         async with (
-            self.service.start(asked.body.model or "", asked.prompt, asked.sampling) as generation,
+            service.start(asked.body.model or "", asked.prompt, asked.sampling, asker=asker) as generation,
             aclosing(generation.events()) as events,
         ):
-            renderer = asked.renderer(generation.request)
+            renderer = renderer_of(generation.request, service.checkpoint.name, service.tokenizer)
             # An error before the first event still gets its own status.
             first = await anext(events)
             if asked.body.stream:
-                await _stream(first, events, renderer, generation, send)
+                await send_stream(first, events, renderer, generation, send, service.resumable)
             else:
                 response = await _collect(first, events, renderer, generation)
                 await response(scope, receive, send)
@@ -185,13 +183,7 @@ class _Completions(_Endpoint):
 
     async def ask(self, body: bytes) -> _Asked:
         asked = parse_request(CompletionRequest, body)
-        model, tokenizer = self.service.checkpoint.name, self.service.tokenizer
-        return _Asked(
-            asked,
-            asked.the_prompt(),
-            asked.sampling(_DEFAULT_TOKENS, asked.logprobs),
-            lambda request: CompletionRenderer(asked, request, model, tokenizer),
-        )
+        return _Asked(asked, asked.the_prompt(), asked.sampling(_DEFAULT_TOKENS, asked.logprobs))
 
 
 class _Chats(_Endpoint):
@@ -208,13 +200,7 @@ class _Chats(_Endpoint):
         text = render_chat(self._template, asked.messages)
         prompt = await self.service.tokenizer.encode(text, add_special_tokens=False)  # the template writes them
         room = max(1, self.service.max_model_len - len(prompt))
-        model, tokenizer = self.service.checkpoint.name, self.service.tokenizer
-        return _Asked(
-            asked,
-            prompt,
-            asked.sampling(min(_DEFAULT_CHAT_TOKENS, room), logprobs),
-            lambda request: ChatRenderer(asked, request, model, tokenizer),
-        )
+        return _Asked(asked, prompt, asked.sampling(min(_DEFAULT_CHAT_TOKENS, room), logprobs))
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -240,44 +226,9 @@ async def _collect(
         if isinstance(event, NewTokens):
             tokens.append(event)
         event = await anext(rest)
-    return Response(renderer.whole(tokens, event), media_type="application/json", headers=_headers(generation))
-
-
-async def _stream(
-    first: Event,
-    rest: AsyncGenerator[Event, None],
-    renderer: Renderer,
-    generation: Generation,
-    send: Send,
-) -> None:
-    """Server-sent events. An error in the middle becomes an event of its own, and no [DONE] follows it."""
-    headers = _headers(generation) | {
-        "content-type": "text/event-stream; charset=utf-8",
-        "cache-control": "no-cache",
-        "x-accel-buffering": "no",
-    }
-    raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
-    event = first
-    try:
-        while not isinstance(event, Finished):
-            if isinstance(event, NewTokens):
-                await _send_event(send, renderer.tokens_chunk(event))
-            event = await anext(rest)
-        for chunk in renderer.last_chunks(event):
-            await _send_event(send, chunk)
-        await _send_event(send, b"[DONE]")
-    except InfiniteLLMError as exc:
-        await _send_event(send, api_error(exc).body())
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _send_event(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
-
-
-def _headers(generation: Generation) -> dict[str, str]:
-    return {"x-request-id": generation.request.request_id}
+    return Response(
+        renderer.whole(tokens, event), media_type="application/json", headers=generation_headers(generation)
+    )
 
 
 def _model(service: GenerationService, created: int) -> dict[str, Any]:

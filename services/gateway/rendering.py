@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -37,7 +36,7 @@ class Renderer(ABC):
         self.tokenizer = tokenizer
         self.chunks = 0
         self._model = model
-        self._created = int(time.time())
+        self._created = int(request.arrival_time)  # at every gateway the same
         self._asks_for_usage = asked.asks_for_usage
         self._shows_tokens = shows_tokens
         self._around: tuple[str, str] | None = None  # of the second chunk's text, and of all chunks behind it

@@ -17,7 +17,7 @@ import redis
 from gateway_rig import PlayedInstance, Script, expected_tokens, free_port, gateway, service, until, write_checkpoint
 
 from services.gateway.journal import RedisJournal
-from services.gateway.requests import GenerationRequest
+from services.gateway.requests import GenerationRequest, Tenure
 from services.launcher.binaries import find_binary
 from services.runtime.etcd import EtcdClient
 
@@ -68,6 +68,10 @@ def request(request_id: str, prompt: tuple[int, ...] = (1, 2, 300)) -> Generatio
     return GenerationRequest(request_id, prompt, 8, 0.5, 2**63, (3,), 0, False, 12.25)
 
 
+def never() -> None:
+    raise AssertionError("nobody takes it over")
+
+
 def record(server: RedisProcess, request_id: str) -> tuple[dict[bytes, bytes], list[int]]:
     client = server.client()
     key = f"infinite-llm:c:request:{request_id}"
@@ -77,17 +81,17 @@ def record(server: RedisProcess, request_id: str) -> tuple[dict[bytes, bytes], l
 
 def test_what_is_written(redis_process: RedisProcess) -> None:
     async def scenario() -> None:
-        journal = RedisJournal(redis_process.url, "c", ttl_s=60, buffer_bytes=1 << 20)
-        journal.started(request("r"))
-        journal.tokens("r", 0, (5, 6))
-        journal.tokens("r", 2, (70_000,))
+        journal = RedisJournal(redis_process.url, "c", "gateway-0", ttl_s=60, buffer_bytes=1 << 20)
+        journal.started(request("r"), never)
+        journal.tokens(Tenure("r"), 0, (5, 6))
+        journal.tokens(Tenure("r"), 2, (70_000,))
         await until(lambda: record(redis_process, "r")[1] == [5, 6, 70_000], "the tokens are there")
         fields, _ = record(redis_process, "r")
         assert struct.unpack("<3I", fields[b"prompt"]) == (1, 2, 300)
         assert json.loads(fields[b"parameters"])["seed"] == 2**63
-        assert fields[b"arrival"] == b"12.25"
+        assert json.loads(fields[b"parameters"])["arrival_time"] == 12.25
         assert fields[b"state"] == b"running"
-        journal.ended("r", "stop")
+        journal.ended(Tenure("r"), "stop")
         await journal.close()
         assert record(redis_process, "r")[0][b"state"] == b"stop"
         client = redis_process.client()
@@ -100,10 +104,10 @@ def test_what_is_written(redis_process: RedisProcess) -> None:
 def test_tokens_that_come_quickly_are_written_at_once_and_a_long_request_is_kept(redis_process: RedisProcess) -> None:
     async def scenario() -> None:
         client = redis_process.client()
-        journal = RedisJournal(redis_process.url, "c", ttl_s=2, buffer_bytes=1 << 20)
-        journal.started(request("r"))
+        journal = RedisJournal(redis_process.url, "c", "gateway-0", ttl_s=2, buffer_bytes=1 << 20)
+        journal.started(request("r"), never)
         for index in range(300):
-            journal.tokens("r", index, (index,))
+            journal.tokens(Tenure("r"), index, (index,))
             await asyncio.sleep(0.01)  # in all, longer than it is kept without being written to
         await journal.close()
         assert record(redis_process, "r")[1] == list(range(300))
@@ -115,11 +119,11 @@ def test_tokens_that_come_quickly_are_written_at_once_and_a_long_request_is_kept
 
 def test_a_redis_that_comes_back_gets_everything(redis_process: RedisProcess, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        journal = RedisJournal(redis_process.url, "c", ttl_s=60, buffer_bytes=1 << 20)
+        journal = RedisJournal(redis_process.url, "c", "gateway-0", ttl_s=60, buffer_bytes=1 << 20)
         redis_process.signal(signal.SIGKILL)
-        journal.started(request("r"))
+        journal.started(request("r"), never)
         for index in range(600):  # more than one batch
-            journal.tokens("r", index, (index,))
+            journal.tokens(Tenure("r"), index, (index,))
             if index % 100 == 0:
                 await asyncio.sleep(0.1)
         redis_process.start()
@@ -136,14 +140,14 @@ def test_a_redis_that_comes_back_gets_everything(redis_process: RedisProcess, ca
 def test_overflow_drops_the_oldest_and_says_so(redis_process: RedisProcess) -> None:
     async def scenario() -> None:
         redis_process.signal(signal.SIGKILL)
-        journal = RedisJournal(redis_process.url, "c", ttl_s=60, buffer_bytes=1_300)
-        journal.started(request("old"))
+        journal = RedisJournal(redis_process.url, "c", "gateway-0", ttl_s=60, buffer_bytes=1_300)
+        journal.started(request("old"), never)
         for index in range(100):
-            journal.tokens("old", index, (index,))
-        journal.ended("old", "length")
-        journal.started(request("new"))
-        journal.tokens("new", 0, (9,))
-        journal.ended("new", "length")
+            journal.tokens(Tenure("old"), index, (index,))
+        journal.ended(Tenure("old"), "length")
+        journal.started(request("new"), never)
+        journal.tokens(Tenure("new"), 0, (9,))
+        journal.ended(Tenure("new"), "length")
         redis_process.start()
         await until(lambda: record(redis_process, "new")[0].get(b"state") == b"length", "the new one is there")
         assert record(redis_process, "new")[1] == [9]
