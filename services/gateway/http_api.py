@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's /v1/completions, /v1/chat/completions, /v1/models; /v1/streams, /tokenize, /health, /version."""
+"""The HTTP API: OpenAI's /v1/completions, /v1/chat/completions and /v1/models, and what is beside it."""
 
 from __future__ import annotations
 

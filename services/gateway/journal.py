@@ -57,7 +57,7 @@ _KEEP_INTERVAL = 0.25
 
 @dataclass(frozen=True, slots=True)
 class JournalStats:
-    """How it goes, since the start: failed reads and writes (which are tried again), entries dropped; what waits now."""
+    """Since the start: failed reads and writes (these are tried again), entries dropped; and what waits now."""
 
     failures: int = 0
     dropped_entries: int = 0

@@ -1,7 +1,7 @@
 """What Redis keeps of a request, and the scripts that change it.
 
-A record is owned by one gateway at a time. ``takeovers`` counts how often it went to another one: it is the fencing token
-of whoever writes. A script of an earlier owner changes nothing and answers TAKEN_OVER.
+A record is owned by one gateway at a time. ``takeovers`` counts how often it went to another one: it is the fencing
+token of whoever writes. A script of an earlier owner changes nothing and answers TAKEN_OVER.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ WRITE_ENDED = _FENCE + "redis.call('HSET', KEYS[1], 'state', ARGV[3])" + _KEEP
 # the tokens, or nothing.
 TAKE_OVER = """
 local hash = KEYS[1]
-if redis.call('HEXISTS', hash, 'takeovers') == 0 or redis.call('HGET', hash, 'key_name') ~= ARGV[3] then return false end
+if redis.call('HEXISTS', hash, 'takeovers') == 0 then return false end
+if redis.call('HGET', hash, 'key_name') ~= ARGV[3] then return false end
 redis.call('HINCRBY', hash, 'takeovers', 1)
 redis.call('HSET', hash, 'owner', ARGV[1], 'state', 'running')
 redis.call('EXPIRE', hash, ARGV[2])

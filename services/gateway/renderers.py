@@ -1,4 +1,4 @@
-"""Which renderer writes an answer, in a form that the journal can keep: another gateway goes on writing it the same way."""
+"""Which renderer writes an answer, in a form that the journal can keep: another gateway goes on writing in its way."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Sampling:
 
 
 class Tenure(NamedTuple):
-    """One gateway's time with one request: it ends where another gateway, or the same one again, takes the request over."""
+    """One gateway's time with one request: it ends when another gateway, or the same one again, takes it over."""
 
     request_id: str
     takeovers: int = 0

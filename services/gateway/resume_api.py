@@ -1,7 +1,7 @@
 """``GET /v1/streams/{request_id}``: the rest of a request's events, from any gateway.
 
-The header ``Last-Event-ID`` names the last event that the client has (an EventSource sends it by itself); without it the
-stream comes from its beginning. The events are those of the request's own API, also where it had not asked for a stream.
+The header ``Last-Event-ID`` names the last event that the client has (an EventSource sends it by itself); without it
+the stream comes from its beginning. The events are those of the request's own API, even if it had asked for no stream.
 """
 
 from __future__ import annotations

@@ -6,62 +6,18 @@ import asyncio
 import json
 import signal
 import struct
-import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import redis
-from gateway_rig import PlayedInstance, Script, expected_tokens, free_port, gateway, service, until, write_checkpoint
+from gateway_rig import PlayedInstance, Script, expected_tokens, gateway, service, until, write_checkpoint
+from redis_process import RedisProcess
 
 from services.gateway.journal import RedisJournal
 from services.gateway.requests import GenerationRequest, Tenure
-from services.launcher.binaries import find_binary
 from services.runtime.etcd import EtcdClient
 
 pytestmark = pytest.mark.cluster
-
-
-class RedisProcess:
-    """One redis-server that can be killed, stopped and started again."""
-
-    def __init__(self, directory: Path) -> None:
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._directory = directory
-        self._process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
-        command = [str(find_binary("redis-server")), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        with (self._directory / "redis.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, cwd=self._directory)
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                self.client().ping()
-                return
-            except redis.exceptions.ConnectionError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-
-    def client(self) -> redis.Redis:
-        return redis.Redis(port=self.port, socket_timeout=5)
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
-        if number == signal.SIGKILL:
-            self._process.wait(timeout=10)
-
-
-@pytest.fixture
-def redis_process(tmp_path: Path) -> Iterator[RedisProcess]:
-    process = RedisProcess(tmp_path)
-    yield process
-    process.signal(signal.SIGKILL)
 
 
 def request(request_id: str, prompt: tuple[int, ...] = (1, 2, 300)) -> GenerationRequest:

@@ -1,0 +1,378 @@
+"""Streams that go on at another gateway: two real gateways, a real Redis, and an instance whose tokens are known."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+from etcd_process import EtcdProcess
+from gateway_rig import (
+    TEXT,
+    Gateway,
+    PlayedInstance,
+    Script,
+    expected_tokens,
+    gateway,
+    service,
+    until,
+    write_checkpoint,
+)
+from redis_process import RedisProcess
+
+from infinitellm import errors as sdk_errors
+from infinitellm._rpc_errors import error_from_status
+from infinitellm.v1 import inference_pb2, inference_pb2_grpc
+from services.gateway.position import START, EventId, Position
+from services.runtime.api_keys import new_key
+from services.runtime.etcd import EtcdClient
+
+pytestmark = pytest.mark.cluster
+
+TOKENS = 120
+BODY = {"prompt": [1, 2], "max_tokens": TOKENS, "temperature": 0, "stream": True, "return_token_ids": True}
+
+
+@dataclass
+class Stream:
+    """Server-sent events as they came, until the connection broke or ended."""
+
+    last_event_id: str = ""
+    request_id: str = ""
+    chunks: list[dict[str, object]] = field(default_factory=list)
+    done: bool = False
+
+    @property
+    def choices(self) -> list[dict[str, object]]:
+        return [choice for chunk in self.chunks for choice in chunk.get("choices", ())]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for choice in self.choices for token in choice.get("token_ids", ())]
+
+    @property
+    def text(self) -> str:
+        return "".join(choice["text"] if "text" in choice else choice["delta"]["content"] for choice in self.choices)
+
+    async def read(self, response: httpx.Response, stop_after: int | None = None) -> None:
+        """Reads to the end, to the break of the connection, or so many events."""
+        response.raise_for_status()
+        self.request_id = response.headers["x-request-id"]
+        try:
+            async for line in response.aiter_lines():
+                if line.startswith("id: "):
+                    self.last_event_id = line.removeprefix("id: ")
+                elif line == "data: [DONE]":
+                    self.done = True
+                elif line.startswith("data: "):
+                    self.chunks.append(json.loads(line.removeprefix("data: ")))
+                elif stop_after is not None and not line and len(self.chunks) >= stop_after:
+                    return
+        except httpx.TransportError:
+            return
+
+    async def resume(self, at: Gateway, stop_after: int | None = None, **headers: str) -> int:
+        """Goes on at a gateway; answers the status."""
+        last = {"Last-Event-ID": self.last_event_id} if self.last_event_id else {}
+        async with (
+            httpx.AsyncClient(timeout=20) as client,
+            client.stream("GET", f"{at.http}/v1/streams/{self.request_id}", headers=last | headers) as response,
+        ):
+            if response.status_code == 200:
+                await self.read(response, stop_after)
+            return response.status_code
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two gateways of one cluster."""
+
+    first: Gateway
+    second: Gateway
+    redis: RedisProcess
+    etcd: str
+
+    @asynccontextmanager
+    async def instance(self, **script: object) -> AsyncIterator[PlayedInstance]:
+        """A played instance that both have connected to."""
+        etcd = EtcdClient([self.etcd])
+        played = PlayedInstance("instance-0", Script(**{"delay_s": 0.01, **script}))
+        await played.start(etcd)
+        try:
+            async with httpx.AsyncClient(timeout=20) as client:
+                for url in (self.first.http, self.second.http):
+
+                    async def ready(url: str = url) -> bool:
+                        return (await client.get(url + "/health")).status_code == 200
+
+                    await until(ready, "the gateway is ready")
+            yield played
+        finally:
+            await played.close()
+            await etcd.close()
+
+    async def begin(self, path: str, body: dict[str, object], stop_after: int | None = None, **headers: str) -> Stream:
+        """A stream at the first gateway, until it ends or breaks."""
+        stream = Stream()
+        async with (
+            httpx.AsyncClient(timeout=20) as client,
+            client.stream("POST", self.first.http + path, json=body, headers=headers) as response,
+        ):
+            await stream.read(response, stop_after)
+        return stream
+
+    async def state(self, request_id: str) -> dict[bytes, bytes]:
+        return self.redis.client().hgetall(f"infinite-llm:test:request:{request_id}")
+
+    def journalled(self, request_id: str) -> int:
+        """Tokens of it that the journal has."""
+        return self.redis.client().strlen(f"infinite-llm:test:request:{request_id}:tokens") // 4
+
+
+@contextmanager
+def running_pair(root: Path, **config: object) -> Iterator[Pair]:
+    etcd, redis = EtcdProcess(root), RedisProcess(root)
+    etcd.start()
+    (root / "second").mkdir()
+    checkpoint = write_checkpoint(root / "tiny")
+    config = {"redis_url": redis.url, **config}
+    try:
+        with (
+            service("gmanager", root, listen="127.0.0.1:0", etcd=[etcd.endpoint]),
+            gateway(root, etcd.endpoint, checkpoint, **config) as first,
+            gateway(root / "second", etcd.endpoint, checkpoint, member_id="second", **config) as second,
+        ):
+            yield Pair(first, second, redis, etcd.endpoint)
+    finally:
+        redis.signal(signal.SIGCONT)
+        redis.signal(signal.SIGKILL)
+        etcd.kill()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with running_pair(tmp_path_factory.mktemp("pair")) as running:
+        yield running
+
+
+def test_a_killed_gateways_streams_go_on_at_the_other(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running.instance() as played:
+            chat = {"messages": [{"role": "user", "content": "?"}], "max_tokens": TOKENS, "temperature": 0}
+            chat |= {"stream": True, "stream_options": {"include_usage": True}}
+            stop = {"stop": TEXT[-3:] + TEXT[:4]}  # found where the text begins anew
+            streams = [
+                asyncio.create_task(running.begin("/v1/completions", BODY)),
+                asyncio.create_task(running.begin("/v1/chat/completions", chat)),
+                asyncio.create_task(running.begin("/v1/completions", BODY | stop)),
+            ]
+            await until(
+                lambda: (
+                    len(played.submitted) == 3 and all(running.journalled(s.request_id) > 3 for s in played.submitted)
+                ),
+                "all have tokens in the journal",
+            )
+            running.first.process.kill()
+            completion, chatting, stopped = [await stream for stream in streams]
+            for stream in (completion, chatting, stopped):
+                assert not stream.done
+                assert await stream.resume(running.second) == 200
+                assert stream.done
+            text = bytes(expected_tokens(TOKENS)).decode(errors="replace")
+            assert completion.tokens == expected_tokens(TOKENS)
+            assert completion.text == text
+            assert chatting.text == text
+            roles = [choice["delta"].get("role") for choice in chatting.choices]
+            assert roles == ["assistant"] + [None] * (len(roles) - 1)
+            assert len({(chunk["id"], chunk["created"]) for chunk in chatting.chunks}) == 1
+            assert chatting.chunks[-1]["usage"]["completion_tokens"] == TOKENS
+            assert stopped.text == TEXT[:-3]
+            assert stopped.choices[-1]["finish_reason"] == "stop"
+            # What was computed for the second gateway began with what the first had journalled.
+            again = [submit for submit in played.submitted if submit.request_id == completion.request_id + ".1"]
+            assert len(again) == 1
+            assert len(again[0].token_ids) > 2 + 3
+
+    with running_pair(tmp_path) as running:
+        asyncio.run(scenario())
+
+
+def test_from_any_event_of_a_stream_the_rest_comes(pair: Pair) -> None:
+    async def scenario() -> None:
+        async with pair.instance(eos_at=30) as played:
+            body = BODY | {"logprobs": 2, "stream_options": {"include_usage": True}}
+            whole = await pair.begin("/v1/completions", body)
+            assert whole.tokens[:-1] == expected_tokens(30)
+            begun = [await pair.begin("/v1/completions", body, stop_after=count) for count in (1, 2, 31, 32, 33)]
+            begun.append(dataclasses.replace(begun[0], last_event_id="", chunks=[]))
+            for stream in begun:
+                assert await stream.resume(pair.second) == 200
+                assert stream.done
+                for chunk, expected in zip(stream.chunks, whole.chunks, strict=True):
+                    expected = expected | {"id": chunk["id"], "created": chunk["created"]}
+                    if chunk["choices"]:
+                        assert chunk == expected
+            assert len(played.submitted) > len(begun)
+
+    asyncio.run(scenario())
+
+
+def test_two_gateways_never_go_on_with_one_request(pair: Pair) -> None:
+    async def scenario() -> None:
+        async with pair.instance(delay_s=0.03) as played:
+            old = asyncio.create_task(pair.begin("/v1/completions", BODY | {"max_tokens": 1000}))
+            await until(lambda: played.submitted, "the request is in work")
+            (submit,) = played.submitted
+            await until(lambda: pair.journalled(submit.request_id) > 3, "it has tokens in the journal")
+            new = Stream(request_id=submit.request_id)
+            resuming = asyncio.create_task(new.resume(pair.second))
+            assert (await old).chunks[-1]["error"]["code"] == "taken_over"
+            assert played.aborted == [submit.request_id]
+            # Nor does the one that lost it write to the journal any more; taken back, it goes on where it stood.
+            before = pair.journalled(submit.request_id)
+            await until(lambda: pair.journalled(submit.request_id) > before, "the other one's tokens are journalled")
+            assert (await pair.state(submit.request_id))[b"owner"] == b"second"
+            assert await (await old).resume(pair.first, stop_after=60) == 200
+            assert not (await old).done
+            await resuming
+            assert new.chunks[-1]["error"]["code"] == "taken_over"
+            assert new.tokens == expected_tokens(len(new.tokens))
+            assert (await old).tokens == expected_tokens(len((await old).tokens))
+            assert [submit.request_id for submit in played.submitted] == [
+                new.request_id,
+                new.request_id + ".1",
+                new.request_id + ".2",
+            ]
+
+    asyncio.run(scenario())
+
+
+class Rpc:
+    """The gRPC API of a gateway, without the SDK's own retries."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address)
+        self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
+
+    async def resume(self, request_id: str, received: list[int]) -> tuple[list[int], str]:
+        """Tokens and text that come."""
+        request = inference_pb2.ResumeRequest(request_id=request_id, received={"ids": received})
+        return await self._read(self._stub.Resume(request, timeout=20))
+
+    async def generate(self, received: list[int], **sampling: object) -> tuple[list[int], str]:
+        request = inference_pb2.GenerateRequest(
+            token_ids={"ids": [1, 2]}, sampling={"max_tokens": TOKENS, **sampling}, received={"ids": received}
+        )
+        return await self._read(self._stub.Generate(request, timeout=20))
+
+    async def refusal(self, call: object) -> type[sdk_errors.InfiniteLLMError]:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call
+        error = raised.value
+        return type(error_from_status(error.code(), error.details(), error.trailing_metadata()))
+
+    @staticmethod
+    async def _read(call: object) -> tuple[list[int], str]:
+        tokens, text = [], ""
+        async for response in call:
+            tokens += response.tokens.ids
+            text += response.tokens.text
+        return tokens, text
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+def test_resuming_over_grpc(pair: Pair) -> None:
+    async def scenario() -> None:
+        async with pair.instance() as played:
+            rpc = Rpc(pair.second.grpc)
+            whole = expected_tokens(TOKENS)
+            text = bytes(whole).decode(errors="replace")
+            begun = await pair.begin("/v1/completions", BODY, stop_after=20)
+            await until(lambda: pair.journalled(begun.request_id) >= 20, "its tokens are in the journal")
+            for count in (0, 11, 20, 90, TOKENS):  # at last more than anybody has computed
+                tokens, rest = await rpc.resume(begun.request_id, whole[:count])
+                assert tokens == whole[count:]
+                assert text.endswith(rest)
+                shown = bytes(whole[:count]).decode(errors="ignore")  # what is not a whole character was held back
+                assert shown + rest == text
+            # Without a journal, the client's own tokens do as well.
+            assert (await rpc.generate(whole[:7], temperature=0))[0] == whole[7:]
+            drawn = expected_tokens(TOKENS, 1, 5)
+            assert (await rpc.generate(drawn[:7], temperature=1, seed=5))[0] == drawn[7:]
+            assert len(played.submitted[-1].token_ids) == 2 + 7
+
+            assert await rpc.refusal(rpc.generate([300], temperature=0)) is sdk_errors.InvalidRequestError
+            assert await rpc.refusal(rpc.generate([3], temperature=1)) is sdk_errors.InvalidRequestError
+            assert await rpc.refusal(rpc.generate([3] * 121, temperature=0)) is sdk_errors.InvalidRequestError
+            assert await rpc.refusal(rpc.resume("cmpl-none", [])) is sdk_errors.RequestNotFoundError
+            for wrong in ([*whole[:10], 1], [1] * TOKENS):
+                assert await rpc.refusal(rpc.resume(begun.request_id, wrong)) is sdk_errors.ResyncRequiredError
+            await rpc.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_be_resumed_over_http(pair: Pair) -> None:
+    async def scenario() -> None:
+        async with pair.instance():
+            whole = await pair.begin("/v1/completions", BODY)
+            too_far = EventId(Position().after([*expected_tokens(TOKENS), 7]))
+            for last, status in (("gibberish", 400), (str(EventId(START.after([9]))), 409)):
+                stream = Stream(last, whole.request_id)
+                assert await stream.resume(pair.second) == status
+            assert await Stream("", "cmpl-unknown").resume(pair.second) == 404
+            beyond = Stream(str(too_far), whole.request_id)
+            assert await beyond.resume(pair.second) == 200  # the headers were out before anybody knew
+            assert beyond.chunks[-1]["error"]["code"] == "resync_required"
+            assert not beyond.tokens
+
+    asyncio.run(scenario())
+
+
+def test_redis_away(tmp_path: Path) -> None:
+    """Running streams go on; lost ones cannot be resumed for the moment, which is said and counted."""
+
+    async def scenario() -> None:
+        async with running.instance(), httpx.AsyncClient(timeout=20) as client:
+            lost = await running.begin("/v1/completions", BODY, stop_after=3)
+            going = asyncio.create_task(running.begin("/v1/completions", BODY))
+            await until(lambda: running.journalled(lost.request_id) >= 3, "its tokens are in the journal")
+            running.redis.signal(signal.SIGSTOP)
+            assert await lost.resume(running.second) == 503
+            assert "journal_failures_total 1.0" in (await client.get(running.second.http + "/metrics")).text
+            assert "journal: not read" in running.second.log.read_text()
+            assert (await going).tokens == expected_tokens(TOKENS)
+            running.redis.signal(signal.SIGCONT)
+            assert await lost.resume(running.second) == 200
+            assert lost.tokens == expected_tokens(TOKENS)
+
+    with running_pair(tmp_path) as running:
+        asyncio.run(scenario())
+
+
+def test_only_the_key_that_began_a_request_resumes_it(tmp_path: Path) -> None:
+    keys, lines = zip(*(new_key(name) for name in ("ann", "bob")), strict=True)
+    (tmp_path / "keys").write_text("\n".join(lines))
+    ann, bob = (f"Bearer {key}" for key in keys)
+
+    async def scenario() -> None:
+        async with running.instance():
+            begun = await running.begin("/v1/completions", BODY, stop_after=3, Authorization=ann)
+            await until(lambda: running.journalled(begun.request_id) >= 3, "its tokens are in the journal")
+            assert await begun.resume(running.second) == 401
+            assert await begun.resume(running.second, Authorization=bob) == 404
+            assert await begun.resume(running.second, Authorization=ann) == 200
+            assert begun.tokens == expected_tokens(TOKENS)
+
+    with running_pair(tmp_path, api_keys=str(tmp_path / "keys")) as running:
+        asyncio.run(scenario())
