@@ -4,16 +4,17 @@
                                                         owner, takeovers, state
     infinite-llm:{cluster}:request:{id}:tokens  string  generated ids (uint32 little-endian): the answer's beginning
 
-It is written behind the requests: nothing waits for it, and a Redis that is away or hangs never changes a token. A
-request's tokens are gathered for ``BATCH_DELAY_S`` and written at once. While Redis is away entries queue up; beyond
-``buffer_bytes`` the oldest are dropped. A request of which anything was dropped is not continued in the journal and
-marked "incomplete". It is read when a client resumes a stream, and the request then belongs to whoever read it
-(journal_record.py): whoever had it before learns that with its next write.
+It is written behind the requests: nothing waits for it, and a Redis that is away or hangs never changes a token. What
+was asked is written as soon as it is known; tokens are gathered for ``BATCH_DELAY_S``, so the journal is about that far
+behind. While Redis is away entries queue up; beyond ``buffer_bytes`` the oldest are dropped. A request that lost any is
+not continued in the journal and marked "incomplete". It is read when a client resumes a stream, and the request then
+belongs to whoever read it (journal_record.py): whoever had it before learns that with its next write.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -185,6 +186,8 @@ class RedisJournal:
         # Whom to tell that a running request has been taken over.
         self._owners: dict[Tenure, Callable[[], None]] = {}
         self._wake = asyncio.Event()
+        # A request has begun: it is written at once, long before it has a token that could be lost.
+        self._begun = asyncio.Event()
         self._task = asyncio.create_task(self._write_forever(), name="journal")
 
     @property
@@ -195,6 +198,7 @@ class RedisJournal:
         self._owners[request.tenure] = on_taken_over
         if not request.takeovers:  # otherwise it is there
             self._put(_Started(request.tenure, fields_of(request, self._owner)))
+            self._begun.set()
 
     def tokens(self, tenure: Tenure, first: int, token_ids: Sequence[int]) -> None:
         entry = self._growing.get(tenure)
@@ -267,7 +271,10 @@ class RedisJournal:
         away, backoff_s = False, 0.1
         while True:
             await self._wake.wait()
-            await asyncio.sleep(BATCH_DELAY_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BATCH_DELAY_S):
+                    await self._begun.wait()
+            self._begun.clear()
             try:
                 due = len(self._entries)  # what comes meanwhile is gathered again
                 while due > 0 and self._entries:
