@@ -14,6 +14,7 @@ import pytest
 from gateway_pair import Pair, Stream, running_pair
 from gateway_rig import TEXT, expected_tokens, until
 
+from infinitellm import AsyncClient, Tokens
 from infinitellm import errors as sdk_errors
 from infinitellm._rpc_errors import error_from_status
 from infinitellm.v1 import inference_pb2, inference_pb2_grpc
@@ -206,6 +207,26 @@ def test_what_cannot_be_resumed_over_http(pair: Pair) -> None:
             assert not beyond.tokens
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGSTOP])
+def test_the_sdk_leaves_a_gateway_that_ends_or_hangs(tmp_path: Path, how: signal.Signals) -> None:
+    async def scenario() -> None:
+        tokens: list[int] = []
+        async with (
+            running.instance(delay_s=0.03) as played,
+            AsyncClient([running.first.grpc, running.second.grpc]) as client,
+        ):
+            async for event in client.generate([1, 2], max_tokens=TOKENS, temperature=1, seed=4):
+                if isinstance(event, Tokens):
+                    tokens += event.ids
+                    if len(tokens) == 10:
+                        running.first.process.send_signal(how)
+            assert tokens == expected_tokens(TOKENS, 1, 4)
+            assert [submit.request_id for submit in played.submitted] == [event.request_id, event.request_id + ".1"]
+
+    with running_pair(tmp_path, shutdown_grace_s=0.5) as running:
+        asyncio.run(scenario())
 
 
 def test_redis_away(tmp_path: Path) -> None:
