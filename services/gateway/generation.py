@@ -314,10 +314,11 @@ class Generation:
         self._journal.started(self.request, self._lose)
         logger.info("request accepted", extra={**self._log, "prompt_tokens": len(self.request.prompt_ids)})
         try:
-            for event in self._tell(self._known, ()):
-                yield event
-            if self._known and not self.request.takeovers:  # a new request with an old beginning
-                self._journal.tokens(self.request.tenure, 0, self._generated)
+            if self._known:
+                old = self._tell(self._known, ())
+                self._journal.tokens(self.request.tenure, 0, self._generated)  # the client may have more than it has
+                for event in old:
+                    yield event
             ended = Ended("stop", cached_tokens=0)  # by a stop string: the instance would have said at its end
             if not self._stops.found:
                 async with aclosing(self._instance_events()) as events:
