@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import signal
 import struct
@@ -13,6 +14,7 @@ import pytest
 from gateway_rig import PlayedInstance, Script, expected_tokens, gateway, service, until, write_checkpoint
 from redis_process import RedisProcess
 
+from services.core.errors import RequestNotFoundError
 from services.gateway.journal import RedisJournal
 from services.gateway.requests import GenerationRequest, Tenure
 from services.runtime.etcd import EtcdClient
@@ -146,3 +148,59 @@ def test_requests_go_on_without_redis(
     ):
         asyncio.run(scenario())
     assert running.process.returncode == 0
+
+
+def test_whoever_was_taken_over_writes_no_more_and_is_told(redis_process: RedisProcess) -> None:
+    async def scenario() -> None:
+        old, new = (RedisJournal(redis_process.url, "c", name, ttl_s=60, buffer_bytes=1 << 20) for name in ("a", "b"))
+        told: list[str] = []
+        asked = dataclasses.replace(request("r"), stop=("ä",), rendering="{}", key_name="ann", model="m", progress=True)
+        old.started(asked, lambda: told.append("a"))
+        old.tokens(asked.tenure, 0, (5, 6))
+        await until(lambda: record(redis_process, "r")[1] == [5, 6], "the tokens are there")
+        for unknown in (("r", "bob"), ("r", ""), ("s", "ann")):
+            with pytest.raises(RequestNotFoundError):
+                await new.take_over(*unknown)
+        taken, tokens = await new.take_over("r", "ann")
+        assert list(tokens) == [5, 6]
+        assert (list(taken.prompt_ids), taken.tenure) == ([1, 2, 300], Tenure("r", 1))
+        assert dataclasses.replace(taken, prompt_ids=asked.prompt_ids, takeovers=0) == asked
+
+        new.started(taken, lambda: told.append("b"))
+        old.tokens(asked.tenure, 2, (7, 7, 7))
+        await until(lambda: told == ["a"], "the old owner is told")
+        new.tokens(taken.tenure, 2, (8,))
+        await until(lambda: record(redis_process, "r")[1] == [5, 6, 8], "the new owner's tokens are there")
+        old.ended(asked.tenure, "aborted")
+        await old.close()
+        fields, tokens = record(redis_process, "r")
+        assert (fields[b"state"], fields[b"owner"], fields[b"takeovers"], tokens) == (b"running", b"b", b"1", [5, 6, 8])
+        new.ended(taken.tenure, "stop")
+        await new.close()
+        assert record(redis_process, "r")[0][b"state"] == b"stop"
+        assert told == ["a"]
+
+    asyncio.run(scenario())
+
+
+def test_a_record_has_no_gap_whatever_redis_forgets(redis_process: RedisProcess) -> None:
+    async def scenario() -> None:
+        journal = RedisJournal(redis_process.url, "c", "gateway-0", ttl_s=60, buffer_bytes=1 << 20)
+        client = redis_process.client()
+        for name in ("whole", "tokens"):
+            journal.started(request(name), never)
+            journal.tokens(Tenure(name), 0, (5, 6))
+        await until(lambda: record(redis_process, "tokens")[1] == [5, 6], "the tokens are there")
+        client.delete("infinite-llm:c:request:whole", "infinite-llm:c:request:whole:tokens")
+        client.delete("infinite-llm:c:request:tokens:tokens")
+        for name in ("whole", "tokens"):
+            journal.tokens(Tenure(name), 2, (7,))
+            journal.ended(Tenure(name), "stop")
+        await until(lambda: record(redis_process, "tokens")[0][b"state"] == b"stop", "everything is written")
+        assert record(redis_process, "tokens")[1] == []
+        assert list((await journal.take_over("tokens", "")).generated) == []  # and goes on from the prompt
+        with pytest.raises(RequestNotFoundError):
+            await journal.take_over("whole", "")
+        await journal.close()
+
+    asyncio.run(scenario())
