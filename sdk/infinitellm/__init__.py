@@ -2,7 +2,7 @@
 
 from infinitellm import Client, Tokens
 
-with Client("127.0.0.1:50051") as client:
+with Client(["127.0.0.1:50051", "127.0.0.1:50052"]) as client:  # one address does as well
     for event in client.generate("Once upon a time", max_tokens=64):
         if isinstance(event, Tokens):
             print(event.text, end="", flush=True)
@@ -10,11 +10,14 @@ with Client("127.0.0.1:50051") as client:
 
 from infinitellm.client import AsyncClient, Client
 from infinitellm.errors import InfiniteLLMError
+from infinitellm.retry import RetryPolicy
 from infinitellm.types import (
     BlockPlacement,
     ClusterStatus,
+    Completion,
     Event,
     Finished,
+    GenerationOptions,
     GManagerStatus,
     InstanceStatus,
     KvDaemonStatus,
@@ -31,15 +34,18 @@ __all__ = [
     "BlockPlacement",
     "Client",
     "ClusterStatus",
+    "Completion",
     "Event",
     "Finished",
     "GManagerStatus",
+    "GenerationOptions",
     "InfiniteLLMError",
     "InstanceStatus",
     "KvDaemonStatus",
     "PoolUse",
     "Progress",
     "RequestStatus",
+    "RetryPolicy",
     "SamplingOptions",
     "TokenLogprobs",
     "Tokens",

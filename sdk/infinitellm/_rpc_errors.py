@@ -19,6 +19,7 @@ _CLASS_BY_STATUS: dict[grpc.StatusCode, type[errors.InfiniteLLMError]] = {
     grpc.StatusCode.OUT_OF_RANGE: errors.InvalidRequestError,
     grpc.StatusCode.UNAUTHENTICATED: errors.UnauthenticatedError,
     grpc.StatusCode.UNAVAILABLE: errors.UnavailableError,
+    grpc.StatusCode.CANCELLED: errors.PeerLostError,  # by a gateway that ends; the caller's own end never comes here
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceededError,
 }
 

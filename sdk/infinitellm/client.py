@@ -1,31 +1,42 @@
 """``Client`` and ``AsyncClient``: the public gRPC API of a gateway as typed calls.
 
 Every call has a deadline (``timeout_s``), and a gateway that is stopped or unreachable is noticed within seconds by
-unanswered pings. Errors are those of ``infinitellm.errors``.
+unanswered pings. What may pass is tried again, at the next gateway where several are named: a stream that broke off
+goes on where it stood (``infinitellm.retry``). Errors are those of ``infinitellm.errors``.
 """
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import secrets
+import time
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
+from contextlib import aclosing, closing
 from types import TracebackType
-from typing import Protocol, Self, Unpack
+from typing import Generic, Protocol, Self, TypeVar, Unpack
 
 import grpc
 from grpc import aio
 
 from infinitellm._rpc_errors import error_from_status
-from infinitellm.errors import InfiniteLLMError, InvalidRequestError
+from infinitellm.batch import Outcome, run_batch, run_batch_async
+from infinitellm.errors import InfiniteLLMError, InvalidRequestError, UnavailableError
+from infinitellm.retry import Attempts, GenerationStream, RetryPolicy, ended_early
 from infinitellm.types import (
     BlockPlacement,
     ClusterStatus,
+    Completion,
     Event,
     Finished,
     FinishReason,
+    GenerationOptions,
     GManagerStatus,
     InstanceStatus,
     KvDaemonStatus,
     PoolUse,
     Progress,
+    Prompt,
     RequestStatus,
     SamplingOptions,
     TokenLogprobs,
@@ -35,6 +46,8 @@ from infinitellm.v1 import cluster_pb2, cluster_pb2_grpc, inference_pb2, inferen
 
 GENERATE_TIMEOUT_S = 600.0
 STATUS_TIMEOUT_S = 10.0
+BATCH_CONCURRENCY = 16
+RETRIES = RetryPolicy()
 
 _MAX_MESSAGE_BYTES = 256 * 1024 * 1024  # prompts of millions of tokens
 _CHANNEL_OPTIONS = (
@@ -53,6 +66,44 @@ _FINISH_REASONS: dict[int, FinishReason] = {
 }
 
 
+class _Gateway:
+    """The stubs of one gateway."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.inference = inference_pb2_grpc.InferenceServiceStub(channel)
+        self.cluster = cluster_pb2_grpc.ClusterServiceStub(channel)
+
+
+class _AsyncGateway:
+    """Likewise, for asyncio."""
+
+    def __init__(self, channel: aio.Channel) -> None:
+        self.inference = inference_pb2_grpc.InferenceServiceStub(channel)
+        self.cluster = cluster_pb2_grpc.ClusterServiceStub(channel)
+
+
+AnyGateway = TypeVar("AnyGateway", _Gateway, _AsyncGateway)
+
+
+class _Gateways(Generic[AnyGateway]):
+    """Those that a client knows: one is used until it fails, then the next."""
+
+    def __init__(self, gateways: Iterable[AnyGateway]) -> None:
+        self._gateways: Iterator[AnyGateway] = itertools.cycle(gateways)
+        self.current: AnyGateway = next(self._gateways)
+        self.closed = False
+
+    def failed(self, gateway: AnyGateway) -> None:
+        """A call to it has failed. Of several calls that fail at once, one changes to the next."""
+        if gateway is self.current:
+            self.current = next(self._gateways)
+
+    def check_open(self, error: InfiniteLLMError) -> None:
+        """Raises the error of a call that was ended by closing the client."""
+        if self.closed:
+            raise UnavailableError("the client is closed") from error
+
+
 class _GenerateCall(Protocol):
     """What a streaming call of a synchronous channel offers."""
 
@@ -61,25 +112,38 @@ class _GenerateCall(Protocol):
     def cancel(self) -> object: ...
 
 
+_AsyncGenerateCall = (
+    aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
+    | aio.UnaryStreamCall[inference_pb2.ResumeRequest, inference_pb2.GenerateResponse]
+)
+
+
 class Client:
-    """A connection to a gateway for threads; any number of them may use it. Close it, or use it in ``with``."""
+    """Connections to one or several gateways, for any number of threads. Close it, or use it in ``with``."""
 
     def __init__(
-        self, address: str, credentials: grpc.ChannelCredentials | None = None, api_key: str | None = None
+        self,
+        address: str | Sequence[str],
+        credentials: grpc.ChannelCredentials | None = None,
+        api_key: str | None = None,
+        retry: RetryPolicy = RETRIES,
     ) -> None:
         """
         Args:
-            address: host:port of the gateway's gRPC server.
+            address: host:port of the gateway's gRPC server; of several gateways, the first is used as long as it works.
             credentials: TLS; None connects without.
             api_key: sent with every call, where the gateway asks for one. Without TLS anybody on the way reads it.
+            retry: what is done about errors that may pass.
         """
         self._metadata = _metadata(api_key)
-        if credentials is None:
-            self._channel = grpc.insecure_channel(address, _CHANNEL_OPTIONS)
-        else:
-            self._channel = grpc.secure_channel(address, credentials, _CHANNEL_OPTIONS)
-        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
+        self._retry = retry
+        self._channels = [
+            grpc.insecure_channel(one, _CHANNEL_OPTIONS)
+            if credentials is None
+            else grpc.secure_channel(one, credentials, _CHANNEL_OPTIONS)
+            for one in _addresses(address)
+        ]
+        self._gateways = _Gateways([_Gateway(channel) for channel in self._channels])
 
     def generate(
         self,
@@ -97,7 +161,8 @@ class Client:
     ) -> Generator[Event, None, None]:
         """Generates a continuation; the request is on its way when this returns. The last event is ``Finished``.
 
-        Closing the generator (``close()``, or ``contextlib.closing``) before its end cancels the request.
+        Closing the generator (``close()``, or ``contextlib.closing``) before its end cancels the request. If the
+        gateway is lost, the stream goes on at the next one with no token lost or doubled; ``request_id`` may change.
 
         Args:
             prompt: a text, or token ids.
@@ -108,7 +173,7 @@ class Client:
             logprobs: with every token, the log-probabilities of this many most probable ones (0-20).
             progress: also answer ``Progress`` while the prompt is computed.
             model: name of the served model; empty means the only one.
-            timeout_s: of the whole call.
+            timeout_s: of the whole stream, whatever it takes.
             sampling: what else changes how tokens are drawn, see ``SamplingOptions``.
 
         Raises:
@@ -117,32 +182,87 @@ class Client:
         request = _generate_request(
             prompt, max_tokens, temperature, seed, ignore_eos, logprobs, sampling, progress=progress, model=model
         )
-        return self._events(self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata))
+        stream = GenerationStream(request, Attempts(self._retry, timeout_s))
+        gateway = self._gateways.current
+        return self._events(stream, gateway, self._call(stream, gateway))
 
-    @staticmethod
-    def _events(call: _GenerateCall) -> Generator[Event, None, None]:
-        try:
-            for response in call:
-                yield _event(response)
-        except grpc.RpcError as error:
-            raise _error(error) from error
-        finally:
-            call.cancel()
+    def _call(self, stream: GenerationStream, gateway: _Gateway) -> _GenerateCall:
+        request, timeout_s = stream.next_request(), stream.timeout_s()
+        if isinstance(request, inference_pb2.ResumeRequest):
+            return gateway.inference.Resume(request, timeout=timeout_s, metadata=self._metadata)
+        return gateway.inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
+
+    def _events(self, stream: GenerationStream, gateway: _Gateway, call: _GenerateCall) -> Generator[Event, None, None]:
+        while True:
+            try:
+                for response in call:
+                    if (event := stream.take(_event(response))) is not None:
+                        yield event
+                if stream.finished:
+                    return
+                error: InfiniteLLMError = ended_early()
+            except grpc.RpcError as failure:
+                error = _error(failure)
+                error.__cause__ = failure
+            finally:
+                call.cancel()
+            self._gateways.check_open(error)
+            self._gateways.failed(gateway)
+            time.sleep(stream.pause_s(error))
+            gateway = self._gateways.current
+            call = self._call(stream, gateway)
+
+    def complete(self, prompt: Prompt, *, max_tokens: int, **options: Unpack[GenerationOptions]) -> Completion:
+        """The whole answer; else as ``generate``."""
+        collected = _Collected()
+        with closing(self.generate(prompt, max_tokens=max_tokens, **options)) as events:
+            for event in events:
+                collected.add(event)
+        return collected.completion()
+
+    def complete_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int,
+        concurrency: int = BATCH_CONCURRENCY,
+        progress: bool | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Outcome]:
+        """Completes many prompts; the answers are in their order, and an error stands where it was raised.
+
+        Args:
+            concurrency: prompts under way at the same time.
+            progress: draw a bar on stderr; None: if that is a terminal.
+            options: for each prompt; ``timeout_s`` as well.
+        """
+        return run_batch(
+            lambda prompt: self.complete(prompt, max_tokens=max_tokens, **options), prompts, concurrency, progress
+        )
 
     def cluster_status(self, timeout_s: float = STATUS_TIMEOUT_S) -> ClusterStatus:
         """What the gManager knows of instances, pools and running requests."""
-        try:
-            return _cluster_status(
-                self._cluster.GetClusterStatus(
-                    cluster_pb2.GetClusterStatusRequest(), timeout=timeout_s, metadata=self._metadata
+        attempts = Attempts(self._retry, timeout_s)
+        while True:
+            gateway = self._gateways.current
+            try:
+                return _cluster_status(
+                    gateway.cluster.GetClusterStatus(
+                        cluster_pb2.GetClusterStatusRequest(), timeout=attempts.timeout_s(), metadata=self._metadata
+                    )
                 )
-            )
-        except grpc.RpcError as error:
-            raise _error(error) from error
+            except grpc.RpcError as failure:
+                error = _error(failure)
+                error.__cause__ = failure
+            self._gateways.check_open(error)
+            self._gateways.failed(gateway)
+            time.sleep(attempts.pause_s(error))
 
     def close(self) -> None:
-        """Cancels what is running and closes the connection."""
-        self._channel.close()
+        """Cancels what is running and closes the connections."""
+        self._gateways.closed = True
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -157,16 +277,22 @@ class AsyncClient:
     """``Client`` for asyncio; belongs to the event loop it is made in. Close it, or use it in ``async with``."""
 
     def __init__(
-        self, address: str, credentials: grpc.ChannelCredentials | None = None, api_key: str | None = None
+        self,
+        address: str | Sequence[str],
+        credentials: grpc.ChannelCredentials | None = None,
+        api_key: str | None = None,
+        retry: RetryPolicy = RETRIES,
     ) -> None:
         """See ``Client``."""
         self._metadata = _metadata(api_key)
-        if credentials is None:
-            self._channel = aio.insecure_channel(address, _CHANNEL_OPTIONS)
-        else:
-            self._channel = aio.secure_channel(address, credentials, _CHANNEL_OPTIONS)
-        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
+        self._retry = retry
+        self._channels = [
+            aio.insecure_channel(one, _CHANNEL_OPTIONS)
+            if credentials is None
+            else aio.secure_channel(one, credentials, _CHANNEL_OPTIONS)
+            for one in _addresses(address)
+        ]
+        self._gateways = _Gateways([_AsyncGateway(channel) for channel in self._channels])
 
     def generate(
         self,
@@ -186,34 +312,83 @@ class AsyncClient:
         request = _generate_request(
             prompt, max_tokens, temperature, seed, ignore_eos, logprobs, sampling, progress=progress, model=model
         )
-        return self._events(self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata))
+        stream = GenerationStream(request, Attempts(self._retry, timeout_s))
+        gateway = self._gateways.current
+        return self._events(stream, gateway, self._call(stream, gateway))
 
-    @staticmethod
+    def _call(self, stream: GenerationStream, gateway: _AsyncGateway) -> _AsyncGenerateCall:
+        request, timeout_s = stream.next_request(), stream.timeout_s()
+        if isinstance(request, inference_pb2.ResumeRequest):
+            return gateway.inference.Resume(request, timeout=timeout_s, metadata=self._metadata)
+        return gateway.inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
+
     async def _events(
-        call: aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse],
+        self, stream: GenerationStream, gateway: _AsyncGateway, call: _AsyncGenerateCall
     ) -> AsyncGenerator[Event, None]:
-        try:
-            async for response in call:
-                yield _event(response)
-        except aio.AioRpcError as error:
-            raise _error(error) from error
-        finally:
-            call.cancel()
+        while True:
+            try:
+                async for response in call:
+                    if (event := stream.take(_event(response))) is not None:
+                        yield event
+                if stream.finished:
+                    return
+                error: InfiniteLLMError = ended_early()
+            except aio.AioRpcError as failure:
+                error = _error(failure)
+                error.__cause__ = failure
+            finally:
+                call.cancel()
+            self._gateways.check_open(error)
+            self._gateways.failed(gateway)
+            await asyncio.sleep(stream.pause_s(error))
+            gateway = self._gateways.current
+            call = self._call(stream, gateway)
+
+    async def complete(self, prompt: Prompt, *, max_tokens: int, **options: Unpack[GenerationOptions]) -> Completion:
+        """See ``Client.complete``."""
+        collected = _Collected()
+        async with aclosing(self.generate(prompt, max_tokens=max_tokens, **options)) as events:
+            async for event in events:
+                collected.add(event)
+        return collected.completion()
+
+    async def complete_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int,
+        concurrency: int = BATCH_CONCURRENCY,
+        progress: bool | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Outcome]:
+        """See ``Client.complete_batch``."""
+        return await run_batch_async(
+            lambda prompt: self.complete(prompt, max_tokens=max_tokens, **options), prompts, concurrency, progress
+        )
 
     async def cluster_status(self, timeout_s: float = STATUS_TIMEOUT_S) -> ClusterStatus:
         """See ``Client.cluster_status``."""
-        try:
-            return _cluster_status(
-                await self._cluster.GetClusterStatus(
-                    cluster_pb2.GetClusterStatusRequest(), timeout=timeout_s, metadata=self._metadata
+        attempts = Attempts(self._retry, timeout_s)
+        while True:
+            gateway = self._gateways.current
+            try:
+                return _cluster_status(
+                    await gateway.cluster.GetClusterStatus(
+                        cluster_pb2.GetClusterStatusRequest(), timeout=attempts.timeout_s(), metadata=self._metadata
+                    )
                 )
-            )
-        except aio.AioRpcError as error:
-            raise _error(error) from error
+            except aio.AioRpcError as failure:
+                error = _error(failure)
+                error.__cause__ = failure
+            self._gateways.check_open(error)
+            self._gateways.failed(gateway)
+            await asyncio.sleep(attempts.pause_s(error))
 
     async def close(self) -> None:
-        """Cancels what is running and closes the connection."""
-        await self._channel.close()
+        """Cancels what is running and closes the connections."""
+        self._gateways.closed = True
+        for channel in self._channels:
+            await channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -222,6 +397,44 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+
+class _Collected:
+    """A stream's events as one answer."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._finished: Finished | None = None
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Tokens):
+            self._texts.append(event.text)
+            self._ids += event.ids
+            self._logprobs += event.logprobs
+        elif isinstance(event, Finished):
+            self._finished = event
+
+    def completion(self) -> Completion:
+        finished = self._finished
+        assert finished is not None  # a stream ends with it, or with an error
+        return Completion(
+            finished.request_id,
+            "".join(self._texts),
+            tuple(self._ids),
+            tuple(self._logprobs),
+            finished.reason,
+            finished.prompt_tokens,
+            finished.cached_tokens,
+        )
+
+
+def _addresses(address: str | Sequence[str]) -> Sequence[str]:
+    addresses = [address] if isinstance(address, str) else list(address)
+    if not addresses:
+        raise ValueError("address: name at least one gateway")
+    return addresses
 
 
 def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
@@ -240,6 +453,8 @@ def _generate_request(
     progress: bool,
     model: str,
 ) -> inference_pb2.GenerateRequest:
+    if seed is None and temperature > 0:
+        seed = secrets.randbits(64)  # chosen here, so that the request sent again is the same request
     try:
         sampling = inference_pb2.SamplingParams(
             temperature=temperature,

@@ -6,6 +6,7 @@ InfiniteLLMError
 ├── UnauthenticatedError              no API key was sent, or none that is known
 ├── PermissionDeniedError             the certificate shown does not allow the call
 ├── ModelNotFoundError                no instance serves the named model
+├── RequestNotFoundError              no journal knows the request that was to be resumed
 ├── ConfigError                       a configuration is impossible
 ├── UnsupportedModelError             the checkpoint cannot be served exactly
 ├── GeometryMismatchError             a pool holds blocks of another shape
@@ -14,8 +15,10 @@ InfiniteLLMError
 ├── QueueFullError                    too many requests wait already; try again later
 ├── SessionRevokedError               a session with a KV daemon is over
 ├── StaleGenerationError              a block has been given to somebody else
+├── TakenOverError                    the request's stream was resumed elsewhere
 ├── UnavailableError                  something needed is away for the moment; try again
 │   ├── NoInstanceError               no instance is ready
+│   ├── JournalUnavailableError       the request journal cannot be read
 │   ├── NotLeaderError                this gManager stands by
 │   ├── PeerLostError                 a connection between services is gone
 │   └── ShuttingDownError             the service is ending
@@ -58,6 +61,12 @@ class ModelNotFoundError(InfiniteLLMError):
     """No instance serves the named model."""
 
     reason = "MODEL_NOT_FOUND"
+
+
+class RequestNotFoundError(InfiniteLLMError):
+    """No journal knows the request: it never was, or is forgotten by now."""
+
+    reason = "REQUEST_NOT_FOUND"
 
 
 class ConfigError(InfiniteLLMError):
@@ -108,6 +117,12 @@ class StaleGenerationError(InfiniteLLMError):
     reason = "STALE_GENERATION"
 
 
+class TakenOverError(InfiniteLLMError):
+    """The request's stream was resumed elsewhere; this one has ended."""
+
+    reason = "TAKEN_OVER"
+
+
 class UnavailableError(InfiniteLLMError):
     """Something needed is away for the moment; try again."""
 
@@ -118,6 +133,12 @@ class NoInstanceError(UnavailableError):
     """No instance is ready to compute the request."""
 
     reason = "NO_INSTANCE"
+
+
+class JournalUnavailableError(UnavailableError):
+    """The request journal cannot be read for the moment."""
+
+    reason = "JOURNAL_UNAVAILABLE"
 
 
 class NotLeaderError(UnavailableError):

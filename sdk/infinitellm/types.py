@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 FinishReason = Literal["stop", "length"]
+Prompt = str | Sequence[int]
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -44,6 +45,17 @@ class SamplingOptions(TypedDict, total=False):
     json_schema: str
     regex: str
     grammar: str
+
+
+class GenerationOptions(SamplingOptions, total=False):
+    """Everything that ``Client.generate`` takes by name, ``max_tokens`` and ``progress`` aside; see there."""
+
+    temperature: float
+    seed: int | None
+    ignore_eos: bool
+    logprobs: int
+    model: str
+    timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +108,24 @@ class Finished:
 
 
 Event = Progress | Tokens | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer.
+
+    Attributes:
+        logprobs: one for each of ``token_ids`` if they were asked for, otherwise none.
+        reason, prompt_tokens, cached_tokens: as in ``Finished``.
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

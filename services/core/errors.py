@@ -6,6 +6,7 @@
     ├── UnauthenticatedError              UNAUTHENTICATED      UNAUTHENTICATED
     ├── PermissionDeniedError             PERMISSION_DENIED    PERMISSION_DENIED
     ├── ModelNotFoundError                MODEL_NOT_FOUND      NOT_FOUND
+    ├── RequestNotFoundError              REQUEST_NOT_FOUND    NOT_FOUND
     ├── ConfigError                       CONFIG               INVALID_ARGUMENT
     ├── UnsupportedModelError             UNSUPPORTED_MODEL    FAILED_PRECONDITION
     ├── GeometryMismatchError             GEOMETRY_MISMATCH    FAILED_PRECONDITION
@@ -14,8 +15,10 @@
     ├── QueueFullError                    QUEUE_FULL           RESOURCE_EXHAUSTED
     ├── SessionRevokedError               SESSION_REVOKED      ABORTED
     ├── StaleGenerationError              STALE_GENERATION     ABORTED
+    ├── TakenOverError                    TAKEN_OVER           ABORTED
     ├── UnavailableError                  UNAVAILABLE          UNAVAILABLE
     │   ├── NoInstanceError               NO_INSTANCE          UNAVAILABLE
+    │   ├── JournalUnavailableError       JOURNAL_UNAVAILABLE  UNAVAILABLE
     │   ├── NotLeaderError                NOT_LEADER           UNAVAILABLE
     │   ├── PeerLostError                 PEER_LOST            UNAVAILABLE
     │   └── ShuttingDownError             SHUTTING_DOWN        UNAVAILABLE
@@ -64,6 +67,13 @@ class ModelNotFoundError(InfiniteLLMError):
     """No instance serves the named model."""
 
     reason = "MODEL_NOT_FOUND"
+    grpc_status = "NOT_FOUND"
+
+
+class RequestNotFoundError(InfiniteLLMError):
+    """No journal knows the request: it never was, or is forgotten by now."""
+
+    reason = "REQUEST_NOT_FOUND"
     grpc_status = "NOT_FOUND"
 
 
@@ -123,6 +133,13 @@ class StaleGenerationError(InfiniteLLMError):
     grpc_status = "ABORTED"
 
 
+class TakenOverError(InfiniteLLMError):
+    """The client has resumed the request's stream elsewhere; this one has ended."""
+
+    reason = "TAKEN_OVER"
+    grpc_status = "ABORTED"
+
+
 class UnavailableError(InfiniteLLMError):
     """Something needed is away for the moment."""
 
@@ -134,6 +151,12 @@ class NoInstanceError(UnavailableError):
     """No instance is ready to compute the request."""
 
     reason = "NO_INSTANCE"
+
+
+class JournalUnavailableError(UnavailableError):
+    """The request journal cannot be read for the moment."""
+
+    reason = "JOURNAL_UNAVAILABLE"
 
 
 class NotLeaderError(UnavailableError):

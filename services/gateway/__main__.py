@@ -81,7 +81,9 @@ async def serve(config: GatewayConfig) -> None:
     journal = (
         NoJournal()
         if config.redis_url is None
-        else RedisJournal(config.redis_url, config.cluster, config.journal_ttl_s, config.journal_buffer_bytes)
+        else RedisJournal(
+            config.redis_url, config.cluster, config.member_id, config.journal_ttl_s, config.journal_buffer_bytes
+        )
     )
     registry = make_registry()
     tracing = make_tracing(config.tracing, "gateway", config.member_id, config.cluster)

@@ -34,7 +34,7 @@ class GatewayConfig:
         vllm_metric_names: serve the core metrics under vLLM's names as well.
         tracing: where spans of requests are exported to (runtime/tracing.py); None: there are none.
         tokenizer_threads: prompts tokenized at the same time.
-        journal_ttl_s: how long Redis keeps a request.
+        journal_ttl_s: how long Redis keeps a request after its last token: so long it can be resumed.
         journal_buffer_bytes: what is kept for a Redis that is away; the oldest is dropped first.
         shutdown_grace_s: how long requests may go on after SIGTERM.
         advertise: address of the gRPC API that is registered; empty: the one it listens on.

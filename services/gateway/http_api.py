@@ -1,4 +1,4 @@
-"""The HTTP API: OpenAI's /v1/completions, /v1/chat/completions and /v1/models; /tokenize, /health, /version.
+"""The HTTP API: OpenAI's /v1/completions, /v1/chat/completions and /v1/models, and what is beside it.
 
 /openapi.json describes it.
 """
@@ -22,19 +22,20 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.core.errors import InfiniteLLMError, UnauthenticatedError
-from services.gateway.chat import ChatRenderer
 from services.gateway.chat_template import ChatTemplate, render_chat
 from services.gateway.choices import ChoiceEvent, events_of, sampling_of_choice
-from services.gateway.completion import CompletionRenderer
 from services.gateway.disconnect import ClientDisconnected, unless_disconnected
-from services.gateway.generation import GenerationService
+from services.gateway.generation import Asker, GenerationService
 from services.gateway.openai_chat import ChatRequest
 from services.gateway.openai_errors import ApiError, api_error
-from services.gateway.openai_types import CompletionRequest, SamplingRequest, parse_request
+from services.gateway.openai_types import CompletionRequest, parse_request
 from services.gateway.openapi import openapi
-from services.gateway.rendering import Frame, Renderer, usage_chunk, whole_answer
+from services.gateway.renderers import Renderers, rendering_of
+from services.gateway.rendering import whole_answer
 from services.gateway.request_span import CallersTrace, Operation
-from services.gateway.requests import Finished, GenerationRequest, NewTokens, Prompt, Sampling
+from services.gateway.requests import Finished, NewTokens, Prompt, Sampling
+from services.gateway.resume_api import KEY_NAME, Resumption
+from services.gateway.sse import generation_headers, send_stream
 from services.gateway.tokenize_api import answer_detokenize, answer_tokenize
 from services.runtime.api_keys import ApiKeys
 
@@ -107,6 +108,7 @@ def make_app(
             Route("/openapi.json", openapi_document),
             Route("/v1/completions", _Completions(service, max_body_bytes), methods=["POST"]),
             Route("/v1/chat/completions", _Chats(service, max_body_bytes, chat_template), methods=["POST"]),
+            Route("/v1/streams/{request_id}", Resumption(service), methods=["GET"]),
             Route("/tokenize", tokenize, methods=["POST"]),
             Route("/detokenize", detokenize, methods=["POST"]),
             Route("/v1/models", models),
@@ -135,7 +137,7 @@ class _KeyGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
             try:
-                self._keys.name_of(Request(scope).headers.get("authorization"))
+                scope[KEY_NAME] = self._keys.name_of(Request(scope).headers.get("authorization"))
             except UnauthenticatedError as exc:
                 error = api_error(exc)
                 response = Response(error.body(), error.status, error.headers(), media_type="application/json")
@@ -146,16 +148,11 @@ class _KeyGuard:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """One request of the API, ready to be started.
+    """One request of the API, ready to be started."""
 
-    Attributes:
-        renderer: of one choice, by its index and its admitted request.
-    """
-
-    body: SamplingRequest
+    body: CompletionRequest | ChatRequest
     prompt: Prompt
     sampling: Sampling
-    renderer: Callable[[Frame, int, GenerationRequest], Renderer]
 
 
 class _Endpoint(ABC):
@@ -180,25 +177,28 @@ class _Endpoint(ABC):
             logger.info("client disconnected")
 
     async def _answer(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
+        service, asker = self.service, Asker(scope.get(KEY_NAME, ""), rendering_of(asked.body))
         async with AsyncExitStack() as stack:
             prompt, generations = asked.prompt, []
             for index in range(asked.body.n or 1):
-                sampling = sampling_of_choice(asked.sampling, index)
-                starting = self.service.start(asked.body.model or "", prompt, sampling, operation=self.operation)
+                starting = service.start(
+                    asked.body.model or "",
+                    prompt,
+                    sampling_of_choice(asked.sampling, index),
+                    operation=self.operation,
+                    asker=asker,
+                )
                 generations.append(await stack.enter_async_context(starting))
                 prompt = generations[0].request.prompt_ids  # tokenized once
-            frame = Frame(asked.body, generations[0].request.request_id, self.service.checkpoint.name)
-            renderers = [
-                asked.renderer(frame, index, generation.request) for index, generation in enumerate(generations)
-            ]
+            requests = [generation.request for generation in generations]
+            renderers = await Renderers.of(requests, service.checkpoint.name, service.tokenizer, asked.prompt)
             events = await stack.enter_async_context(aclosing(events_of(generations)))
             # An error before the first event still gets its own status.
             first = await anext(events)
-            headers = {"x-request-id": generations[0].request.request_id}
             if asked.body.stream:
-                await _stream(first, events, renderers, frame, headers, send)
+                await send_stream(first, events, renderers, generations, send, service.resumable)
             else:
-                response = await _collect(first, events, renderers, frame, headers)
+                response = await _collect(first, events, renderers, generation_headers(generations))
                 await response(scope, receive, send)
 
 
@@ -209,22 +209,13 @@ class _Completions(_Endpoint):
 
     async def ask(self, body: bytes) -> _Asked:
         asked = parse_request(CompletionRequest, body)
-        prompt, tokenizer = asked.the_prompt(), self.service.tokenizer
-        echo = ""
-        if asked.echo:
-            if asked.logprobs is not None:
-                raise ApiError(
-                    400,
-                    "echo: not together with logprobs: the log-probabilities of a prompt's tokens are not computed",
-                    "echo",
-                )
-            echo = prompt if isinstance(prompt, str) else await tokenizer.decode(prompt)
-        return _Asked(
-            asked,
-            prompt,
-            asked.sampling(_DEFAULT_TOKENS, asked.logprobs),
-            lambda frame, index, request: CompletionRenderer(asked, frame, index, request, tokenizer, echo),
-        )
+        if asked.echo and asked.logprobs is not None:
+            raise ApiError(
+                400,
+                "echo: not together with logprobs: the log-probabilities of a prompt's tokens are not computed",
+                "echo",
+            )
+        return _Asked(asked, asked.the_prompt(), asked.sampling(_DEFAULT_TOKENS, asked.logprobs))
 
 
 class _Chats(_Endpoint):
@@ -244,13 +235,7 @@ class _Chats(_Endpoint):
         text = render_chat(self._template, asked.messages, tools)
         prompt = await self.service.tokenizer.encode(text, add_special_tokens=False)  # the template writes them
         room = max(1, self.service.max_model_len - len(prompt))
-        tokenizer = self.service.tokenizer
-        return _Asked(
-            asked,
-            prompt,
-            asked.sampling(min(_DEFAULT_CHAT_TOKENS, room), logprobs),
-            lambda frame, index, request: ChatRenderer(asked, frame, index, request, tokenizer, bool(tools)),
-        )
+        return _Asked(asked, prompt, asked.sampling(min(_DEFAULT_CHAT_TOKENS, room), logprobs))
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -269,12 +254,11 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 async def _collect(
     first: ChoiceEvent,
     rest: AsyncGenerator[ChoiceEvent, None],
-    renderers: Sequence[Renderer],
-    frame: Frame,
+    renderers: Renderers,
     headers: dict[str, str],
 ) -> Response:
     """The whole answer in one JSON object."""
-    tokens: list[list[NewTokens]] = [[] for _ in renderers]
+    tokens: list[list[NewTokens]] = [[] for _ in renderers.choices]
     ends: dict[int, Finished] = {}
     index, event = first
     while True:
@@ -282,51 +266,11 @@ async def _collect(
             tokens[index].append(event)
         elif isinstance(event, Finished):
             ends[index] = event
-        if len(ends) == len(renderers):
+        if len(ends) == len(renderers.choices):
             break
         index, event = await anext(rest)
-    body = whole_answer(frame, renderers, tokens, [ends[index] for index in range(len(ends))])
+    body = whole_answer(renderers.frame, renderers.choices, tokens, [ends[index] for index in range(len(ends))])
     return Response(body, media_type="application/json", headers=headers)
-
-
-async def _stream(
-    first: ChoiceEvent,
-    rest: AsyncGenerator[ChoiceEvent, None],
-    renderers: Sequence[Renderer],
-    frame: Frame,
-    headers: dict[str, str],
-    send: Send,
-) -> None:
-    """Server-sent events. An error in the middle becomes an event of its own, and no [DONE] follows it."""
-    headers = headers | {
-        "content-type": "text/event-stream; charset=utf-8",
-        "cache-control": "no-cache",
-        "x-accel-buffering": "no",
-    }
-    raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
-    ends: dict[int, Finished] = {}
-    index, event = first
-    try:
-        while True:
-            if isinstance(event, NewTokens):
-                await _send_event(send, renderers[index].tokens_chunk(event))
-            elif isinstance(event, Finished):
-                ends[index] = event
-                await _send_event(send, renderers[index].last_chunk(event))
-            if len(ends) == len(renderers):
-                break
-            index, event = await anext(rest)
-        if frame.asks_for_usage:
-            await _send_event(send, usage_chunk(frame, renderers, [ends[index] for index in range(len(ends))]))
-        await _send_event(send, b"[DONE]")
-    except InfiniteLLMError as exc:
-        await _send_event(send, api_error(exc).body())
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _send_event(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
 
 
 def _model(service: GenerationService, created: int) -> dict[str, Any]:

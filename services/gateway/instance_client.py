@@ -137,8 +137,9 @@ class InstanceClient:
     def submit(self, request: GenerationRequest, generated: Sequence[int]) -> Attempt:
         """Sends a request, with the tokens generated elsewhere before. Only while ``ready``."""
         assert self._outgoing is not None
-        attempt = Attempt(self, request.request_id, len(request.prompt_ids) + len(generated))
-        self._attempts[request.request_id] = attempt
+        request_id = request.instance_request_id
+        attempt = Attempt(self, request_id, len(request.prompt_ids) + len(generated))
+        self._attempts[request_id] = attempt
         self._outstanding_tokens += attempt.num_tokens
         self.room_tokens -= attempt.num_tokens
         self._outgoing.put_nowait(instance_pb2.ServeRequest(submit=_submission(request, generated)))
@@ -258,7 +259,7 @@ async def _drain(outgoing: Outgoing) -> AsyncIterator[instance_pb2.ServeRequest]
 
 def _submission(request: GenerationRequest, generated: Sequence[int]) -> instance_pb2.SubmitRequest:
     return instance_pb2.SubmitRequest(
-        request_id=request.request_id,
+        request_id=request.instance_request_id,
         token_ids=[*request.prompt_ids, *generated],
         prompt_tokens=len(request.prompt_ids),
         max_tokens=request.max_tokens,

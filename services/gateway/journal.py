@@ -1,25 +1,25 @@
 """The request journal in Redis: what was asked, and what has been answered so far.
 
-    infinite-llm:{cluster}:request:{id}         hash    prompt (uint32 little-endian), parameters (JSON), arrival, state
-    infinite-llm:{cluster}:request:{id}:tokens  string  generated ids (uint32 little-endian)
+    infinite-llm:{cluster}:request:{id}         hash    prompt (uint32 little-endian), parameters (JSON), key_name,
+                                                        owner, takeovers, state
+    infinite-llm:{cluster}:request:{id}:tokens  string  generated ids (uint32 little-endian): the answer's beginning
 
-It is written behind the requests: nothing waits for it, and a Redis that is away or hangs never changes a token. A
-request's tokens are gathered for ``BATCH_DELAY_S`` and written at once. While Redis is away entries queue up; beyond
-``buffer_bytes`` the oldest are dropped. A request of which anything was dropped is not continued in the journal and
-marked "incomplete", so that a record is either whole up to some token or says so.
+It is written behind the requests: nothing waits for it, and a Redis that is away or hangs never changes a token. What
+was asked is written as soon as it is known; tokens are gathered for ``BATCH_DELAY_S``, so the journal is about that far
+behind. While Redis is away entries queue up; beyond ``buffer_bytes`` the oldest are dropped. A request that lost any is
+not continued in the journal and marked "incomplete". It is read when a client resumes a stream, and the request then
+belongs to whoever read it (journal_record.py): whoever had it before learns that with its next write.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import logging
-import sys
 import time
-from array import array
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import redis.asyncio
@@ -28,7 +28,19 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from services.gateway.requests import GenerationRequest
+from services.core.errors import JournalUnavailableError, RequestNotFoundError
+from services.gateway.journal_record import (
+    TAKE_OVER,
+    TAKEN_OVER,
+    WRITE_ENDED,
+    WRITE_STARTED,
+    WRITE_TOKENS,
+    JournalRecord,
+    fields_of,
+    record_of,
+)
+from services.gateway.position import pack_ids
+from services.gateway.requests import GenerationRequest, Tenure
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +58,7 @@ _KEEP_INTERVAL = 0.25
 
 @dataclass(frozen=True, slots=True)
 class JournalStats:
-    """How writing goes, since the start: failed writes (which are tried again), entries dropped; and what waits now."""
+    """Since the start: failed reads and writes (these are tried again), entries dropped; and what waits now."""
 
     failures: int = 0
     dropped_entries: int = 0
@@ -54,18 +66,29 @@ class JournalStats:
 
 
 class Journal(Protocol):
-    """Takes note of requests. No method waits or fails."""
+    """Takes note of requests. No method but ``take_over`` waits or fails."""
 
     @property
     def stats(self) -> JournalStats: ...
 
-    def started(self, request: GenerationRequest) -> None: ...
+    @property
+    def resumable(self) -> bool:
+        """Whether requests can be taken over at all."""
 
-    def tokens(self, request_id: str, first: int, token_ids: Sequence[int]) -> None:
+    def started(self, request: GenerationRequest, on_taken_over: Callable[[], None]) -> None:
+        """A request begins here, or goes on here. ``on_taken_over`` is called at most once, before ``ended``."""
+
+    def tokens(self, tenure: Tenure, first: int, token_ids: Sequence[int]) -> None:
         """Tokens number ``first``, ``first + 1``, ... of the answer."""
 
-    def ended(self, request_id: str, state: str) -> None:
+    def ended(self, tenure: Tenure, state: str) -> None:
         """``state``: "stop", "length", "aborted" or an error's reason."""
+
+    async def take_over(self, request_id: str, key_name: str) -> JournalRecord:
+        """The request belongs to this gateway from now on, whoever had it.
+
+        Raises: RequestNotFoundError, also for one of another API key; JournalUnavailableError.
+        """
 
     async def close(self) -> None:
         """Writes what it can in a moment, then lets go."""
@@ -75,15 +98,19 @@ class NoJournal:
     """Keeps nothing."""
 
     stats = JournalStats()
+    resumable = False
 
-    def started(self, request: GenerationRequest) -> None:
+    def started(self, request: GenerationRequest, on_taken_over: Callable[[], None]) -> None:
         return
 
-    def tokens(self, request_id: str, first: int, token_ids: Sequence[int]) -> None:
+    def tokens(self, tenure: Tenure, first: int, token_ids: Sequence[int]) -> None:
         return
 
-    def ended(self, request_id: str, state: str) -> None:
+    def ended(self, tenure: Tenure, state: str) -> None:
         return
+
+    async def take_over(self, request_id: str, key_name: str) -> JournalRecord:
+        raise RequestNotFoundError("this gateway keeps no journal, so nothing can be resumed; send the request again")
 
     async def close(self) -> None:
         return
@@ -91,21 +118,19 @@ class NoJournal:
 
 @dataclass(frozen=True, slots=True)
 class _Started:
-    request_id: str
-    prompt: bytes
-    parameters: str
-    arrival: float
+    tenure: Tenure
+    fields: dict[str, str | bytes]
 
     @property
     def size(self) -> int:
-        return ENTRY_BYTES + len(self.prompt)
+        return ENTRY_BYTES + sum(map(len, self.fields.values()))
 
 
 @dataclass(slots=True)
 class _Tokens:
     """Grows until it is written."""
 
-    request_id: str
+    tenure: Tenure
     # Index of the first: writing the same entry twice changes nothing.
     first: int
     ids: list[int]
@@ -117,7 +142,7 @@ class _Tokens:
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    request_id: str
+    tenure: Tenure
     state: str
 
     @property
@@ -131,7 +156,14 @@ _Entry = _Started | _Tokens | _Ended
 class RedisJournal:
     """Writes batches of entries from a task of its own; a failed batch is written again when Redis is back."""
 
-    def __init__(self, url: str, cluster: str, ttl_s: int, buffer_bytes: int) -> None:
+    resumable = True
+
+    def __init__(self, url: str, cluster: str, owner: str, ttl_s: int, buffer_bytes: int) -> None:
+        """
+        Args:
+            owner: this gateway's id.
+            ttl_s: how long a record is kept after the last write.
+        """
         self._redis = redis.asyncio.Redis.from_url(
             url,
             socket_timeout=SOCKET_TIMEOUT_S,
@@ -139,52 +171,68 @@ class RedisJournal:
             retry=Retry(NoBackoff(), 0),
         )
         self._prefix = f"infinite-llm:{cluster}:request:"
+        self._owner = owner
         self._ttl_s = ttl_s
         self._buffer_bytes = buffer_bytes
         self._entries: deque[_Entry] = deque()
         self._queued_bytes = 0
         self._failures = self._dropped = 0
         # Entries of the queue that take further tokens, by request.
-        self._growing: dict[str, _Tokens] = {}
+        self._growing: dict[Tenure, _Tokens] = {}
         # Requests that lost an entry; each until its end is written or lost as well.
-        self._incomplete: set[str] = set()
+        self._incomplete: set[Tenure] = set()
         # When the keys of running requests are to be given their time to live anew, on the monotonic clock.
-        self._keep_at: dict[str, float] = {}
+        self._keep_at: dict[Tenure, float] = {}
+        # Whom to tell that a running request has been taken over.
+        self._owners: dict[Tenure, Callable[[], None]] = {}
         self._wake = asyncio.Event()
+        # A request has begun: it is written at once, long before it has a token that could be lost.
+        self._begun = asyncio.Event()
         self._task = asyncio.create_task(self._write_forever(), name="journal")
 
     @property
     def stats(self) -> JournalStats:
         return JournalStats(self._failures, self._dropped, self._queued_bytes)
 
-    def started(self, request: GenerationRequest) -> None:
-        parameters = json.dumps(
-            {
-                "max_tokens": request.max_tokens,
-                "temperature": request.temperature,
-                "seed": request.seed,
-                "stop_token_ids": request.stop_token_ids,
-                "logprobs": request.logprobs,
-                "shaping": asdict(request.shaping),
-                "structure": None if request.structure is None else asdict(request.structure),
-            }
-        )
-        self._put(_Started(request.request_id, _pack(request.prompt_ids), parameters, request.arrival_time))
+    def started(self, request: GenerationRequest, on_taken_over: Callable[[], None]) -> None:
+        self._owners[request.tenure] = on_taken_over
+        if not request.takeovers:  # otherwise it is there
+            self._put(_Started(request.tenure, fields_of(request, self._owner)))
+            self._begun.set()
 
-    def tokens(self, request_id: str, first: int, token_ids: Sequence[int]) -> None:
-        entry = self._growing.get(request_id)
+    def tokens(self, tenure: Tenure, first: int, token_ids: Sequence[int]) -> None:
+        entry = self._growing.get(tenure)
         if entry is None:
-            entry = _Tokens(request_id, first, list(token_ids))
+            entry = _Tokens(tenure, first, list(token_ids))
             if self._put(entry):
-                self._growing[request_id] = entry
+                self._growing[tenure] = entry
             return
         entry.ids.extend(token_ids)
         self._queued_bytes += ID_BYTES * len(token_ids)
         self._drop_overflow()
 
-    def ended(self, request_id: str, state: str) -> None:
-        self._growing.pop(request_id, None)
-        self._put(_Ended(request_id, state))
+    def ended(self, tenure: Tenure, state: str) -> None:
+        self._owners.pop(tenure, None)
+        self._growing.pop(tenure, None)
+        self._put(_Ended(tenure, state))
+
+    async def take_over(self, request_id: str, key_name: str) -> JournalRecord:
+        key = self._prefix + request_id
+        try:
+            answer = await self._redis.eval(TAKE_OVER, 2, key, key + ":tokens", self._owner, self._ttl_s, key_name)
+        except (RedisError, OSError, TimeoutError) as exc:
+            self._failures += 1
+            logger.warning("journal: not read, the stream cannot be resumed: %s", exc, extra={"request_id": request_id})
+            raise JournalUnavailableError(
+                "the request journal cannot be read for the moment; try again, or send the request again"
+            ) from exc
+        if answer is None:
+            raise RequestNotFoundError(
+                f"the journal does not know a request {request_id!r}: it keeps requests for {self._ttl_s} s; "
+                "send the request again"
+            )
+        fields, tokens = answer
+        return record_of(request_id, dict(zip(fields[::2], fields[1::2], strict=True)), tokens)
 
     async def close(self) -> None:
         self._task.cancel()
@@ -199,7 +247,7 @@ class RedisJournal:
 
     def _put(self, entry: _Entry) -> bool:
         """Queues an entry; answers whether it is still there afterwards."""
-        if entry.request_id in self._incomplete and not isinstance(entry, _Ended):
+        if entry.tenure in self._incomplete and not isinstance(entry, _Ended):
             return False
         self._entries.append(entry)
         self._queued_bytes += entry.size
@@ -213,17 +261,20 @@ class RedisJournal:
             self._dropped += 1
             self._queued_bytes -= dropped.size
             if isinstance(dropped, _Ended):
-                self._incomplete.discard(dropped.request_id)
-                self._keep_at.pop(dropped.request_id, None)
+                self._incomplete.discard(dropped.tenure)
+                self._keep_at.pop(dropped.tenure, None)
             else:
-                self._growing.pop(dropped.request_id, None)
-                self._incomplete.add(dropped.request_id)
+                self._growing.pop(dropped.tenure, None)
+                self._incomplete.add(dropped.tenure)
 
     async def _write_forever(self) -> None:
         away, backoff_s = False, 0.1
         while True:
             await self._wake.wait()
-            await asyncio.sleep(BATCH_DELAY_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BATCH_DELAY_S):
+                    await self._begun.wait()
+            self._begun.clear()
             try:
                 due = len(self._entries)  # what comes meanwhile is gathered again
                 while due > 0 and self._entries:
@@ -252,42 +303,33 @@ class RedisJournal:
         pipeline = self._redis.pipeline(transaction=False)
         for entry in batch:
             self._write(pipeline, entry)
-        await pipeline.execute()
-        for entry in batch:
+        for entry, answer in zip(batch, await pipeline.execute(), strict=True):
+            if answer == TAKEN_OVER and (on_taken_over := self._owners.pop(entry.tenure, None)) is not None:
+                on_taken_over()
             # While Redis was being waited for, an overflow may have dropped the oldest ones already.
             if self._entries and self._entries[0] is entry:
                 self._entries.popleft()
                 self._queued_bytes -= entry.size
                 if isinstance(entry, _Ended):
-                    self._incomplete.discard(entry.request_id)
+                    self._incomplete.discard(entry.tenure)
         return len(batch)
 
     def _write(self, pipeline: Pipeline, entry: _Entry) -> None:
-        """Adds an entry's commands."""
-        key = self._prefix + entry.request_id
-        tokens_key = key + ":tokens"
+        """Adds an entry's one command."""
+        tenure, ttl_s = entry.tenure, self._ttl_s
+        arguments: list[str | bytes | int]
         if isinstance(entry, _Started):
-            fields = {"prompt": entry.prompt, "parameters": entry.parameters, "arrival": repr(entry.arrival)}
-            pipeline.hset(key, mapping={**fields, "state": "running"})
-            pipeline.expire(key, self._ttl_s)
-            return
-        now = time.monotonic()
-        if isinstance(entry, _Tokens):
-            self._growing.pop(entry.request_id, None)  # what comes from now on is not in this batch
-            pipeline.setrange(tokens_key, ID_BYTES * entry.first, _pack(entry.ids))
-            if now < self._keep_at.get(entry.request_id, 0.0):
-                return
-            self._keep_at[entry.request_id] = now + _KEEP_INTERVAL * self._ttl_s
+            script, arguments = WRITE_STARTED, [part for field in entry.fields.items() for part in field]
+        elif isinstance(entry, _Tokens):
+            self._growing.pop(tenure, None)  # what comes from now on is not in this batch
+            script, arguments = WRITE_TOKENS, [ID_BYTES * entry.first, pack_ids(entry.ids)]
+            now = time.monotonic()
+            if now < self._keep_at.get(tenure, 0.0):
+                ttl_s = 0
+            else:
+                self._keep_at[tenure] = now + _KEEP_INTERVAL * self._ttl_s
         else:
-            pipeline.hset(key, "state", "incomplete" if entry.request_id in self._incomplete else entry.state)
-            self._keep_at.pop(entry.request_id, None)
-        pipeline.expire(key, self._ttl_s)
-        pipeline.expire(tokens_key, self._ttl_s)
-
-
-def _pack(token_ids: Sequence[int]) -> bytes:
-    """uint32 little-endian."""
-    packed = array("I", token_ids)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
+            script, arguments = WRITE_ENDED, ["incomplete" if tenure in self._incomplete else entry.state]
+            self._keep_at.pop(tenure, None)
+        key = self._prefix + tenure.request_id
+        pipeline.eval(script, 2, key, key + ":tokens", tenure.takeovers, ttl_s, *arguments)

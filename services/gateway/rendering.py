@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -25,14 +24,14 @@ class Frame:
     """What is around the choices of one answer.
 
     Args:
-        answer_id: the client's name for it.
+        first: the request of its first choice, whose id is the client's name for the answer.
     """
 
-    def __init__(self, asked: SamplingRequest, answer_id: str, model: str) -> None:
+    def __init__(self, asked: SamplingRequest, first: GenerationRequest, model: str) -> None:
         self.asks_for_usage = asked.asks_for_usage
-        self._answer_id = answer_id
+        self._answer_id = first.request_id
         self._model = model
-        self._created = int(time.time())
+        self._created = int(first.arrival_time)  # at every gateway the same
 
     def object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

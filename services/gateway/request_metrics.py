@@ -29,6 +29,7 @@ class RequestMetrics:
         self.prompt_tokens = metrics.PROMPT_TOKENS.counter(registry)
         self.cached_prompt_tokens = metrics.CACHED_PROMPT_TOKENS.counter(registry)
         self.generation_tokens = metrics.GENERATION_TOKENS.counter(registry)
+        self.resumed = metrics.RESUMED.counter(registry)
         self.failovers = metrics.FAILOVERS.counter(registry)
 
 
@@ -53,6 +54,9 @@ class MeasuredRequest:
 
     def admitted(self, prompt_tokens: int) -> None:
         self._of_all.prompt_tokens.inc(prompt_tokens)
+
+    def resumed(self) -> None:
+        self._of_all.resumed.inc()
 
     def tokens(self, count: int) -> None:
         """So many tokens came at once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from services.core.shaping import UNSHAPED, LogitShaping
 from services.core.structure import Structure
@@ -38,6 +38,13 @@ class Sampling:
     structure: Structure | None = None
 
 
+class Tenure(NamedTuple):
+    """One gateway's time with one request: it ends when another gateway, or the same one again, takes it over."""
+
+    request_id: str
+    takeovers: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """An admitted request: tokenized, checked against the model's limits, with a seed of its own.
@@ -51,6 +58,10 @@ class GenerationRequest:
         progress: prefill progress is wanted.
         arrival_time: Unix time in seconds.
         traceparent: of its span, as W3C's Trace Context writes it; empty where it is not traced.
+        model: the name of the model that it was admitted for.
+        rendering: how its API writes the answer, as renderers.py takes it; "" says nothing.
+        key_name: name of the API key that it came with; "" where none is asked for.
+        takeovers: how often it went from one gateway to another.
     """
 
     request_id: str
@@ -67,6 +78,19 @@ class GenerationRequest:
     include_stop: bool = False
     traceparent: str = ""
     structure: Structure | None = None
+    model: str = ""
+    rendering: str = ""
+    key_name: str = ""
+    takeovers: int = 0
+
+    @property
+    def tenure(self) -> Tenure:
+        return Tenure(self.request_id, self.takeovers)
+
+    @property
+    def instance_request_id(self) -> str:
+        """Its name at instances: one that was taken over may still be computed there for the gateway before."""
+        return f"{self.request_id}.{self.takeovers}" if self.takeovers else self.request_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +149,13 @@ class NewTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Repeated:
+    """What tokens that the client has already added to the text: not sent again, but a renderer must know of it."""
+
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The end. ``text`` is what was held back until now and never became a whole character."""
 
@@ -135,4 +166,4 @@ class Finished:
     text: str
 
 
-Event = NewTokens | Progress | Finished
+Event = NewTokens | Repeated | Progress | Finished

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 import grpc.aio
@@ -15,9 +15,10 @@ from services.core.placement import PoolStats
 from services.core.shaping import LogitShaping
 from services.core.structure import Structure
 from services.gateway.cluster import ClusterState, InstanceView, KvDaemonView, RequestView
-from services.gateway.generation import GenerationService
+from services.gateway.generation import Asker, Generation, GenerationService
 from services.gateway.gmanager_client import GManagerClient
 from services.gateway.openai_types import MAX_LOGPROBS
+from services.gateway.position import START
 from services.gateway.requests import (
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
@@ -25,6 +26,7 @@ from services.gateway.requests import (
     Finished,
     NewTokens,
     Progress,
+    Repeated,
     Sampling,
 )
 from services.runtime.api_keys import ApiKeys
@@ -38,7 +40,7 @@ _FINISH_REASON = {
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    """``Generate``. Cancelling the call cancels the handler, which ends the request."""
+    """``Generate`` and ``Resume``. Cancelling the call cancels the handler, which ends the request."""
 
     def __init__(self, service: GenerationService, keys: ApiKeys | None) -> None:
         self._service = service
@@ -47,15 +49,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        _check_key(self._keys, context)
-        prompt = _prompt(request)
-        async with (
-            self._service.start(request.model, prompt, _sampling(request.sampling), request.progress) as generation,
-            aclosing(generation.events()) as events,
-        ):
-            async for event in events:
-                for response in _responses(generation.request.request_id, event):
-                    yield response
+        asker = Asker(_check_key(self._keys, context))
+        sampling, received = _sampling(request.sampling), list(request.received.ids)
+        if received and sampling.temperature > 0 and sampling.seed is None:
+            raise InvalidRequestError("received: above temperature 0 the same sampling.seed is needed to go on")
+        started = self._service.start(request.model, _prompt(request), sampling, request.progress, asker, received)
+        async with aclosing(_answer(started)) as responses:
+            async for response in responses:
+                yield response
+
+    async def Resume(
+        self, request: inference_pb2.ResumeRequest, context: Context
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        key_name, received = _check_key(self._keys, context), list(request.received.ids)
+        resumed = self._service.resume(request.request_id, key_name, START.after(received), received)
+        async with aclosing(_answer(resumed)) as responses:
+            async for response in responses:
+                yield response
 
 
 class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
@@ -73,10 +83,21 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         return _cluster_status(await self._gmanager.cluster_state(), self._model)
 
 
-def _check_key(keys: ApiKeys | None, context: Context) -> None:
-    if keys is not None:
-        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        keys.name_of(metadata.get("authorization"))
+async def _answer(
+    generation_context: AbstractAsyncContextManager[Generation],
+) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+    async with generation_context as generation, aclosing(generation.events()) as events:
+        async for event in events:
+            for response in _responses(generation.request.request_id, event):
+                yield response
+
+
+def _check_key(keys: ApiKeys | None, context: Context) -> str:
+    """The name of the caller's key; "" where none is asked for."""
+    if keys is None:
+        return ""
+    metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    return keys.name_of(metadata.get("authorization"))
 
 
 def _prompt(request: inference_pb2.GenerateRequest) -> str | list[int]:
@@ -135,6 +156,8 @@ def _responses(request_id: str, event: Event) -> list[inference_pb2.GenerateResp
         return [inference_pb2.GenerateResponse(request_id=request_id, progress=progress)]
     if isinstance(event, NewTokens):
         return [inference_pb2.GenerateResponse(request_id=request_id, tokens=_tokens(event, event.text))]
+    if isinstance(event, Repeated):
+        return []
     responses = []
     if event.text:
         rest = _tokens(NewTokens((), (), ()), event.text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from infinitellm import Client, ClusterStatus, RequestStatus
+from infinitellm import Client, ClusterStatus, RequestStatus, RetryPolicy
 from services.launcher.console import table
 
 _TIMEOUT_S = 5.0
@@ -13,7 +13,7 @@ _TIMEOUT_S = 5.0
 
 def status(grpc_address: str, api_key: str | None, *, as_json: bool) -> int:
     """Prints the cluster's state; answers the exit code."""
-    with Client(grpc_address, api_key=api_key) as client:
+    with Client(grpc_address, api_key=api_key, retry=RetryPolicy(attempts=1)) as client:
         state = client.cluster_status(_TIMEOUT_S)
     print(json.dumps(dataclasses.asdict(state), indent=2) if as_json else status_text(state))
     return 0

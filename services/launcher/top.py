@@ -8,7 +8,7 @@ import time
 from collections import Counter
 
 import infinitellm
-from infinitellm import Client, ClusterStatus, KvDaemonStatus
+from infinitellm import Client, ClusterStatus, KvDaemonStatus, RetryPolicy
 from services.launcher.console import table
 
 _BAR = 30  # characters
@@ -24,7 +24,7 @@ def top(address: str, api_key: str | None, interval_s: float, frames: int | None
         infinitellm.InfiniteLLMError: the first answer was an error.
     """
     shown = 0
-    with Client(address, api_key=api_key) as client:
+    with Client(address, api_key=api_key, retry=RetryPolicy(attempts=1)) as client:
         try:
             while frames is None or shown < frames:
                 if shown:

@@ -24,6 +24,7 @@ CALLERS: Mapping[str, frozenset[Role]] = {
     f"{_INTERNAL}.KvDaemonService/Release": frozenset({"instance"}),
     f"{_INTERNAL}.KvDaemonService/GetPool": frozenset({"instance", "gmanager"}),
     f"{_PUBLIC}.InferenceService/Generate": frozenset({"client"}),
+    f"{_PUBLIC}.InferenceService/Resume": frozenset({"client"}),
     f"{_PUBLIC}.ClusterService/GetClusterStatus": frozenset({"client"}),
 }
 

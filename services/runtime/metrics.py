@@ -76,8 +76,11 @@ FAILOVERS = _counter(
 CONNECTED_INSTANCES = _gauge(
     "infinite_llm_connected_instances", "Instances that this gateway can submit requests to.", "gateway"
 )
+RESUMED = _counter("infinite_llm_resumed_requests_total", "Streams that a client resumed at this gateway.", "gateway")
 JOURNAL_FAILURES = _counter(
-    "infinite_llm_journal_failures_total", "Writes to Redis that failed; they are tried again.", "gateway"
+    "infinite_llm_journal_failures_total",
+    "Writes to Redis that failed and are tried again, and reads that failed.",
+    "gateway",
 )
 JOURNAL_DROPPED = _counter(
     "infinite_llm_journal_dropped_entries_total",

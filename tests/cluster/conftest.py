@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from http_rig import HttpRig, running_rig
 from random_llama import write_random_llama
+from redis_process import RedisProcess
 from transformers import LlamaForCausalLM
 
 from services.launcher.needle.checkpoint import write_checkpoint
@@ -79,3 +81,10 @@ def http_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpRig]:
     """Shared by a file's tests: see http_rig.py."""
     with running_rig(tmp_path_factory.mktemp("gateway")) as rig:
         yield rig
+
+
+@pytest.fixture
+def redis_process(tmp_path: Path) -> Iterator[RedisProcess]:
+    process = RedisProcess(tmp_path)
+    yield process
+    process.signal(signal.SIGKILL)

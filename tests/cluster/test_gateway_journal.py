@@ -3,69 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import signal
 import struct
-import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import redis
-from gateway_rig import PlayedInstance, Script, expected_tokens, free_port, gateway, service, until, write_checkpoint
+from gateway_rig import PlayedInstance, Script, expected_tokens, gateway, service, until, write_checkpoint
+from redis_process import RedisProcess
 
+from services.core.errors import RequestNotFoundError
 from services.gateway.journal import RedisJournal
-from services.gateway.requests import GenerationRequest
-from services.launcher.binaries import find_binary
+from services.gateway.requests import GenerationRequest, Tenure
 from services.runtime.etcd import EtcdClient
 
 pytestmark = pytest.mark.cluster
 
 
-class RedisProcess:
-    """One redis-server that can be killed, stopped and started again."""
-
-    def __init__(self, directory: Path) -> None:
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._directory = directory
-        self._process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
-        command = [str(find_binary("redis-server")), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        with (self._directory / "redis.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, cwd=self._directory)
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                self.client().ping()
-                return
-            except redis.exceptions.ConnectionError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-
-    def client(self) -> redis.Redis:
-        return redis.Redis(port=self.port, socket_timeout=5)
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
-        if number == signal.SIGKILL:
-            self._process.wait(timeout=10)
-
-
-@pytest.fixture
-def redis_process(tmp_path: Path) -> Iterator[RedisProcess]:
-    process = RedisProcess(tmp_path)
-    yield process
-    process.signal(signal.SIGKILL)
-
-
 def request(request_id: str, prompt: tuple[int, ...] = (1, 2, 300)) -> GenerationRequest:
     return GenerationRequest(request_id, prompt, 8, 0.5, 2**63, (3,), 0, False, 12.25)
+
+
+def never() -> None:
+    raise AssertionError("nobody takes it over")
 
 
 def record(server: RedisProcess, request_id: str) -> tuple[dict[bytes, bytes], list[int]]:
@@ -77,17 +39,17 @@ def record(server: RedisProcess, request_id: str) -> tuple[dict[bytes, bytes], l
 
 def test_what_is_written(redis_process: RedisProcess) -> None:
     async def scenario() -> None:
-        journal = RedisJournal(redis_process.url, "c", ttl_s=60, buffer_bytes=1 << 20)
-        journal.started(request("r"))
-        journal.tokens("r", 0, (5, 6))
-        journal.tokens("r", 2, (70_000,))
+        journal = RedisJournal(redis_process.url, "c", "gateway-0", ttl_s=60, buffer_bytes=1 << 20)
+        journal.started(request("r"), never)
+        journal.tokens(Tenure("r"), 0, (5, 6))
+        journal.tokens(Tenure("r"), 2, (70_000,))
         await until(lambda: record(redis_process, "r")[1] == [5, 6, 70_000], "the tokens are there")
         fields, _ = record(redis_process, "r")
         assert struct.unpack("<3I", fields[b"prompt"]) == (1, 2, 300)
         assert json.loads(fields[b"parameters"])["seed"] == 2**63
-        assert fields[b"arrival"] == b"12.25"
+        assert json.loads(fields[b"parameters"])["arrival_time"] == 12.25
         assert fields[b"state"] == b"running"
-        journal.ended("r", "stop")
+        journal.ended(Tenure("r"), "stop")
         await journal.close()
         assert record(redis_process, "r")[0][b"state"] == b"stop"
         client = redis_process.client()
@@ -100,10 +62,10 @@ def test_what_is_written(redis_process: RedisProcess) -> None:
 def test_tokens_that_come_quickly_are_written_at_once_and_a_long_request_is_kept(redis_process: RedisProcess) -> None:
     async def scenario() -> None:
         client = redis_process.client()
-        journal = RedisJournal(redis_process.url, "c", ttl_s=2, buffer_bytes=1 << 20)
-        journal.started(request("r"))
+        journal = RedisJournal(redis_process.url, "c", "gateway-0", ttl_s=2, buffer_bytes=1 << 20)
+        journal.started(request("r"), never)
         for index in range(300):
-            journal.tokens("r", index, (index,))
+            journal.tokens(Tenure("r"), index, (index,))
             await asyncio.sleep(0.01)  # in all, longer than it is kept without being written to
         await journal.close()
         assert record(redis_process, "r")[1] == list(range(300))
@@ -115,11 +77,11 @@ def test_tokens_that_come_quickly_are_written_at_once_and_a_long_request_is_kept
 
 def test_a_redis_that_comes_back_gets_everything(redis_process: RedisProcess, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
-        journal = RedisJournal(redis_process.url, "c", ttl_s=60, buffer_bytes=1 << 20)
+        journal = RedisJournal(redis_process.url, "c", "gateway-0", ttl_s=60, buffer_bytes=1 << 20)
         redis_process.signal(signal.SIGKILL)
-        journal.started(request("r"))
+        journal.started(request("r"), never)
         for index in range(600):  # more than one batch
-            journal.tokens("r", index, (index,))
+            journal.tokens(Tenure("r"), index, (index,))
             if index % 100 == 0:
                 await asyncio.sleep(0.1)
         redis_process.start()
@@ -136,14 +98,14 @@ def test_a_redis_that_comes_back_gets_everything(redis_process: RedisProcess, ca
 def test_overflow_drops_the_oldest_and_says_so(redis_process: RedisProcess) -> None:
     async def scenario() -> None:
         redis_process.signal(signal.SIGKILL)
-        journal = RedisJournal(redis_process.url, "c", ttl_s=60, buffer_bytes=1_300)
-        journal.started(request("old"))
+        journal = RedisJournal(redis_process.url, "c", "gateway-0", ttl_s=60, buffer_bytes=1_300)
+        journal.started(request("old"), never)
         for index in range(100):
-            journal.tokens("old", index, (index,))
-        journal.ended("old", "length")
-        journal.started(request("new"))
-        journal.tokens("new", 0, (9,))
-        journal.ended("new", "length")
+            journal.tokens(Tenure("old"), index, (index,))
+        journal.ended(Tenure("old"), "length")
+        journal.started(request("new"), never)
+        journal.tokens(Tenure("new"), 0, (9,))
+        journal.ended(Tenure("new"), "length")
         redis_process.start()
         await until(lambda: record(redis_process, "new")[0].get(b"state") == b"length", "the new one is there")
         assert record(redis_process, "new")[1] == [9]
@@ -186,3 +148,59 @@ def test_requests_go_on_without_redis(
     ):
         asyncio.run(scenario())
     assert running.process.returncode == 0
+
+
+def test_whoever_was_taken_over_writes_no_more_and_is_told(redis_process: RedisProcess) -> None:
+    async def scenario() -> None:
+        old, new = (RedisJournal(redis_process.url, "c", name, ttl_s=60, buffer_bytes=1 << 20) for name in ("a", "b"))
+        told: list[str] = []
+        asked = dataclasses.replace(request("r"), stop=("ä",), rendering="{}", key_name="ann", model="m", progress=True)
+        old.started(asked, lambda: told.append("a"))
+        old.tokens(asked.tenure, 0, (5, 6))
+        await until(lambda: record(redis_process, "r")[1] == [5, 6], "the tokens are there")
+        for unknown in (("r", "bob"), ("r", ""), ("s", "ann")):
+            with pytest.raises(RequestNotFoundError):
+                await new.take_over(*unknown)
+        taken, tokens = await new.take_over("r", "ann")
+        assert list(tokens) == [5, 6]
+        assert (list(taken.prompt_ids), taken.tenure) == ([1, 2, 300], Tenure("r", 1))
+        assert dataclasses.replace(taken, prompt_ids=asked.prompt_ids, takeovers=0) == asked
+
+        new.started(taken, lambda: told.append("b"))
+        old.tokens(asked.tenure, 2, (7, 7, 7))
+        await until(lambda: told == ["a"], "the old owner is told")
+        new.tokens(taken.tenure, 2, (8,))
+        await until(lambda: record(redis_process, "r")[1] == [5, 6, 8], "the new owner's tokens are there")
+        old.ended(asked.tenure, "aborted")
+        await old.close()
+        fields, tokens = record(redis_process, "r")
+        assert (fields[b"state"], fields[b"owner"], fields[b"takeovers"], tokens) == (b"running", b"b", b"1", [5, 6, 8])
+        new.ended(taken.tenure, "stop")
+        await new.close()
+        assert record(redis_process, "r")[0][b"state"] == b"stop"
+        assert told == ["a"]
+
+    asyncio.run(scenario())
+
+
+def test_a_record_has_no_gap_whatever_redis_forgets(redis_process: RedisProcess) -> None:
+    async def scenario() -> None:
+        journal = RedisJournal(redis_process.url, "c", "gateway-0", ttl_s=60, buffer_bytes=1 << 20)
+        client = redis_process.client()
+        for name in ("whole", "tokens"):
+            journal.started(request(name), never)
+            journal.tokens(Tenure(name), 0, (5, 6))
+        await until(lambda: record(redis_process, "tokens")[1] == [5, 6], "the tokens are there")
+        client.delete("infinite-llm:c:request:whole", "infinite-llm:c:request:whole:tokens")
+        client.delete("infinite-llm:c:request:tokens:tokens")
+        for name in ("whole", "tokens"):
+            journal.tokens(Tenure(name), 2, (7,))
+            journal.ended(Tenure(name), "stop")
+        await until(lambda: record(redis_process, "tokens")[0][b"state"] == b"stop", "everything is written")
+        assert record(redis_process, "tokens")[1] == []
+        assert list((await journal.take_over("tokens", "")).generated) == []  # and goes on from the prompt
+        with pytest.raises(RequestNotFoundError):
+            await journal.take_over("whole", "")
+        await journal.close()
+
+    asyncio.run(scenario())

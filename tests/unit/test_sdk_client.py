@@ -25,6 +25,7 @@ from infinitellm import (
     PoolUse,
     Progress,
     RequestStatus,
+    RetryPolicy,
     TokenLogprobs,
     Tokens,
 )
@@ -34,6 +35,7 @@ from services.core import errors as core_errors
 from services.runtime.grpc_server import bind, make_server
 
 DEADLINE_S = 20.0
+ONCE = RetryPolicy(attempts=1)
 
 
 class Inference(inference_pb2_grpc.InferenceServiceServicer):
@@ -219,7 +221,7 @@ def test_what_cannot_be_written_is_an_invalid_request(gateway, bad):
 
 
 def test_every_reason_becomes_its_class(gateway):
-    with Client(gateway.address) as client:
+    with Client(gateway.address, retry=ONCE) as client:
         for reason in core_errors.all_errors():
             with pytest.raises(sdk_errors.InfiniteLLMError) as caught:
                 list(client.generate(f"fail {reason}", max_tokens=1, timeout_s=DEADLINE_S))
@@ -245,7 +247,7 @@ def test_async_reason_becomes_its_class(gateway):
     ],
 )
 def test_a_bare_status_becomes_a_class_that_fits(gateway, status, expected):
-    with Client(gateway.address) as client, pytest.raises(sdk_errors.InfiniteLLMError) as caught:
+    with Client(gateway.address, retry=ONCE) as client, pytest.raises(sdk_errors.InfiniteLLMError) as caught:
         list(client.generate(f"status {status}", max_tokens=1, timeout_s=DEADLINE_S))
     assert type(caught.value) is expected
 
@@ -326,7 +328,7 @@ def test_a_dead_or_stopped_gateway_is_noticed(kind):
     process = subprocess.Popen([sys.executable, "-c", SILENT_GATEWAY], stdout=subprocess.PIPE, text=True)
     try:
         address = process.stdout.readline().strip()
-        with Client(address) as client:
+        with Client(address, retry=ONCE) as client:
             events = client.generate("hello", max_tokens=1, timeout_s=60.0)
             assert next(events) == Progress("r-1", 1, 0)
             os.kill(process.pid, kind)

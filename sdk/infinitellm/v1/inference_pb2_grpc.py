@@ -40,6 +40,11 @@ class InferenceServiceStub(object):
                 request_serializer=infinitellm_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=infinitellm_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/infinitellm.v1.InferenceService/Resume',
+                request_serializer=infinitellm_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=infinitellm_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer(object):
@@ -58,12 +63,30 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resume(self, request, context):
+        """Goes on with the stream of a request, whichever gateway it was at, behind what the client has of it. That gateway may
+        be gone; if it is not, its stream ends with ABORTED (TAKEN_OVER). A request that had ended ends the same way again.
+
+        A retry is safe, and so is cancelling: a cancelled request can be resumed as long as the journal keeps it.
+        Errors: NOT_FOUND (REQUEST_NOT_FOUND): the journal does not know the request; UNAVAILABLE (JOURNAL_UNAVAILABLE);
+        FAILED_PRECONDITION (RESYNC_REQUIRED): the tokens received are not this answer's; and those of Generate. After any of
+        them, Generate with `received` goes on as well.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Generate': grpc.unary_stream_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=infinitellm_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=infinitellm_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=infinitellm_dot_v1_dot_inference__pb2.ResumeRequest.FromString,
                     response_serializer=infinitellm_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
             ),
     }
@@ -94,6 +117,33 @@ class InferenceService(object):
             target,
             '/infinitellm.v1.InferenceService/Generate',
             infinitellm_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
+            infinitellm_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/infinitellm.v1.InferenceService/Resume',
+            infinitellm_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
             infinitellm_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,

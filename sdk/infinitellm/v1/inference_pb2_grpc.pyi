@@ -41,6 +41,15 @@ class InferenceServiceStub:
     Errors: INVALID_ARGUMENT (CONTEXT_TOO_LONG, INVALID_REQUEST), NOT_FOUND (MODEL_NOT_FOUND),
     RESOURCE_EXHAUSTED (QUEUE_FULL), UNAVAILABLE (NO_INSTANCE).
     """
+    Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]
+    """Goes on with the stream of a request, whichever gateway it was at, behind what the client has of it. That gateway may
+    be gone; if it is not, its stream ends with ABORTED (TAKEN_OVER). A request that had ended ends the same way again.
+
+    A retry is safe, and so is cancelling: a cancelled request can be resumed as long as the journal keeps it.
+    Errors: NOT_FOUND (REQUEST_NOT_FOUND): the journal does not know the request; UNAVAILABLE (JOURNAL_UNAVAILABLE);
+    FAILED_PRECONDITION (RESYNC_REQUIRED): the tokens received are not this answer's; and those of Generate. After any of
+    them, Generate with `received` goes on as well.
+    """
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -54,6 +63,15 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     A retry is safe (the request is computed again; with the same seed it gives the same tokens).
     Errors: INVALID_ARGUMENT (CONTEXT_TOO_LONG, INVALID_REQUEST), NOT_FOUND (MODEL_NOT_FOUND),
     RESOURCE_EXHAUSTED (QUEUE_FULL), UNAVAILABLE (NO_INSTANCE).
+    """
+    Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
+    """Goes on with the stream of a request, whichever gateway it was at, behind what the client has of it. That gateway may
+    be gone; if it is not, its stream ends with ABORTED (TAKEN_OVER). A request that had ended ends the same way again.
+
+    A retry is safe, and so is cancelling: a cancelled request can be resumed as long as the journal keeps it.
+    Errors: NOT_FOUND (REQUEST_NOT_FOUND): the journal does not know the request; UNAVAILABLE (JOURNAL_UNAVAILABLE);
+    FAILED_PRECONDITION (RESYNC_REQUIRED): the tokens received are not this answer's; and those of Generate. After any of
+    them, Generate with `received` goes on as well.
     """
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -71,6 +89,21 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         A retry is safe (the request is computed again; with the same seed it gives the same tokens).
         Errors: INVALID_ARGUMENT (CONTEXT_TOO_LONG, INVALID_REQUEST), NOT_FOUND (MODEL_NOT_FOUND),
         RESOURCE_EXHAUSTED (QUEUE_FULL), UNAVAILABLE (NO_INSTANCE).
+        """
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _inference_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
+        """Goes on with the stream of a request, whichever gateway it was at, behind what the client has of it. That gateway may
+        be gone; if it is not, its stream ends with ABORTED (TAKEN_OVER). A request that had ended ends the same way again.
+
+        A retry is safe, and so is cancelling: a cancelled request can be resumed as long as the journal keeps it.
+        Errors: NOT_FOUND (REQUEST_NOT_FOUND): the journal does not know the request; UNAVAILABLE (JOURNAL_UNAVAILABLE);
+        FAILED_PRECONDITION (RESYNC_REQUIRED): the tokens received are not this answer's; and those of Generate. After any of
+        them, Generate with `received` goes on as well.
         """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -22,6 +22,7 @@ OF_MOVES = {metrics.MOVES, metrics.MOVED_BLOCKS, metrics.PREDICTED_GAIN, metrics
 MAY_BE_0 = {
     *(metrics.MOVES_IN_PROGRESS, metrics.LEADER_CHANGES, metrics.FAILOVERS, metrics.JOURNAL_DROPPED),
     *(metrics.DISCARDED_STEPS, metrics.REQUESTS_WAITING, metrics.STEP_PREDICTION_ERROR, metrics.PLANNED_THROUGHPUT),
+    metrics.RESUMED,
 }
 
 
