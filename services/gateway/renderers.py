@@ -22,7 +22,9 @@ _NO_MESSAGES = {"messages": [{"role": "user"}]}
 def rendering_of(asked: CompletionRequest | ChatRequest) -> str:
     """What ``Renderers.of`` needs, as JSON."""
     kind = "chat" if isinstance(asked, ChatRequest) else "completion"
-    return json.dumps({kind: asked.model_dump(mode="json", exclude={"prompt", "messages"}, exclude_unset=True)})
+    return json.dumps(
+        {kind: asked.model_dump(mode="json", by_alias=True, exclude={"prompt", "messages"}, exclude_unset=True)}
+    )
 
 
 @dataclass(frozen=True, slots=True)
