@@ -67,8 +67,9 @@ async def run(python: Path, cwd: Path, example: str, *arguments: str) -> str:
 
 def test_the_examples_run_with_nothing_but_the_wheel(python: Path, tmp_path: Path) -> None:
     code = "import importlib.metadata as m; print(*sorted(d.name.lower() for d in m.distributions()))"
+    command = [str(python), "-I", "-c", code]  # and not what lies in the current directory
     listed = subprocess.run(
-        [str(python), "-c", code], capture_output=True, text=True, check=True, timeout=RUN_TIMEOUT_S, env=environment()
+        command, capture_output=True, text=True, check=True, timeout=RUN_TIMEOUT_S, env=environment()
     )
     names = set(listed.stdout.split()) - {"pip", "setuptools"}
     assert names == {"infinitellm", "grpcio", "protobuf", "googleapis-common-protos", "typing_extensions"}
