@@ -6,6 +6,7 @@ attention and little else.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from ctypes import addressof, byref, c_uint64, c_void_p
 from enum import IntEnum
@@ -15,12 +16,16 @@ from kernels.cpu.library import Answering, AttentionCall, RingView, WatchCall, l
 
 
 class Answered(NamedTuple):
-    """What has been done since one was told last: queries, seconds of computing, bytes of messages."""
+    """What has been done since one was told last: queries, seconds of computing, bytes of messages.
+
+    ``ago_s``: how long ago the last answer was computed.
+    """
 
     queries: int
     compute_s: float
     received_bytes: int
     sent_bytes: int
+    ago_s: float
 
 
 class CompiledQueries:
@@ -40,7 +45,7 @@ class CompiledQueries:
         self._answering = Answering(kernels=context, attention=call, layers=layers, layer_stride=layer_stride)
         self.incoming: RingView = self._answering.in_
         self.outgoing: RingView = self._answering.out
-        self._told = Answered(0, 0.0, 0, 0)
+        self._told = Answered(0, 0.0, 0, 0, 0.0)
 
     @property
     def address(self) -> int:
@@ -65,12 +70,14 @@ class CompiledQueries:
     def take_answered(self) -> Answered:
         """What has been done since the last call."""
         a, told = self._answering, self._told
-        self._told = Answered(a.answered, 1e-9 * a.computed_ns, a.received_bytes, a.sent_bytes)
+        ago_s = 1e-9 * (time.monotonic_ns() - a.answered_at_ns)
+        self._told = Answered(a.answered, 1e-9 * a.computed_ns, a.received_bytes, a.sent_bytes, ago_s)
         return Answered(
             self._told.queries - told.queries,
             self._told.compute_s - told.compute_s,
             self._told.received_bytes - told.received_bytes,
             self._told.sent_bytes - told.sent_bytes,
+            ago_s,
         )
 
 

@@ -121,6 +121,7 @@ class Answering(Structure):
         ("computed_ns", c_int64),
         ("received_bytes", c_int64),
         ("sent_bytes", c_int64),
+        ("answered_at_ns", c_int64),
     ]
 
 

@@ -7,7 +7,6 @@ plan, which may be long in coming. If queries go on after that, they make anothe
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,11 +32,11 @@ class HostedWork:
     begun_ns: int = 0
     ended_ns: int = 0
 
-    def add(self, queries: int, compute_s: float) -> None:
-        """Queries have just been computed."""
-        self.ended_ns = time.time_ns()
+    def add(self, queries: int, compute_s: float, ago_s: float = 0.0) -> None:
+        """Queries have been computed, the last one so long ago."""
+        self.ended_ns = ns_ago(ago_s)
         if not self.queries:
-            self.begun_ns = ns_ago(compute_s)
+            self.begun_ns = ns_ago(ago_s + compute_s)
         self.queries += queries
         self.seconds += compute_s
 

@@ -229,10 +229,11 @@ class Worker:
         message.release()
         client.send([answer.pack(), out, lse])
 
-    def _count(self, client: _Client, plan: StepPlan, queries: int, compute_s: float) -> None:
+    def _count(self, client: _Client, plan: StepPlan, queries: int, compute_s: float, ago_s: float = 0.0) -> None:
+        """``ago_s``: the last one was computed so long ago."""
         self.hosting.answered(queries, compute_s)
         for work in client.traced:
-            work.add(queries, compute_s)
+            work.add(queries, compute_s, ago_s)
         if plan.attention.max_query_len == 1:
             self.hosting.add(queries, self._pool.context_tokens(plan), compute_s)
 
@@ -254,7 +255,7 @@ class Worker:
         if client.compiled is not None and client.plan is not None:
             answered = client.compiled.take_answered()
             if answered.queries:
-                self._count(client, client.plan, answered.queries, answered.compute_s)
+                self._count(client, client.plan, answered.queries, answered.compute_s, answered.ago_s)
                 client.traffic.received_bytes += answered.received_bytes
                 client.traffic.sent_bytes += answered.sent_bytes
 

@@ -122,7 +122,7 @@ class EngineRig:
             self.outputs.extend,
             self._take_snapshot,
             EngineMetrics(self.registry),
-            grammars,
+            grammars=grammars,
         )
         self.snapshot = EngineSnapshot()
         self.move_ends: dict[str, EndMove] = {}

@@ -93,6 +93,7 @@ typedef struct {
     uint64_t ended_before;
     int32_t bell_fd, unused;
     int64_t answered, computed_ns, received_bytes, sent_bytes;
+    int64_t answered_at_ns; /* the last one, of the monotonic clock */
 } answering;
 
 /* Counters in memory that others write to, what each was when it was read last, and a descriptor. */

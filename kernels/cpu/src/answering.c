@@ -89,7 +89,7 @@ static int answer_one(answering *a) {
     call->softcap = header.softcap;
     const int64_t begun = now_ns();
     if (kernels_micro_attention(a->kernels, call) != STATUS_OK) return 0;
-    const int64_t computed_ns = now_ns() - begun;
+    const int64_t ended = now_ns();
     /* A session that has ended may have had its blocks given away while they were read. */
     if (__atomic_load_n(a->ended, __ATOMIC_SEQ_CST) != a->ended_before) return 0;
     const wire_header reply = {
@@ -107,7 +107,8 @@ static int answer_one(answering *a) {
     ring_release(&a->in, &message); /* before the answer, which says so */
     if (ring_publish(&a->out, answer, size, end)) send(a->bell_fd, "!", 1, MSG_DONTWAIT | MSG_NOSIGNAL);
     a->answered++;
-    a->computed_ns += computed_ns;
+    a->computed_ns += ended - begun;
+    a->answered_at_ns = ended;
     a->received_bytes += (int64_t)message.size;
     a->sent_bytes += (int64_t)size;
     return 1;
