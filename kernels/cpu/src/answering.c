@@ -90,8 +90,9 @@ static int answer_one(answering *a) {
     const int64_t begun = now_ns();
     if (kernels_micro_attention(a->kernels, call) != STATUS_OK) return 0;
     const int64_t ended = now_ns();
-    /* A session that has ended may have had its blocks given away while they were read. */
-    if (__atomic_load_n(a->ended, __ATOMIC_SEQ_CST) != a->ended_before) return 0;
+    /* A session that has ended may have had its blocks given away while they were read: look at that after them. */
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    if (__atomic_load_n(a->ended, __ATOMIC_RELAXED) != a->ended_before) return 0;
     const wire_header reply = {
         .version = WIRE_VERSION,
         .kind = PARTIAL,
