@@ -8,7 +8,8 @@ with Client(["127.0.0.1:50051", "127.0.0.1:50052"]) as client:  # one address do
             print(event.text, end="", flush=True)
 """
 
-from infinitellm.client import AsyncClient, Client
+from infinitellm.async_client import AsyncClient
+from infinitellm.client import Client
 from infinitellm.errors import InfiniteLLMError
 from infinitellm.retry import RetryPolicy
 from infinitellm.types import (

@@ -15,7 +15,7 @@ from services.core.errors import ConfigError
 from services.gateway.chat_template import load_chat_template
 from services.gateway.checkpoint import load_checkpoint
 from services.gateway.config import GatewayConfig
-from services.gateway.generation import GenerationService
+from services.gateway.generation_service import GenerationService
 from services.gateway.gmanager_client import GManagerClient
 from services.gateway.http_api import Readiness, make_app
 from services.gateway.journal import NoJournal, RedisJournal

@@ -25,7 +25,7 @@ from services.core.errors import InfiniteLLMError, UnauthenticatedError
 from services.gateway.chat_template import ChatTemplate, render_chat
 from services.gateway.choices import ChoiceEvent, events_of, sampling_of_choice
 from services.gateway.disconnect import ClientDisconnected, unless_disconnected
-from services.gateway.generation import Asker, GenerationService
+from services.gateway.generation_service import Asker, GenerationService
 from services.gateway.openai_chat import ChatRequest
 from services.gateway.openai_errors import ApiError, api_error
 from services.gateway.openai_types import CompletionRequest, parse_request

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from services.gateway.generation import GenerationService
+from services.gateway.generation_service import GenerationService
 from services.gateway.journal import Journal
 from services.gateway.router import Router
 from services.runtime import metrics

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from services.gateway.choices import events_of
 from services.gateway.disconnect import ClientDisconnected, unless_disconnected
-from services.gateway.generation import GenerationService
+from services.gateway.generation_service import GenerationService
 from services.gateway.position import EventId
 from services.gateway.renderers import Renderers
 from services.gateway.sse import send_stream

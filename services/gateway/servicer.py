@@ -15,7 +15,8 @@ from services.core.placement import PoolStats
 from services.core.shaping import LogitShaping
 from services.core.structure import Structure
 from services.gateway.cluster import ClusterState, InstanceView, KvDaemonView, RequestView
-from services.gateway.generation import Asker, Generation, GenerationService
+from services.gateway.generation import Generation
+from services.gateway.generation_service import Asker, GenerationService
 from services.gateway.gmanager_client import GManagerClient
 from services.gateway.openai_types import MAX_LOGPROBS
 from services.gateway.position import START

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from services.core.errors import InvalidRequestError
 from services.gateway.chat_template import ChatTemplate, render_chat
-from services.gateway.generation import GenerationService
+from services.gateway.generation_service import GenerationService
 from services.gateway.openai_chat import MAX_MESSAGES, ChatMessage
 from services.gateway.openai_errors import ApiError
 from services.gateway.openai_types import TokenIds, parse_body
