@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.checkpoints import SHAPES, CheckpointShape, random_prompt, write_random_checkpoint
 from benchmarks.harness import Run, Samples, main
 from benchmarks.http_load import Ask, Load, send_load
-from benchmarks.peers.agreement import Agreement, DisagreementError, compare_steps, greedy_steps
+from benchmarks.peers.agreement import compare_servers
 from benchmarks.peers.ours import our_command
 from benchmarks.peers.server import PinnedServer, Serving
 from benchmarks.peers.vllm import DEFAULT_ENVIRONMENT, vllm_command
@@ -116,11 +116,12 @@ def _measure_checkpoint(run: Run, shape: CheckpointShape) -> None:
         ):
             run.progress.update(f"{shape.name}: comparing answers")
             draw = random.Random(_SEED)
-            agreement = _compare_answers(ours, vllm, shape, draw)
+            prompts = [random_prompt(shape, tokens, draw) for tokens in _CHECKED_PROMPTS]
+            agreement = compare_servers((ours, vllm), prompts, _CHECKED_TOKENS, _LEAST_SAME)
             run.summary(f"{shape.name}_same_tokens", agreement.same)
             run.summary(f"{shape.name}_near_ties", agreement.near_ties)
             for server in (ours, vllm):
-                run.summary(f"{shape.name}_{server.name}_idle_percent", 100 * _idle_share(server))
+                run.summary(f"{shape.name}_{server.name}_idle_percent", 100 * server.idle_share(_IDLE_S, _MOST_IDLE))
             for workload in _chosen(run):
                 _measure_workload(run, shape, workload, (Measured(ours), Measured(vllm)), draw)
 
@@ -177,31 +178,6 @@ def _record(run: Run, shape: CheckpointShape, workload: Workload, ours: Measured
         row["vllm_tpot_ms"] = statistics.median(vllm.tpot_ms)
     run.row(row | {"repetitions": len(our.values)})
     run.summary(f"{shape.name}_{workload.name}_ratio", our.median / their.median)
-
-
-def _compare_answers(ours: PinnedServer, vllm: PinnedServer, shape: CheckpointShape, draw: random.Random) -> Agreement:
-    """A fast wrong server is no peer. Raises DisagreementError."""
-    total = Agreement(0, 0)
-    for tokens in _CHECKED_PROMPTS:
-        prompt = random_prompt(shape, tokens, draw)
-        answers = [greedy_steps(server.address, server.model, prompt, _CHECKED_TOKENS) for server in (ours, vllm)]
-        total += compare_steps(*answers)
-    if total.same < _LEAST_SAME * len(_CHECKED_PROMPTS):
-        raise DisagreementError(f"only {total.same} tokens of {len(_CHECKED_PROMPTS)} answers were the same")
-    return total
-
-
-def _idle_share(server: PinnedServer) -> float:
-    """Processor time that the server takes while nobody asks it for anything, in cores.
-
-    Raises: ConfigError if it is so much that it would slow down the other one.
-    """
-    before = server.processor_s()
-    time.sleep(_IDLE_S)
-    share = server.processor_s_since(before) / _IDLE_S
-    if share > _MOST_IDLE:
-        raise ConfigError(f"{server.name} takes {share:.0%} of a core while it has nothing to do")
-    return share
 
 
 def _draw_ask(shape: CheckpointShape, workload: Workload, draw: random.Random) -> Ask:

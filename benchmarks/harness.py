@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import statistics
 import sys
 import time
@@ -229,9 +230,12 @@ def main(
     options = parser.parse_args(arguments)
     progress = Progress(sys.stderr)
     run = Run(name, options, progress)
+    # What a benchmark has started is ended on the way out.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         measure(run)
     finally:
+        signal.signal(signal.SIGTERM, before)
         progress.clear()
     print(f"{name}: {question}\n\n{run.report()}")
     if options.json is not None:

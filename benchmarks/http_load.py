@@ -21,11 +21,16 @@ from services.core.errors import InfiniteLLMError
 _LIMIT = 1 << 20  # bytes of one line
 _DATA = b"data: "
 _DONE = b"[DONE]"
+_REFUSALS = (400, 413, 422)
 REQUEST_TIMEOUT_S = 600.0
 
 
 class LoadError(InfiniteLLMError):
     """A server answered something else than it was asked for."""
+
+
+class RefusedError(LoadError):
+    """A server said that it cannot serve this request at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +110,22 @@ async def send_load(address: str, model: str, asks: Sequence[Ask]) -> Load:
     """
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_complete(address, model, ask)) for ask in asks]
+            tasks = [group.create_task(complete(address, model, ask)) for ask in asks]
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from None
     return Load(tuple(task.result() for task in tasks))
 
 
-async def _complete(address: str, model: str, ask: Ask) -> Answered:
-    """One streamed completion."""
+async def complete(address: str, model: str, ask: Ask, *, may_be_cached: bool = False) -> Answered:
+    """One streamed completion.
+
+    Args:
+        may_be_cached: whether parts of the prompt may come from a cache: its own, say, after it was preempted.
+
+    Raises:
+        RefusedError: the server answered that the request is not one for it.
+        LoadError: the answer was not what was asked for.
+    """
     body = {
         "model": model,
         "prompt": ask.prompt,
@@ -148,19 +161,22 @@ async def _complete(address: str, model: str, ask: Ask) -> Answered:
     answered = Answered(
         _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"), chunks, sent_at, first_at, last_at
     )
-    _check(address, ask, answered, usage)
+    _check(address, ask, answered, 0 if may_be_cached else _cached(usage))
     return answered
 
 
-def _check(address: str, ask: Ask, answered: Answered, usage: dict[str, object]) -> None:
+def _check(address: str, ask: Ask, answered: Answered, cached: int) -> None:
     """Raises LoadError unless the server did the work that it was asked for."""
     wanted, got = (len(ask.prompt), ask.output_tokens), (answered.prompt_tokens, answered.output_tokens)
     if got != wanted:
         raise LoadError(f"{address}: prompt and output should have {wanted} tokens, the server counts {got}")
-    details = usage.get("prompt_tokens_details")
-    cached = _count(details, "cached_tokens") if isinstance(details, dict) else 0
     if cached:
         raise LoadError(f"{address}: {cached} tokens of the prompt were cached")
+
+
+def _cached(usage: dict[str, object]) -> int:
+    details = usage.get("prompt_tokens_details")
+    return _count(details, "cached_tokens") if isinstance(details, dict) else 0
 
 
 def _count(usage: dict[str, object], key: str) -> int:
@@ -187,7 +203,8 @@ async def _events(address: str, body: bytes) -> AsyncIterator[bytes]:
         parts = _chunks(reader) if headers.get("transfer-encoding") == "chunked" else _rest(reader)
         if status != 200:
             answer = b"".join([part async for part in parts])
-            raise LoadError(f"{address}: answered {status}: {answer.decode(errors='replace')[:500]}")
+            kind = RefusedError if status in _REFUSALS else LoadError
+            raise kind(f"{address}: answered {status}: {answer.decode(errors='replace')[:500]}")
         pending = b""
         async for part in parts:
             *lines, pending = (pending + part).split(b"\n")

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.peers.server import PinnedServer
 from services.core.errors import InfiniteLLMError
 
 NEAR_TIE = 0.2  # nats between two tokens that either engine may prefer, and between their opinions of one token
@@ -102,6 +103,27 @@ def compare_steps(ours: Sequence[Step], theirs: Sequence[Step]) -> Agreement:
             raise DisagreementError(f"token {index}: one says {our}, the other {their}")
         return Agreement(index, 1)
     return Agreement(len(ours), 0)
+
+
+def compare_servers(
+    servers: Sequence[PinnedServer], prompts: Sequence[Sequence[int]], count: int, least_same: float
+) -> Agreement:
+    """``count`` tokens after each prompt, of the first server against each of the others: a fast wrong one is no peer.
+
+    Args:
+        least_same: tokens of an answer, on average, that must be equal: else nothing was compared.
+
+    Raises: DisagreementError.
+    """
+    total, answers = Agreement(0, 0), 0
+    for prompt in prompts:
+        ours, *others = (greedy_steps(server.address, server.model, prompt, count) for server in servers)
+        for theirs in others:
+            total += compare_steps(ours, theirs)
+            answers += 1
+    if total.same < least_same * answers:
+        raise DisagreementError(f"only {total.same} tokens of {answers} answers were the same")
+    return total
 
 
 def _tied(step: Step, other: str) -> bool:

@@ -100,6 +100,18 @@ class PinnedServer:
             )
         return sum(taken - before.get(process, 0.0) for process, taken in now.items())
 
+    def idle_share(self, seconds: float, at_most: float) -> float:
+        """Processor time that it takes while nobody asks it for anything, in cores.
+
+        Raises: ConfigError if it is more than ``at_most``: it would slow down others.
+        """
+        before = self.processor_s()
+        time.sleep(seconds)
+        share = self.processor_s_since(before) / seconds
+        if share > at_most:
+            raise ConfigError(f"{self.name} takes {share:.0%} of a core while it has nothing to do")
+        return share
+
     def close(self) -> None:
         """Ends the server: asks it first, and does not rely on its ending all that it has started."""
         processes = family(self._child.pid)

@@ -15,11 +15,13 @@ import tokenizers
 from transformers import AutoModelForCausalLM
 
 from benchmarks.checkpoints import SHAPES, make_tokenizer, write_random_checkpoint
+from benchmarks.mixed_load import MixedLoad
 from benchmarks.peers.agreement import NEAR_TIE, Agreement, DisagreementError, Step, compare_steps
 from benchmarks.peers.ours import our_command
 from benchmarks.peers.processes import family
 from benchmarks.peers.server import PinnedServer, ServerCommand, Serving
 from benchmarks.peers.vllm import vllm_command
+from benchmarks.pooled_vs_vllm import LOADS, POOL_TOKENS, SHAPE
 from services.core.errors import ConfigError, UnavailableError
 from services.launcher.ports import free_ports
 
@@ -176,3 +178,33 @@ def test_both_servers_are_started_with_the_same(tmp_path: Path) -> None:
     overlay = json.loads(Path(mine["--config"]).read_text())["instance"]
     assert str(overlay["max_num_seqs"]) == other["--max-num-seqs"] == "48"
     assert str(overlay["num_threads"]) == vllm.environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_two_instances_share_what_tensor_parallel_workers_share(tmp_path: Path) -> None:
+    serving = Serving(tmp_path / "llama", (0, 1), 4096, 48, 512 << 20)
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    ours = our_command(serving, tmp_path, instances=2)
+    vllm = vllm_command(serving, tmp_path / "venv", tensor_parallel=True)
+    mine = dict(zip(ours.argv, ours.argv[1:], strict=False))
+    other = dict(zip(vllm.argv, vllm.argv[1:], strict=False))
+    assert mine["--instances"] == other["--tensor-parallel-size"] == "2"
+    assert (mine["--pool-mib"], other["--kv-cache-memory-bytes"]) == ("256", str(256 << 20))
+    overlay = json.loads(Path(mine["--config"]).read_text())["instance"]
+    assert str(overlay["num_threads"]) == vllm.environment["OMP_NUM_THREADS"] == "1"
+    assert vllm.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0|1"
+    with pytest.raises(ConfigError, match="each of 2 instances"):
+        our_command(Serving(tmp_path / "llama", (0, 1), 4096, 48, 1 << 20), tmp_path, instances=2)
+
+
+@pytest.mark.parametrize("load", LOADS, ids=lambda load: load.name)
+def test_a_load_has_the_same_lengths_and_other_prompts_each_time(load: MixedLoad) -> None:
+    one, two = (load.draw(SHAPE, 96, POOL_TOKENS, seed) for seed in "ab")
+    totals = [len(ask.prompt) + ask.output_tokens for ask in one]
+    assert totals == [len(ask.prompt) + ask.output_tokens for ask in two]
+    assert not {ask.prompt for ask in one} & {ask.prompt for ask in two}
+    assert max(totals) == int(load.longest * POOL_TOKENS)
+    assert max(totals) <= SHAPE.settings["max_position_embeddings"]
+    long_ones = sum(total >= load.long_from * POOL_TOKENS for total in totals)
+    assert load.long_share * 96 <= long_ones + 1 <= load.long_share * 96 + 12  # a few short ones are about as long

@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from benchmarks.http_load import Ask, Load, LoadError, send_load
+from benchmarks.http_load import Ask, Load, LoadError, RefusedError, complete, send_load
+from benchmarks.mixed_load import Sent, Target, send_mixed
 
 PAUSE_S = 0.02
 Script = Callable[[dict], Sequence[bytes]]
@@ -132,6 +133,55 @@ def test_what_was_not_computed_as_asked_is_an_error() -> None:
     assert "should have (3, 2) tokens" in refusal(lambda _: [event(" a"), usage(2, 2), done])
     assert "64 tokens of the prompt were cached" in refusal(lambda _: [event(" a"), usage(3, 2, cached=64), done])
     assert load(lambda _: [event(" a"), usage(3, 2, cached=None), done], [Ask((1, 2, 3), 2)]).answers
+
+
+def test_an_own_cache_may_be_used_where_the_caller_says_so() -> None:
+    async def run() -> int:
+        script = lambda _: [event(" a"), usage(3, 2, cached=64), b"data: [DONE]\n\n"]  # noqa: E731
+        async with serving(script) as address:
+            return (await complete(address, "m", Ask((1, 2, 3), 2), may_be_cached=True)).output_tokens
+
+    assert asyncio.run(run()) == 2
+
+
+def test_a_refusal_is_told_apart_from_a_failure() -> None:
+    for status, refused in ((400, True), (429, False), (500, False)):
+        with pytest.raises(LoadError) as caught:
+            load(lambda _: [b"too long"], [Ask((1, 2, 3), 2)], status=status)
+        assert isinstance(caught.value, RefusedError) is refused
+
+
+def test_each_request_of_a_mixed_load_goes_where_most_room_is() -> None:
+    got: tuple[list[int], list[int]] = ([], [])
+
+    def counting(into: list[int]) -> Script:
+        def script(asked: dict) -> list[bytes]:
+            into.append(len(asked["prompt"]))
+            return right(asked)
+
+        return script
+
+    async def run() -> Sent:
+        async with serving(counting(got[0])) as small, serving(counting(got[1])) as large:
+            targets = (Target(small, "m", 100), Target(large, "m", 200))
+            asks = [Ask((1,) * tokens, 2) for tokens in (150, 40, 30, 20)]
+            return await send_mixed(targets, asks, clients=2, show=lambda _: None)
+
+    sent = asyncio.run(run())
+    assert (len(sent.answers), sent.refused) == (4, 0)
+    assert got[1][0] == 150
+    assert got[0][0] == 40  # 100 free here, 48 there
+    assert sent.output_tokens_per_s == pytest.approx(8 / sent.wall_s)
+
+
+def test_what_is_refused_is_counted_and_the_rest_goes_on() -> None:
+    async def run() -> Sent:
+        async with serving(lambda _: [b"too long"], status=400) as address:
+            asks = [Ask((1,), 2)] * 3
+            return await send_mixed((Target(address, "m", 1),), asks, clients=2, show=lambda _: None)
+
+    sent = asyncio.run(run())
+    assert (sent.answers, sent.refused) == ((), 3)
 
 
 def test_a_broken_answer_is_an_error() -> None:
