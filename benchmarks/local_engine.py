@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import kernels
-from services.core.blocks import BlockHandle, BlockKeySpace
+from services.core.blocks import BlockHandle, BlockKeySpace, BlockRef
 from services.core.errors import ContextTooLongError
 from services.dataplane.kv_pool import KvPool
 from services.dataplane.peers import PeerSet
@@ -72,7 +72,7 @@ class LocalEngine:
         self.attention = DistAttention(attention_kernels, pool, remote)
         self.attention.attach_to(model.module)
         keys = BlockKeySpace(model.shape.fingerprint, dtype, (0, geometry.kv_heads))
-        workspace = self._take(max_num_seqs + chunks)
+        workspace = self._take(chunks)
         memory = BlockMemory(
             geometry, keys, model.rotary, pool, workspace, _LOCAL, _SESSION, peers, remote, control=self
         )
@@ -89,11 +89,13 @@ class LocalEngine:
     def order(self, order: Order) -> None:
         match order:
             case ReservePrompt(age, attempt, _, full_blocks):
-                if full_blocks > len(self._free):
+                if full_blocks >= len(self._free):
                     error = ContextTooLongError("more requests than this engine was made for")
                     self.engine.post(PromptRefused(age.request_id, attempt, error))
                 else:
-                    self.engine.post(PromptReserved(age.request_id, attempt, (), tuple(self._take(full_blocks)), ()))
+                    *local, tail = self._take(full_blocks + 1)
+                    reserved = PromptReserved(age.request_id, attempt, (), tuple(local), (), BlockRef(_LOCAL, tail))
+                    self.engine.post(reserved)
             case SealLocal(blocks):
                 self.engine.post(LocalSealed(tuple((own, own) for own, _ in blocks)))
             case Replenish(count):

@@ -51,7 +51,7 @@ def plan_placements(model: Path, geometry: PoolGeometry, prompt_tokens: int, max
     blocks_per_mib = (1 << 20) / geometry.block_bytes
     for chunk_tokens in _CHUNKS:
         config = _instance_config(model, geometry, chunk_tokens)
-        workspace = size_workspace(config, total_blocks=1 << 30).blocks
+        workspace = size_workspace(config, total_blocks=1 << 30).blocks + 1  # and the tail
         # Pools have whole MiB: what comes closest to a quarter.
         pool_mib = round((share_blocks + workspace) / blocks_per_mib)
         try:

@@ -61,7 +61,7 @@ BLOCK_TOKENS = 16  # 1 MiB
 LONG_PROMPT, LONG_OUTPUT = 480, 192  # 30 rBlocks and 12
 SHORT_PROMPT, SHORT_OUTPUT = 24, 16  # 3 rBlocks
 SHORT_EVERY_S = 1.0
-POOL_MIB = 81  # 22 rBlocks of workspace and 59: one long prompt and not two; both pools nearly hold three such requests
+POOL_MIB = 79  # 18 rBlocks of workspace and 61: one long prompt and not two; both pools nearly hold three such requests
 SETTINGS: dict[str, dict[str, object]] = {
     "instance": {"block_tokens": BLOCK_TOKENS, "max_num_seqs": 4, "max_batch_tokens": 128, "num_threads": 1},
     "kvdaemon": {"num_threads": 1},

@@ -139,8 +139,7 @@ class SimulatedGManager:
         return RunningRequest(sequence.request_id, sequence.request.arrival_time, computed, sequence.longest)
 
     def _where(self, index: int, sequence: SimulatedSequence) -> Mapping[str, BlockCount]:
-        open_blocks = int(sequence.computed % self._geometry.block_tokens > 0)
-        where = {self._kvdaemons[index]: BlockCount(sequence.local + open_blocks, True)}
+        where = {self._kvdaemons[index]: BlockCount(sequence.local, True)}
         where.update({self._kvdaemons[at]: BlockCount(blocks, False) for at, blocks in sequence.remote.items()})
         return where
 

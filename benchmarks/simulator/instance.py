@@ -32,19 +32,17 @@ class Serving:
     """Settings of every instance.
 
     Attributes:
-        tails: open blocks lie in a workspace, which is no part of the pool; otherwise in the pool itself.
         computed_prompts: prompts come with their KV cache, so that only decoding is simulated.
     """
 
     block_tokens: int
     max_num_seqs: int
     max_batch_tokens: int
-    tails: bool
     computed_prompts: bool
 
     def blocks_for(self, tokens: int) -> int:
-        """Of a pool, for a sequence of so many tokens."""
-        return tokens // self.block_tokens if self.tails else -(-tokens // self.block_tokens)
+        """For a sequence of so many tokens."""
+        return -(-tokens // self.block_tokens)
 
 
 class SimulatedInstance:

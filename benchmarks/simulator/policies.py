@@ -89,8 +89,7 @@ class ClusterSpec:
         max_num_seqs = self.max_num_seqs * max(1, self.instance_devices // self.model.devices)
         total, workspace = kv_tokens // block, 0
         if self.policy.pooled:
-            chunks = 2 * (-(-self.max_batch_tokens // block) + 1)
-            max_num_seqs = min(max_num_seqs, total // 2 - chunks)
-            workspace = max_num_seqs + chunks
-        serving = Serving(block, max_num_seqs, self.max_batch_tokens, self.policy.pooled, self.computed_prompts)
+            workspace = 2 * (-(-self.max_batch_tokens // block) + 1)
+            max_num_seqs = min(max_num_seqs, total - workspace)
+        serving = Serving(block, max_num_seqs, self.max_batch_tokens, self.computed_prompts)
         return total - workspace, workspace, serving

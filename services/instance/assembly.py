@@ -44,22 +44,19 @@ class Workspace:
 
 
 def size_workspace(config: InstanceConfig, total_blocks: int) -> Workspace:
-    """One tail block per sequence, and two prefill chunks: one being computed, one on its way elsewhere.
-
-    A pool too small for ``max_num_seqs`` lowers it: at most half of a pool is workspace.
+    """Two prefill chunks: one being computed, one on its way elsewhere. Each running sequence brings its tail's block.
 
     Raises:
-        ConfigError: the pool is too small even for one sequence.
+        ConfigError: it would be more than half of the pool.
     """
     chunks = 2 * (-(-config.max_batch_tokens // config.block_tokens) + 1)
-    max_num_seqs = min(config.max_num_seqs, total_blocks // 2 - chunks)
-    if max_num_seqs < 1:
+    if total_blocks < 2 * (chunks + 1):
         raise ConfigError(
             f"the pool of kvdaemon {config.local_kvdaemon_id} holds {total_blocks} rBlocks; this instance needs at "
             f"least {2 * (chunks + 1)}: raise the daemon's pool_mib, or lower max_batch_tokens "
             f"({config.max_batch_tokens})"
         )
-    return Workspace(max_num_seqs + chunks, max_num_seqs)
+    return Workspace(chunks, min(config.max_num_seqs, total_blocks - chunks))
 
 
 @dataclass(slots=True)

@@ -151,6 +151,8 @@ class PromptReserved:
         attached: sealed blocks of the prompt's beginning, one hold each.
         local: open blocks of the local pool.
         remote: blocks reserved elsewhere, in the order in which they are to be filled.
+        tail: a block for what comes after the prompt's full blocks: one of the local pool or, where it has none, one
+            elsewhere, so that something can leave the local pool for it.
     """
 
     request_id: str
@@ -158,6 +160,7 @@ class PromptReserved:
     attached: tuple[BlockRef, ...]
     local: tuple[BlockHandle, ...]
     remote: tuple[BlockRef, ...]
+    tail: BlockRef
 
 
 @dataclass(frozen=True, slots=True)

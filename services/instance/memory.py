@@ -1,11 +1,12 @@
 """The engine's blocks: where new tokens are written and what becomes of a block when it is full.
 
-The instance holds a *workspace* of open blocks in its local pool: the tails of its sequences and the blocks of prefill
-chunks on their way elsewhere. A block that is full leaves it in one of two ways: it is sealed in place (the workspace
-shrinks by one, and the rManager is asked for another), or it is shipped to a daemon that has room, and comes back when
-that daemon has acknowledged it. Where the local pool has no further block, the oldest sealed block of the longest
-sequence is shipped away to make room. Blocks of a prompt have their places before its prefill starts: the first ones
-elsewhere, as far as the local pool was short, the last ones in local blocks reserved for them.
+The instance holds a *workspace* of open blocks in its local pool: those of prefill chunks, which may be on their way
+elsewhere, and one for the tail of each running sequence, which the sequence brings along and takes away. A block that
+is full leaves it in one of two ways: it is sealed in place (the workspace shrinks by one, and the rManager is asked for
+another), or it is shipped to a daemon that has room, and comes back when that daemon has acknowledged it. Where the
+local pool has no further block, the oldest sealed block of the longest sequence is shipped away to make room. Blocks of
+a prompt have their places before its prefill starts: the first ones elsewhere, as far as the local pool was short, the
+last ones in local blocks reserved for them.
 
 All of it runs in the engine thread and never waits: ``grow`` answers False, and the sequence sits a step out.
 """
@@ -60,7 +61,7 @@ class BlockMemory:
 
     Args:
         pool: [num_blocks, layers, kv_heads, 2, block_tokens, head_dim], the mapped local pool.
-        workspace: the open blocks held at start; their number is kept up.
+        workspace: the open blocks held at start. So many, and one for each sequence, are held from then on.
         local_address: data-plane address of the local daemon; None where other daemons cannot reach it.
     """
 
@@ -82,7 +83,7 @@ class BlockMemory:
         self._key_space = keys
         self._rotary = rotary
         self._free = list(workspace)
-        self._target = self._held = len(self._free)
+        self._base = self._held = len(self._free)
         self._local_id = local_kvdaemon_id
         self._local_address = local_address
         self._peers = peers
@@ -115,7 +116,12 @@ class BlockMemory:
     @property
     def starved(self) -> bool:
         """Whether the workspace is short of blocks and there is no room anywhere, as far as is known."""
-        return self._found_no_room and self._held < self._target
+        return self._found_no_room and self._held < self._wanted
+
+    @property
+    def _wanted(self) -> int:
+        """Blocks of the workspace, as many as there should be."""
+        return self._base + len(self._memories)
 
     def prompt_keys(self, sequence: Sequence) -> tuple[bytes, ...]:
         """Keys of the blocks that may be attached to: the last token is always computed."""
@@ -143,15 +149,20 @@ class BlockMemory:
             len(reserved.attached) + len(reserved.remote),
         )
         sequence.computed = sequence.cached_tokens = len(reserved.attached) * self.geometry.block_tokens
+        if reserved.tail.kvdaemon_id == self._local_id:
+            self._held += 1
+            self._free.append(reserved.tail.handle)
+        else:
+            self._make_room([reserved.tail])
 
     def usable(self, reserved: PromptReserved) -> bool:
         """Whether the daemons of a reservation are still connected."""
-        refs = (*reserved.attached, *reserved.remote)
+        refs = (*reserved.attached, *reserved.remote, reserved.tail)
         return all(r.kvdaemon_id == self._local_id or self._peers.is_connected(r.kvdaemon_id) for r in refs)
 
     def give_back(self, reserved: PromptReserved) -> None:
         """Nobody wants this reservation any more."""
-        self._holds.release(reversed((*reserved.attached, *reserved.remote)))
+        self._holds.release(reversed((*reserved.attached, *reserved.remote, reserved.tail)))
         self._holds.release(self._here(handle) for handle in reserved.local)
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
@@ -196,9 +207,14 @@ class BlockMemory:
         """Sends what is to go elsewhere and keeps the workspace up; called once per round of the engine."""
         self._transfers.tick()
         self._moves.tick()
-        if self._held < self._target and not self._replenishing and time.monotonic() >= self._replenish_at:
+        missing = self._wanted - self._held
+        if missing > 0 and not self._replenishing and time.monotonic() >= self._replenish_at:
             self._replenishing = True
-            self._control.order(Replenish(self._target - self._held))
+            self._control.order(Replenish(missing))
+        elif missing < 0 and self._free:  # a sequence has gone
+            surplus = [self._free.pop() for _ in range(min(-missing, len(self._free)))]
+            self._held -= len(surplus)
+            self._holds.release(map(self._here, surplus))
 
     def sealed(self, event: LocalSealed) -> None:
         """Blocks have been sealed in place, or found to be sealed already elsewhere in the pool."""
@@ -236,20 +252,25 @@ class BlockMemory:
         self._replenishing = False
         self._held += len(event.local)
         self._free.extend(event.local)
-        self._found_no_room = not event.local
         self.oldest_starving = event.oldest_starving
-        unused: list[BlockRef] = []
-        for ref in event.remote:
+        leaving = self._make_room(event.remote)
+        self._found_no_room = not event.local and not leaving
+        if self._found_no_room:
+            self._replenish_at = time.monotonic() + _STARVED_PAUSE_S
+
+    def _make_room(self, places: Iterable[BlockRef]) -> int:
+        """Sends sealed blocks of the local pool to places elsewhere; answers how many leave."""
+        leaving, unused = 0, []
+        for ref in places:
             victim = self._oldest_block_of_longest()
             if victim is None or not self._peers.is_connected(ref.kvdaemon_id):
                 unused.append(ref)
                 continue
-            self._found_no_room = False
             memory, index = victim
             self._transfers.begin(memory, index, self._key(memory.sequence, index), ref)
-        if self._found_no_room:
-            self._replenish_at = time.monotonic() + _STARVED_PAUSE_S
+            leaving += 1
         self._holds.release(unused)
+        return leaving
 
     def release(self, sequence: Sequence) -> None:
         """Gives up everything the sequence holds, if anything; what is under way settles by itself."""

@@ -62,7 +62,7 @@ class RManagerSettings:
 
     Attributes:
         scheme: of the data plane, e.g. "shm".
-        workspace: open blocks the engine holds; not available to requests.
+        workspace: open blocks the engine holds when no request runs; not available to requests.
         tls: the instance's own identity.
     """
 
@@ -198,9 +198,10 @@ class RManager:
                 self._post(PromptRefused(order.age.request_id, order.attempt, refusal))
                 return
             attached = await self._attach(order.keys, held)
-            missing = order.full_blocks - len(attached)
-            local = await self._local.reserve(missing, 0, request_id=order.age.request_id) if missing else []
-            held += [_Hold(self._local, handle) for handle in local]
+            missing = order.full_blocks - len(attached) + 1  # and its tail
+            handles = await self._local.reserve(missing, 0, request_id=order.age.request_id)
+            local = [_Hold(self._local, handle) for handle in handles]
+            held += local
             missing -= len(local)
             remote = await self._borrow(missing, order.age.request_id, spare_wanted=fits_here) if missing else []
             held += remote
@@ -208,8 +209,17 @@ class RManager:
             # cannot take them for blocks of the same daemon's next session.
             if len(remote) == missing and all(hold.session.alive for hold in held):
                 held = []
-                refs = [tuple(hold.ref for hold in holds) for holds in (attached, remote)]
-                self._post(PromptReserved(order.age.request_id, order.attempt, refs[0], tuple(local), refs[1]))
+                tail = (local or remote).pop()
+                self._post(
+                    PromptReserved(
+                        order.age.request_id,
+                        order.attempt,
+                        attached=tuple(hold.ref for hold in attached),
+                        local=tuple(hold.handle for hold in local),
+                        remote=tuple(hold.ref for hold in remote),
+                        tail=tail.ref,
+                    )
+                )
                 return
         except InfiniteLLMError as error:
             _log.warning("reservation interrupted", extra={"request_id": order.age.request_id, "why": str(error)})
@@ -262,7 +272,7 @@ class RManager:
         local: list[BlockHandle] = []
         remote: list[_Hold] = []
         try:
-            local = await self._local.reserve(blocks, 0, workspace=True)
+            local = await self._local.reserve(blocks, 0)
             if len(local) < blocks:
                 remote = await self._borrow(blocks - len(local), "")
         finally:

@@ -19,16 +19,15 @@ class BlockState(Enum):
 
 
 class _Block:
-    """One block. Invariants: FREE has no users, RESERVED has no key, only RESERVED is workspace."""
+    """One block. Invariants: FREE has no users, RESERVED has no key."""
 
-    __slots__ = ("generation", "key", "state", "users", "workspace")
+    __slots__ = ("generation", "key", "state", "users")
 
     def __init__(self, generation: int) -> None:
         self.state = BlockState.FREE
         self.generation = generation
         self.users = 0
         self.key = b""
-        self.workspace = False
 
 
 class BlockStore:
@@ -40,8 +39,7 @@ class BlockStore:
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._by_key: dict[bytes, int] = {}  # sealed blocks
         self._first_generation = 0  # of the next format's blocks: above all that were ever given away
-        self._reserved = 0  # workspace included
-        self._workspace = 0
+        self._reserved = 0
 
     @property
     def total(self) -> int:
@@ -56,13 +54,8 @@ class BlockStore:
         return len(self._cached)
 
     @property
-    def workspace(self) -> int:
-        return self._workspace
-
-    @property
     def reserved(self) -> int:
-        """Reserved blocks that are not workspace."""
-        return self._reserved - self._workspace
+        return self._reserved
 
     @property
     def in_use(self) -> int:
@@ -92,7 +85,7 @@ class BlockStore:
         """The block sealed under ``key``."""
         return self._by_key.get(key)
 
-    def take(self, workspace: bool) -> BlockHandle:
+    def take(self) -> BlockHandle:
         """Gives a block away, with one user: a free one, else the least recently used cached one. One must be there."""
         if self._free:
             index = self._free.pop()
@@ -106,9 +99,7 @@ class BlockStore:
         # u32 on the wire. A message would have to outlive four billion owners of one block to be mistaken.
         block.generation = (block.generation + 1) & 0xFFFFFFFF
         block.users = 1
-        block.workspace = workspace
         self._reserved += 1
-        self._workspace += workspace
         return BlockHandle(index, block.generation)
 
     def seal(self, index: int, key: bytes) -> None:
@@ -116,7 +107,7 @@ class BlockStore:
         block = self._blocks[index]
         assert block.state is BlockState.RESERVED
         assert key not in self._by_key
-        self._leave_reserved(block)
+        self._reserved -= 1
         block.state = BlockState.SEALED
         block.key = key
         self._by_key[key] = index
@@ -139,7 +130,7 @@ class BlockStore:
         if block.state is BlockState.SEALED:
             self._cached[index] = None
         else:
-            self._leave_reserved(block)
+            self._reserved -= 1
             block.state = BlockState.FREE
             self._free.append(index)
 
@@ -168,20 +159,11 @@ class BlockStore:
                 found.append(f"{name} has a key")
             if block.state is BlockState.RESERVED and not block.users:
                 found.append(f"{name} has no owner")
-            if block.workspace and block.state is not BlockState.RESERVED:
-                found.append(f"{name} is marked as workspace")
         states = [block.state for block in self._blocks]
-        workspace = sum(block.workspace for block in self._blocks)
         for name, believed, counted in (
             ("keys", len(self._by_key), states.count(BlockState.SEALED)),
             ("reserved blocks", self._reserved, states.count(BlockState.RESERVED)),
-            ("workspace blocks", self._workspace, workspace),
         ):
             if believed != counted:
                 found.append(f"{counted} {name} counted, {believed} expected")
         return found
-
-    def _leave_reserved(self, block: _Block) -> None:
-        self._reserved -= 1
-        self._workspace -= block.workspace
-        block.workspace = False

@@ -19,10 +19,18 @@ class Session:
 
 @dataclass(slots=True)
 class Holder:
-    """What a session holds. Closed and without holds it is forgotten, unless a mapping is still out."""
+    """What a session holds. Closed and without holds it is forgotten, unless a mapping is still out.
+
+    Attributes:
+        workspace: so many of its reserved blocks, if it has as many, belong to the instance and to no request. Which
+            ones does not matter, and changes as they fill and others take their place.
+        reserved: how many of its blocks are reserved.
+    """
 
     session: Session
     open: bool = True
     mapping_out: bool = False
+    workspace: int = 0
+    reserved: int = 0
     holds: dict[int, int] = field(default_factory=dict)  # block -> how often
     expired: set[BlockHandle] = field(default_factory=set)  # offers that were taken back, and not released yet

@@ -176,6 +176,7 @@ class Ledger:
         """Promises up to ``max_blocks`` blocks to the session: free ones first, then cached ones, evicted.
 
         Args:
+            workspace: so many more of the session's reserved blocks count as its workspace from now on.
             ttl_s: makes them an offer that lasts so long; 0: they are promised for as long as the session lasts.
 
         Raises:
@@ -191,8 +192,10 @@ class Ledger:
             raise PoolExhaustedError(
                 f"asked for {min_blocks} blocks; {free} are free and {cached} can be evicted of {self._store.total}"
             )
-        handles = [self._store.take(workspace) for _ in range(min(max_blocks, free + cached))]
+        handles = [self._store.take() for _ in range(min(max_blocks, free + cached))]
         holder.holds.update((handle.block, 1) for handle in handles)
+        holder.reserved += len(handles)
+        holder.workspace += len(handles) if workspace else 0
         if ttl_s:
             self._offers.add(session_id, handles, ttl_s, self._clock())
         return handles
@@ -336,14 +339,15 @@ class Ledger:
     def stats(self) -> PoolStats:
         """The pool's use."""
         self._expire()
+        workspace = sum(min(holder.workspace, holder.reserved) for holder in self._holders.values())
         return PoolStats(
             pool_bytes=self._pool_bytes,
             block_bytes=0 if self._geometry is None else self._geometry.block_bytes,
             total=self._store.total,
             free=self._store.free,
             cached=self._store.cached,
-            workspace=self._store.workspace,
-            reserved=self._store.reserved,
+            workspace=workspace,
+            reserved=self._store.reserved - workspace,
             in_use=self._store.in_use,
         )
 
@@ -351,10 +355,17 @@ class Ledger:
         """Counts everything again and says in words what does not agree; empty if the ledger is sound."""
         users: Counter[int] = Counter(self._writing) + self._reading
         reserved_by: Counter[int] = Counter()
+        found: list[str] = []
         for holder in self._holders.values():
             users.update(holder.holds)
-            reserved_by.update(i for i in holder.holds if self._store.state(i) is BlockState.RESERVED)
-        found = [f"block {index} is reserved by {n} sessions" for index, n in reserved_by.items() if n > 1]
+            reserved = [i for i in holder.holds if self._store.state(i) is BlockState.RESERVED]
+            reserved_by.update(reserved)
+            if len(reserved) != holder.reserved:
+                found.append(
+                    f"session {holder.session.session_id:#x} has {len(reserved)} reserved blocks, "
+                    f"{holder.reserved} expected"
+                )
+        found += [f"block {index} is reserved by {n} sessions" for index, n in reserved_by.items() if n > 1]
         found += [f"block {index} is offered, but not reserved" for index in self._offers.blocks() - reserved_by.keys()]
         return found + self._store.violations(users)
 
@@ -393,6 +404,7 @@ class Ledger:
         self._offers.use(handle.block, self._clock())
         if sealed is None:
             self._store.seal(handle.block, key)
+            holder.reserved -= 1
         elif sealed != handle.block:
             return self._hold(holder, sealed)
         return handle
@@ -401,6 +413,7 @@ class Ledger:
         holder.holds[index] -= 1
         if not holder.holds[index]:
             del holder.holds[index]
+            holder.reserved -= self._store.state(index) is BlockState.RESERVED
             self._offers.withdraw([index])
         self._store.drop_user(index)
 

@@ -25,8 +25,8 @@ RECOVERY_TIMEOUT_S = 120.0  # until everything that died is there again
 TRIGGER_TIMEOUT_S = 20.0  # a disturbance that waits for progress happens at the latest then
 
 DAEMONS = (*LOCAL_DAEMONS, *MEMORY_DAEMONS)
-# Pools of 32 rBlocks of 16 tokens. The two instances' have 16 each for requests, the rest is workspace: room for 2048
-# tokens in all, for requests that together have more than twice as many.
+# Pools of 32 rBlocks of 16 tokens; 10 of each instance's are its workspace, up to 6 hold tails: room for 2048
+# tokens in full blocks, for requests that together have more than twice as many.
 ARGUMENTS = ("--instances", "2", "--kvdaemons", str(len(MEMORY_DAEMONS)), "--pool-mib", "1", "--dtype", "float32")
 CONFIG: dict[str, dict[str, object]] = {
     "instance": {"block_tokens": 16, "max_batch_tokens": 64, "max_num_seqs": 6},

@@ -17,7 +17,7 @@ from test_serving import prompt_of
 
 pytestmark = pytest.mark.cluster
 
-# 32 rBlocks a pool (see test_serving.SMALL_ENGINE); 10 of the instance's are its workspace.
+# 32 rBlocks a pool (see test_serving.SMALL_ENGINE); 6 of the instance's are its workspace.
 ENGINE = {"instance": {"max_batch_tokens": 128, "max_num_seqs": 4}}
 HOME, LENDERS = "kvdaemon-0", ("kvdaemon-mem-0", "kvdaemon-mem-1")
 

@@ -22,8 +22,8 @@ from infinitellm import Client
 pytestmark = pytest.mark.cluster
 
 CONFIG = {"instance": {"block_tokens": 16, "max_batch_tokens": 64, "max_num_seqs": 6}}
-WORKSPACE = 16  # blocks: a tail for each of max_num_seqs, and two chunks
-BLOCKS = 110  # beside the workspace, in three pools where an rBlock of 16 tokens is 24 KiB
+WORKSPACE = 16  # blocks: two chunks, and the tails of max_num_seqs sequences
+BLOCKS = 110  # beside these, in three pools where an rBlock of 16 tokens is 24 KiB
 # (tokens of the prompt, of the answer) for so many blocks. The first six take 100 of them and need 68 more to end.
 LENGTHS = (
     *((270, 180), (290, 180), (255, 180), (300, 180), (240, 180), (285, 180)),

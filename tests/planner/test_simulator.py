@@ -207,7 +207,7 @@ class _Unpooled(Policy):
 
 class _EqualSpec(ClusterSpec):
     def size(self, kv_tokens: int) -> tuple[int, int, Serving]:
-        return kv_tokens // 16, 0, Serving(16, 256, 2048, False, False)
+        return kv_tokens // 16, 0, Serving(16, 256, 2048, False)
 
 
 def test_who_prefills_takes_longer_to_the_first_token() -> None:
@@ -221,7 +221,7 @@ def test_who_prefills_takes_longer_to_the_first_token() -> None:
 
 def test_the_planner_moves_blocks_and_learns_what_steps_cost() -> None:
     # Two requests fill a pool; before they have outgrown it, blocks move to the other one, which is empty by then.
-    lengths = (Lengths(43_000, 2_000), Lengths(50_000, 100), Lengths(43_000, 2_000), Lengths(500, 2_000))
+    lengths = (Lengths(51_000, 2_000), Lengths(58_000, 100), Lengths(51_000, 2_000), Lengths(500, 2_000))
     full = [Arrival(0.1 * number, item) for number, item in enumerate(lengths)]
     cluster = Cluster(spec(OURS, 2), full, 0.0)
     outcome = served(cluster)

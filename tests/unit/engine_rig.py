@@ -247,7 +247,7 @@ class EngineRig:
                     if not ledger.revoked(session_id):
                         ledger.release(session_id, handles)
             case Replenish(count):
-                local = self._take(self.local, count, workspace=True)
+                local = self._take(self.local, count)
                 self.engine.post(Replenished(tuple(local), tuple(self._borrow(count - len(local)))))
             case EndSession(kvdaemon_id, session_id, _):
                 daemon = self._daemon(kvdaemon_id)
@@ -271,11 +271,14 @@ class EngineRig:
                     break
                 attached.append(BlockRef("local", found.pop(index)))
             ledger.release(self.local.session_id, list(found.values()))
-        missing = order.full_blocks - len(attached)
-        local = self._take(self.local, missing, workspace=False)
+        missing = order.full_blocks - len(attached) + 1
+        local = self._take(self.local, missing)
         remote = self._borrow(missing - len(local))
         if len(local) + len(remote) == missing:
-            return PromptReserved(order.age.request_id, order.attempt, tuple(attached), tuple(local), tuple(remote))
+            tail = BlockRef("local", local.pop()) if local else remote.pop()
+            return PromptReserved(
+                order.age.request_id, order.attempt, tuple(attached), tuple(local), tuple(remote), tail
+            )
         with self.local.shared as ledger:
             ledger.release(self.local.session_id, [*local, *(ref.handle for ref in attached)])
         for ref in remote:
@@ -288,7 +291,7 @@ class EngineRig:
         daemon = self._daemon(self._moves[order.move_id].destination_kvdaemon_id)
         with daemon.shared as ledger:
             found = [] if ledger.revoked(daemon.session_id) else ledger.attach(daemon.session_id, order.keys)
-        reserved = self._take(daemon, len(order.keys) - len(found), workspace=False, ttl_s=self.offer_ttl_s)
+        reserved = self._take(daemon, len(order.keys) - len(found), self.offer_ttl_s)
         self._connect(daemon)
         self.engine.post(
             MoveReserved(
@@ -302,17 +305,17 @@ class EngineRig:
             )
         )
 
-    def _take(self, daemon: Daemon, count: int, workspace: bool, ttl_s: float = 0.0) -> list[BlockHandle]:
+    def _take(self, daemon: Daemon, count: int, ttl_s: float = 0.0) -> list[BlockHandle]:
         try:
             with daemon.shared as ledger:
-                return ledger.reserve(daemon.session_id, count, 1, workspace, ttl_s) if count else []
+                return ledger.reserve(daemon.session_id, count, 1, ttl_s=ttl_s) if count else []
         except (PoolExhaustedError, SessionRevokedError):
             return []
 
     def _borrow(self, count: int) -> list[BlockRef]:
         refs: list[BlockRef] = []
         for daemon in self.lenders:
-            taken = self._take(daemon, count - len(refs), workspace=False)
+            taken = self._take(daemon, count - len(refs))
             refs += [BlockRef(daemon.name, handle) for handle in taken]
             if taken:
                 self._connect(daemon)

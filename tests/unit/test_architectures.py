@@ -38,14 +38,14 @@ def check(rig: EngineRig, name: str, reference: Reference, prompt: list[int], co
 def test_equal_to_transformers(architecture: Architecture, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Four requests of mixed lengths; most KV lies on lenders, and all together have no room to grow to their end.
 
-    The prompts' 14 full blocks are all there is beside the workspace, and of its 6 blocks 4 are tails. Every answer
+    The prompts' 14 full blocks are all there is beside the workspace and four tails. Every answer
     needs two further blocks, the second before anybody is done: at most two get the first, and somebody must go.
     """
     path = architecture.write(tmp_path / architecture.name)
     reference = Reference(path, ORIGINAL_POSITIONS if architecture.name in LONGROPE else None)
     prompts = {f"r{n}": prompt_of(length, n) for n, length in enumerate((700, 252, 124, 60))}
     caplog.set_level(logging.INFO, "services.instance.engine")
-    with EngineRig(path, local_blocks=10, lenders=(5, 5), workspace=6) as rig:
+    with EngineRig(path, local_blocks=10, lenders=(5, 5), workspace=2) as rig:
         for name, prompt in prompts.items():
             rig.submit(name, prompt, 80, logprobs=5)
         rig.wait(*prompts)

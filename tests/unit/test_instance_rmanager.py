@@ -148,8 +148,8 @@ class Rig:
         self.events = events
 
     def reserve(self, attempt: int, blocks: int, most: int | None = None) -> None:
-        """``most``: blocks that the request may have in the end; those of the prompt if None."""
-        self.rmanager.order(ReservePrompt(RequestAge(1.0, "r"), attempt, (), blocks, most or blocks))
+        """``blocks``: of the prompt, the open one among them; ``most``: in the end, if more than that."""
+        self.rmanager.order(ReservePrompt(RequestAge(1.0, "r"), attempt, (), blocks - 1, most or blocks))
 
     async def answer(self, attempt: int) -> PromptReserved | PromptDeferred:
         async with asyncio.timeout(DEADLINE_S):
