@@ -17,7 +17,7 @@ from benchmarks.http_load import Answered, Ask, RefusedError, complete
 
 _SHORT_MEDIAN, _SHORT_SIGMA = 48, 0.8  # tokens of a short prompt; lognormal
 _SHORTEST = 8
-_OUTPUTS = (64, 192)  # tokens of any output; uniform
+_OUTPUTS = (128, 384)  # tokens of any output; uniform
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class MixedLoad:
     name: str
     long_share: float
     longest: float
-    long_from: float = 0.125
+    long_from: float = 0.3
 
     def draw(self, shape: CheckpointShape, count: int, pool_tokens: int, seed: str) -> list[Ask]:
         """``count`` requests; the same lengths in the same order for every seed, other prompts.
@@ -54,7 +54,7 @@ class MixedLoad:
                 prompt = max(_SHORTEST, int(totals[number] * pool_tokens) - output)
             else:
                 drawn = lengths.lognormvariate(math.log(_SHORT_MEDIAN), _SHORT_SIGMA)
-                prompt = min(max(_SHORTEST, int(drawn)), int(self.long_from * pool_tokens))
+                prompt = max(_SHORTEST, min(int(drawn), int(self.long_from * pool_tokens) - output - 1))
             asks.append(Ask(random_prompt(shape, prompt, tokens), output))
         return asks
 
