@@ -43,10 +43,12 @@ from services.runtime.health import HealthPort
 from services.runtime.logs import setup_logging
 from services.runtime.membership import Member, Membership
 from services.runtime.metrics_port import MetricsPort, make_registry
+from services.runtime.short_slices import ask_for_short_slices
 from services.runtime.tracing import make_tracing
 
 _log = logging.getLogger("services.kvdaemon")
 _STOP_TIMEOUT_S = 5.0
+_SLICE_S = 200e-6  # of the worker: about what a query takes
 
 
 def main() -> None:
@@ -147,6 +149,7 @@ def _run(worker: Worker) -> None:
     """The worker's thread. An error here is a bug, and a process that answers gRPC but computes nothing is worse than
     a dead one, which its instances notice at once."""
     try:
+        ask_for_short_slices(_SLICE_S)
         worker.run()
     except BaseException:
         _log.critical("the worker failed, ending", exc_info=True)

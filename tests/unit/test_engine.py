@@ -127,6 +127,24 @@ def test_a_batch_of_mixed_lengths_under_pressure(model: Path, reference):
         rig.check_nothing_held()
 
 
+def test_a_prompt_is_admitted_where_its_own_pool_has_not_even_a_block_for_its_tail(model: Path, reference):
+    """It comes with a place elsewhere, to which a block of somebody else goes."""
+    prompts = {"old": prompt_of(64 * 4 + 10, 43), "young": prompt_of(64 * 2 + 10, 44)}
+    with EngineRig(model, local_blocks=11, workspace=6, lenders=(12,), max_num_seqs=2) as rig:
+        rig.submit("old", prompts["old"], 300)  # four blocks and a tail: all of the local pool
+        rig.wait_until(lambda: len(rig.tokens("old")) >= 3)
+        assert rig.stats()[0].available == 0
+        assert rig.stats()[1].in_use == 0
+        rig.submit("young", prompts["young"], 10)
+        rig.wait_until(lambda: "old" not in rig.ended() and rig.tokens("young"))
+        assert rig.stats()[1].in_use >= 3, "two of the prompt, and one at least that made room for its tail"
+        rig.wait(*prompts)
+        for name, prompt in prompts.items():
+            assert_same_tokens(rig.tokens(name), reference(prompt, {"old": 300, "young": 10}[name]))
+        rig.check_nothing_held()
+        assert rig.stats()[0].workspace == 6
+
+
 def test_growth_without_room_preempts_the_youngest(model: Path, reference):
     prompts = {"old": prompt_of(60, 40), "young": prompt_of(60, 41)}
     with EngineRig(model, local_blocks=13, workspace=6, max_num_seqs=2) as rig:

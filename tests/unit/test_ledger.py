@@ -174,6 +174,21 @@ def test_reserve_takes_free_blocks_first_and_counts_workspace(pool: Pool) -> Non
     assert pool.counts() == (0, 1, 3, 4, 0)
 
 
+def test_a_workspace_is_a_number_of_blocks_whichever_they_are(pool: Pool) -> None:
+    first, second = pool.ledger.reserve(pool.session, 2, workspace=True)
+    (tail,) = pool.ledger.reserve(pool.session, 1)
+    stats = pool.ledger.stats()
+    assert (stats.workspace, stats.reserved) == (2, 1)
+    pool.ledger.seal(pool.session, [first], [key(1)])
+    stats = pool.ledger.stats()
+    assert (stats.workspace, stats.reserved, stats.in_use) == (2, 0, 1), "what was a request's has taken its place"
+    pool.ledger.release(pool.session, [second])
+    assert pool.ledger.stats().workspace == 1
+    pool.ledger.release(pool.session, [tail, first])
+    assert pool.ledger.stats().workspace == 0
+    assert pool.ledger.check_integrity() == []
+
+
 def test_reserve_evicts_the_least_recently_used(pool: Pool) -> None:
     blocks = pool.sealed(*range(BLOCKS))
     pool.ledger.release(pool.session, blocks)
