@@ -17,6 +17,9 @@ BUILDER ?= $(shell command -v docker || command -v podman)
 IMAGES ?= infinite-llm
 OVERLAY ?= laptop
 VLLM ?= .peers/vllm
+MACHINE ?= $(shell uname -n)
+BENCHMARKS ?= smoke kernel_cpu engine_vs_vllm pooled_vs_vllm distance growth pooling planner_scale token_path \
+	telemetry_cost vllm_bench
 KERNEL_SOURCES := $(wildcard kernels/cpu/src/*.c kernels/cpu/src/*.h)
 
 # $(call protoc,DIR) generates messages, stubs and their types under DIR.
@@ -25,7 +28,7 @@ protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Ipro
 # The names and checksums of all generated files in the current directory.
 generated = find infinitellm -name '*_pb2*' -type f -not -path '*/__pycache__/*' -exec sha256sum {} + | sort -k2
 
-.PHONY: help setup run test test-chaos test-exact fuzz soak peers lint proto proto-check dashboards clean images deploy undeploy port-forward
+.PHONY: help setup run test test-chaos test-exact fuzz soak bench peers lint proto proto-check dashboards clean images deploy undeploy port-forward
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +52,15 @@ fuzz: setup ## Try the properties on FUZZ_TIMES=100 as many cases as make test d
 
 soak: setup ## Serve at random for SOAK_MINUTES=10 and check that nothing grows
 	PYTHONPATH=tests $(BIN)/python tests/chaos/soak.py --minutes $(SOAK_MINUTES) $(ARGS)
+
+bench: setup peers ## Run all benchmarks (hours; a quiet machine) and write benchmarks/results/NAME-MACHINE.json
+	for name in $(BENCHMARKS); do \
+		$(BIN)/python -m benchmarks.$$name --json benchmarks/results/$${name//_/-}-$(MACHINE).json; \
+	done
+	$(BIN)/python -m benchmarks.simulator --all --cluster paper --plots benchmarks/results \
+		--json benchmarks/results/simulator-32-a100.json
+	$(BIN)/python -m benchmarks.simulator --all --cluster large --json benchmarks/results/simulator-1000-a100.json
+	$(BIN)/python -m benchmarks.comparison --machine $(MACHINE)
 
 peers: $(VLLM)/.installed ## Make the environment of vLLM on CPUs that benchmarks compare with (VLLM=.peers/vllm; 3 GiB)
 

@@ -1,0 +1,145 @@
+"""``python -m benchmarks.comparison``: writes the README's tables, and their plot, from the files in ``results``.
+
+What stands between the two marks in README.md is nobody's to edit: a test compares it with the files. With
+``--machine NAME``, another than the README's, the tables of that machine's files are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Result = Mapping[str, Any]  # what ``--json`` wrote
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MACHINE = "amd-epyc"
+BEGIN = "<!-- from here on: python -m benchmarks.comparison -->"
+END = "<!-- to here -->"
+PLOT = RESULTS / "pooled-vs-vllm.png"
+
+
+def text(machine: str = MACHINE) -> str:
+    """The README's block, marks included."""
+    parts = [section(load(name, machine)) for name, section in SECTIONS.items()]
+    return "\n\n".join([BEGIN, *parts, END])
+
+
+def load(name: str, machine: str = MACHINE) -> Result:
+    """A benchmark's latest result."""
+    result: Result = json.loads((RESULTS / f"{name}-{machine}.json").read_text())
+    return result
+
+
+def replaced(readme: str, block: str) -> str:
+    """A README with another block."""
+    before, _, rest = readme.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"README.md lacks the marks {BEGIN!r} and {END!r}")
+    return before + block + after
+
+
+def _pooled(result: Result) -> str:
+    rows = {(row["load"], row["system"]): row for row in result["rows"]}
+    loads = list(dict.fromkeys(load for load, _ in rows))
+    lines = []
+    for name in loads:
+        multi, single, ours = (rows[name, system] for system in ("vllm-multi", "vllm-single", "ours"))
+        rates = [f"{one['output_tokens_per_s']:.0f}" for one in (multi, single, ours)]
+        lines.append(
+            [name, *rates, _goal(result, f"{name}_over_the_better"), str(multi["refused"]), str(ours["refused"])]
+        )
+    head = ["load", "two vLLM", "vLLM, TP 2", "ours", "ours / the better", "refused by two vLLM", "by ours"]
+    return (
+        "**Two cores and 144 MiB of KV cache, three ways** (`benchmarks.pooled_vs_vllm`; output tokens per second): "
+        "two vLLM servers, one vLLM server with tensor parallelism, and two pooled instances.\n\n"
+        f"{_table(head, lines)}\n\n![the same as bars](benchmarks/results/{PLOT.name})"
+    )
+
+
+def _engine(result: Result) -> str:
+    rows = {(row["workload"], row["checkpoint"]): row for row in result["rows"]}
+    workloads, checkpoints = (list(dict.fromkeys(key[at] for key in rows)) for at in (0, 1))
+    lines = [
+        [
+            workload,
+            *(
+                f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+                for row in (rows[workload, checkpoint] for checkpoint in checkpoints)
+            ),
+        ]
+        for workload in workloads
+    ]
+    return (
+        "**One instance beside vLLM, on the same core, over HTTP** (`benchmarks.engine_vs_vllm`; tokens per second, "
+        f"ours / vLLM's):\n\n{_table(['workload', *checkpoints], lines)}"
+    )
+
+
+def _goal(result: Result, target: str) -> str:
+    """A value with its goal, where it missed it."""
+    found = result["targets"][target]
+    return f"{found['value']:.2f}" if found["ok"] else f"{found['value']:.2f} (goal {found['goal']:g})"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    ruler = ["---", *("---:" for _ in head[1:])]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ruler, *lines))
+
+
+SECTIONS: Mapping[str, Callable[[Result], str]] = {
+    "pooled-vs-vllm": _pooled,
+    "engine-vs-vllm": _engine,
+}
+
+
+def plot(result: Result, file: Path) -> None:
+    """Output tokens per second of each load, a bar for each system."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = {(row["load"], row["system"]): row for row in result["rows"]}
+    loads, systems = (list(dict.fromkeys(key[at] for key in rows)) for at in (0, 1))
+    figure, panel = pyplot.subplots(figsize=(9, 3.2))
+    width = 0.8 / len(systems)
+    colours = {"vllm-multi": "#ff7f0e", "vllm-single": "#7f7f7f", "ours": "#1f77b4"}
+    for at, system in enumerate(systems):
+        chosen = [rows[name, system] for name in loads]
+        heights = [row["output_tokens_per_s"] for row in chosen]
+        spread = [
+            [row["output_tokens_per_s"] - row["smallest"] for row in chosen],
+            [row["largest"] - row["output_tokens_per_s"] for row in chosen],
+        ]
+        places = [index + (at - (len(systems) - 1) / 2) * width for index in range(len(loads))]
+        panel.bar(places, heights, width, yerr=spread, label=system, color=colours[system])
+    panel.set_xticks(range(len(loads)), loads)
+    panel.set_ylabel("output tokens/s")
+    panel.grid(axis="y", alpha=0.3)
+    panel.legend(fontsize=8, ncols=3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.comparison", description=__doc__)
+    parser.add_argument("--machine", default=MACHINE, help="whose files (default %(default)s)")
+    machine: str = parser.parse_args().machine
+    if machine != MACHINE:
+        print(text(machine))
+        return 0
+    readme = ROOT / "README.md"
+    readme.write_text(replaced(readme.read_text(), text()))
+    plot(load("pooled-vs-vllm"), PLOT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
