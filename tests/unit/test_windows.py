@@ -29,7 +29,7 @@ PROMPT = random.Random(1).choices(range(VOCAB_SIZE), k=600)
 
 def queries_of(path: Path, max_tokens: int) -> list[Query]:
     """What lenders are asked while a prompt of nine blocks, four of them on lenders, is computed and continued."""
-    with EngineRig(path, local_blocks=13, lenders=(3, 2)) as rig:
+    with EngineRig(path, local_blocks=14, lenders=(3, 2)) as rig:
         rig.submit("r", PROMPT, max_tokens)
         rig.wait("r")
         assert len(rig.tokens("r")) == max_tokens
@@ -47,7 +47,7 @@ def test_nobody_is_asked_beyond_the_window(tmp_path: Path):
 
 def test_what_nobody_sees_takes_no_room_in_a_daemons_window(tmp_path: Path):
     """Plans without queries were never answered: after some hundred steps no block could be written any more."""
-    with EngineRig(served("mistral").write(tmp_path / "mistral"), local_blocks=13, lenders=(6, 5)) as rig:
+    with EngineRig(served("mistral").write(tmp_path / "mistral"), local_blocks=14, lenders=(6, 5)) as rig:
         rig.submit("r", PROMPT, 200)
         rig.wait("r")
         assert len(rig.tokens("r")) == 200
