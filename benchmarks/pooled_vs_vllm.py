@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.checkpoints import CheckpointShape, random_prompt, write_random_checkpoint
+from benchmarks.checkpoints import SHAPES, random_prompt, write_random_checkpoint
 from benchmarks.harness import Run, main
 from benchmarks.mixed_load import MixedLoad, Sent, Target, send_mixed
 from benchmarks.peers.agreement import compare_servers
@@ -34,19 +34,10 @@ from services.core.errors import InfiniteLLMError
 
 QUESTION = "what do two cores serve with pooled KV memory, beside vLLM with as much?"
 # As in the paper's models of 7 and 13 billion parameters, every head has keys and values of its own: 36 KiB a token.
-SHAPE = CheckpointShape(
-    "llama-125m-mha",
-    "LlamaConfig",
-    {
-        "vocab_size": 32000,
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 12,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
+SHAPE = replace(
+    SHAPES["llama-100m"],
+    name="llama-125m-mha",
+    settings={**SHAPES["llama-100m"].settings, "num_key_value_heads": 12},
 )
 KV_TOKEN_BYTES = 12 * 12 * 64 * 2 * 2
 POOL_MIB = 72  # of each half

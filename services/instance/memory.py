@@ -153,7 +153,7 @@ class BlockMemory:
             self._held += 1
             self._free.append(reserved.tail.handle)
         else:
-            self._make_room([reserved.tail])
+            self._ship_oldest_to([reserved.tail])
 
     def usable(self, reserved: PromptReserved) -> bool:
         """Whether the daemons of a reservation are still connected."""
@@ -253,12 +253,12 @@ class BlockMemory:
         self._held += len(event.local)
         self._free.extend(event.local)
         self.oldest_starving = event.oldest_starving
-        leaving = self._make_room(event.remote)
+        leaving = self._ship_oldest_to(event.remote)
         self._found_no_room = not event.local and not leaving
         if self._found_no_room:
             self._replenish_at = time.monotonic() + _STARVED_PAUSE_S
 
-    def _make_room(self, places: Iterable[BlockRef]) -> int:
+    def _ship_oldest_to(self, places: Iterable[BlockRef]) -> int:
         """Sends sealed blocks of the local pool to places elsewhere; answers how many leave."""
         leaving, unused = 0, []
         for ref in places:
