@@ -90,6 +90,7 @@ class BlockMemory:
         self._remote = remote
         self._control = control
         self._memories: dict[Sequence, SequenceMemory] = {}
+        self._places: deque[BlockRef] = deque()  # elsewhere, each for a block that makes room for an admitted tail
         self._sealing: dict[BlockHandle, _Sealing] = {}
         self._holds = Holds(local_kvdaemon_id, local_session_id, peers, control)
         pool_bytes = pool.view(torch.uint8).view(pool.shape[0], geometry.block_bytes).numpy()
@@ -116,7 +117,7 @@ class BlockMemory:
     @property
     def starved(self) -> bool:
         """Whether the workspace is short of blocks and there is no room anywhere, as far as is known."""
-        return self._found_no_room and self._held < self._wanted
+        return (self._found_no_room or bool(self._places)) and self._held < self._wanted
 
     @property
     def _wanted(self) -> int:
@@ -153,7 +154,7 @@ class BlockMemory:
             self._held += 1
             self._free.append(reserved.tail.handle)
         else:
-            self._ship_oldest_to([reserved.tail])
+            self._places.append(reserved.tail)
 
     def usable(self, reserved: PromptReserved) -> bool:
         """Whether the daemons of a reservation are still connected."""
@@ -207,14 +208,14 @@ class BlockMemory:
         """Sends what is to go elsewhere and keeps the workspace up; called once per round of the engine."""
         self._transfers.tick()
         self._moves.tick()
+        while self._places and self._ship_oldest_to(self._places[0]):
+            self._places.popleft()
         missing = self._wanted - self._held
-        if missing > 0 and not self._replenishing and time.monotonic() >= self._replenish_at:
+        if missing > len(self._places) and not self._replenishing and time.monotonic() >= self._replenish_at:
             self._replenishing = True
-            self._control.order(Replenish(missing))
-        elif missing < 0 and self._free:  # a sequence has gone
-            surplus = [self._free.pop() for _ in range(min(-missing, len(self._free)))]
-            self._held -= len(surplus)
-            self._holds.release(map(self._here, surplus))
+            self._control.order(Replenish(missing - len(self._places)))
+        elif missing < len(self._places):  # a sequence has gone
+            self._give_up(len(self._places) - missing)
 
     def sealed(self, event: LocalSealed) -> None:
         """Blocks have been sealed in place, or found to be sealed already elsewhere in the pool."""
@@ -253,24 +254,27 @@ class BlockMemory:
         self._held += len(event.local)
         self._free.extend(event.local)
         self.oldest_starving = event.oldest_starving
-        leaving = self._ship_oldest_to(event.remote)
-        self._found_no_room = not event.local and not leaving
+        unused = [ref for ref in event.remote if not self._ship_oldest_to(ref)]
+        self._found_no_room = not event.local and len(unused) == len(event.remote)
         if self._found_no_room:
             self._replenish_at = time.monotonic() + _STARVED_PAUSE_S
-
-    def _ship_oldest_to(self, places: Iterable[BlockRef]) -> int:
-        """Sends sealed blocks of the local pool to places elsewhere; answers how many leave."""
-        leaving, unused = 0, []
-        for ref in places:
-            victim = self._oldest_block_of_longest()
-            if victim is None or not self._peers.is_connected(ref.kvdaemon_id):
-                unused.append(ref)
-                continue
-            memory, index = victim
-            self._transfers.begin(memory, index, self._key(memory.sequence, index), ref)
-            leaving += 1
         self._holds.release(unused)
-        return leaving
+
+    def _ship_oldest_to(self, place: BlockRef) -> bool:
+        """Sends a sealed block of the local pool to a place elsewhere; answers whether there is one that can leave."""
+        victim = self._oldest_block_of_longest()
+        if victim is None or not self._peers.is_connected(place.kvdaemon_id):
+            return False
+        memory, index = victim
+        self._transfers.begin(memory, index, self._key(memory.sequence, index), place)
+        return True
+
+    def _give_up(self, blocks: int) -> None:
+        """Gives back so many of the workspace's blocks, unused places first; fewer if the others are in use."""
+        surplus = [self._places.pop() for _ in range(min(blocks, len(self._places)))]
+        free = [self._free.pop() for _ in range(min(blocks - len(surplus), len(self._free)))]
+        self._held -= len(free)
+        self._holds.release([*surplus, *map(self._here, free)])
 
     def release(self, sequence: Sequence) -> None:
         """Gives up everything the sequence holds, if anything; what is under way settles by itself."""
@@ -305,6 +309,7 @@ class BlockMemory:
             for sequence, memory in self._memories.items()
             if memory.table.blocks_on(kvdaemon_id) or any(ref.kvdaemon_id == kvdaemon_id for ref in memory.remote)
         }
+        self._places = deque(ref for ref in self._places if ref.kvdaemon_id != kvdaemon_id)
         affected |= self._transfers.peer_lost(kvdaemon_id)
         self._moves.peer_lost(kvdaemon_id)
         return sorted(affected, key=lambda sequence: sequence.age)

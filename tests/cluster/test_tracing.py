@@ -24,7 +24,7 @@ pytestmark = pytest.mark.cluster
 DEADLINE_S = 30.0
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 LENDER = "kvdaemon-mem-0"
-PROMPT_TOKENS, OUTPUT_TOKENS = 600, 40
+PROMPT_TOKENS, OUTPUT_TOKENS = 800, 40
 MEMBERS = {("gateway", "gateway-0"), ("instance", "instance-0"), ("kvdaemon", LENDER), ("gmanager", "gmanager-0")}
 
 
@@ -59,7 +59,7 @@ def traced(cluster: Cluster, prompt: list[int], flags: str, max_tokens: int) -> 
 @pytest.fixture(scope="module")
 def trace(cluster: Cluster, collector: OtlpCollector) -> list[CollectedSpan]:
     """All spans of one traced request whose prompt does not fit the instance's own pool."""
-    untraced = prompt_of(600, seed=80)
+    untraced = prompt_of(PROMPT_TOKENS, seed=80)  # and opens the session with the lender
     cluster.complete(untraced, max_tokens=3)  # decided here: at a ratio of 0
     traced(cluster, untraced, "00", 3)  # decided by the client
     request_id = traced(cluster, prompt_of(PROMPT_TOKENS, seed=81), "01", OUTPUT_TOKENS)
