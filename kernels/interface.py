@@ -23,6 +23,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kernels.cpu.answering import CompiledQueries
+    from kernels.cpu.asking import CompiledAsker
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,17 @@ class AttentionKernels(ABC):
 
         Args:
             q_heads: of each query; its rows are those of the plan's segments.
+            out_dtype: of the partial outputs.
+        """
+        return None
+
+    def compiled_asker(
+        self, rows: Tensor | None, batch_rows: int, step: int, out_dtype: torch.dtype
+    ) -> CompiledAsker | None:
+        """What sends a step's queries to one daemon and merges its answers, where there is compiled code for it.
+
+        Args:
+            rows: [n] int64 (distinct), the batch's rows that the daemon is asked about; None means all, in order.
             out_dtype: of the partial outputs.
         """
         return None

@@ -88,6 +88,7 @@ class Watched(IntEnum):
     CHANGED = 1  # a counter has, and not by a query that has been answered
     READY = 2  # the descriptor is readable
     CONTENDED = 3  # others want this core
+    TAKEN = 4  # the answer has come, and has been merged
 
 
 _ENDINGS = tuple(Watched)

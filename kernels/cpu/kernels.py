@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.checks import check_attention, check_merge, check_pool, check_store
 from kernels.cpu.answering import CompiledQueries
+from kernels.cpu.asking import CompiledAsker
 from kernels.cpu.library import AttentionCall, MergeCall, PoolView, ReadCall, StoreCall, check_status, load_library
 from kernels.interface import AttentionKernels, AttentionPlan, LayerParams
 
@@ -86,6 +87,11 @@ class CpuKernels(AttentionKernels):
         out, lse = torch.empty(q.shape, dtype=out_dtype), torch.empty(q.shape[:2])
         call = self._attention_call(q, pool, plan, out, lse)
         return CompiledQueries(self._context, call, pool.shape[1], pool.stride(1), (self, pool, plan))
+
+    def compiled_asker(self, rows: Tensor | None, batch_rows: int, step: int, out_dtype: torch.dtype) -> CompiledAsker:
+        if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1 or not rows.is_contiguous()):
+            raise ValueError(f"rows must be contiguous [n] int64, got {rows.dtype} {list(rows.shape)}")
+        return CompiledAsker(self._context, rows, batch_rows, step, out_dtype, self)
 
     def store_kv(self, k: Tensor, v: Tensor, pool: Tensor, slots: Tensor, layer: int) -> None:
         prepared = self._prepare_store(k, v, pool, slots, layer)

@@ -125,6 +125,39 @@ class Answering(Structure):
     ]
 
 
+class Asking(Structure):
+    _fields_: ClassVar = [
+        ("queries", RingView),
+        ("answers", RingView),
+        ("max_message", c_uint64),
+        ("kernels", c_void_p),
+        ("rows", c_void_p),
+        ("count", c_int64),
+        ("batch_rows", c_int64),
+        ("step", c_uint64),
+        ("q_heads", c_int32),
+        ("head_dim", c_int32),
+        ("dtype", c_int32),
+        ("out_dtype", c_int32),
+        ("bell_fd", c_int32),
+        ("layer", c_int32),
+        ("sequence", c_uint64),
+        ("q", c_void_p),
+        ("q_stride_bytes", c_uint64),
+        ("out", c_void_p),
+        ("lse", c_void_p),
+        ("spin_ns", c_int64),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("window", c_int32),
+        ("late", c_int32),
+        ("taken_at_ns", c_int64),
+        ("merged_ns", c_int64),
+        ("query_bytes", c_int64),
+        ("answer_bytes", c_int64),
+    ]
+
+
 class WatchCall(Structure):
     _fields_: ClassVar = [
         ("counters", c_void_p),
@@ -167,6 +200,9 @@ def load_library() -> ctypes.CDLL:
     library.kernels_read.restype = c_uint32
     library.watch_counters.argtypes = [POINTER(WatchCall)]
     library.watch_counters.restype = c_int32
+    for function in (library.ask, library.take_answer):
+        function.argtypes = [POINTER(Asking)]
+        function.restype = c_int32
     return library
 
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from kernels.cpu.asking import CompiledAsker
 from services.core.blocks import BlockHandle
 from services.core.errors import InvalidRequestError, PeerLostError
 from services.dataplane import wire
@@ -106,13 +107,32 @@ class Peer:
     def send(self, header: Header, parts: Sequence[Buffer]) -> int:
         """Sends one message and answers its sequence number."""
         self._sequence += 1
-        message_bytes = wire.HEADER_BYTES + sum(len(part) for part in parts)
-        size = max(message_bytes, SMALLEST_CHARGE_BYTES)
         self.connection.send([replace(header, sequence=self._sequence).pack(), *parts])
+        self._sent(wire.HEADER_BYTES + sum(len(part) for part in parts))
+        return self._sequence
+
+    def ask(self, asker: CompiledAsker) -> int:
+        """Sends a query in compiled code and answers its sequence number; 0: it was not, and ``send`` says why."""
+        sent_bytes = self.connection.ask(asker, self._sequence + 1)
+        if not sent_bytes:
+            return 0
+        self._sequence += 1
+        self._sent(sent_bytes)
+        return self._sequence
+
+    def take_answer(self, asker: CompiledAsker, sequence: int) -> bool:
+        """Merges the answer to query ``sequence`` in compiled code, if it is there or comes in a moment."""
+        if not self.connection.take_answer(asker):
+            return False
+        self.answered(sequence)
+        self.received_bytes += asker.answer_bytes
+        return True
+
+    def _sent(self, message_bytes: int) -> None:
+        size = max(message_bytes, SMALLEST_CHARGE_BYTES)
         self._unanswered.append((self._sequence, size))
         self._bytes_out += size
         self.sent_bytes += message_bytes
-        return self._sequence
 
     def traffic(self) -> PeerTraffic:
         """So far; any thread may ask."""

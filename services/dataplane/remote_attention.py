@@ -7,13 +7,16 @@ computes its local part meanwhile, and ``collect`` merges what came back. One me
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import AttentionKernels, LayerParams
+from kernels.cpu.asking import CompiledAsker
 from services.core.errors import PeerLostError, TransferTimeoutError
 from services.dataplane import wire
 from services.dataplane.peers import AnswerTimes, Peer, PeerSet
@@ -42,6 +45,23 @@ class PeerShare:
     traces: Sequence[SegmentTrace] = ()
 
 
+@dataclass(slots=True)
+class _Asked:
+    """A daemon in a step. ``asker``: what asks it in compiled code, from the first layer on, where there is such."""
+
+    peer: Peer
+    share: PeerShare
+    asker: CompiledAsker | None = None
+
+
+class _Waiting(NamedTuple):
+    """A query that has no answer yet. ``sent_at``: time.perf_counter."""
+
+    asked: _Asked
+    sequence: int
+    sent_at: float
+
+
 class RemoteAttention:
     """The instance's side of DistAttention. Used by the engine thread.
 
@@ -56,8 +76,8 @@ class RemoteAttention:
         self._out_dtype = out_dtype
         self._timeout_s = timeout_s
         self._step = 0
-        self._shares: list[tuple[Peer, PeerShare]] = []
-        self._waiting: list[tuple[Peer, int, Tensor, float]] = []  # of the layer under way; sent at (perf_counter)
+        self._asked: list[_Asked] = []
+        self._waiting: deque[_Waiting] = deque()  # of the layer under way
         self.answers: dict[str, AnswerTimes] = {}  # of the step
         self.merge_s = 0.0  # of the step
         self._forgotten: dict[str, list[int]] = {}
@@ -75,7 +95,7 @@ class RemoteAttention:
         """
         self._abandon()
         self._step = step
-        self._shares = []
+        self._asked = []
         self.answers = {}
         self.merge_s = 0.0
         gone = []
@@ -95,7 +115,7 @@ class RemoteAttention:
         if share.traces:
             peer.send(Header(Kind.TRACE, rows=len(share.traces)), [wire.pack_traces(share.traces)])
         peer.send(Header(Kind.PLAN, step=self._step, rows=len(share.segments)), wire.pack_plan(share.segments))
-        self._shares.append((peer, share))
+        self._asked.append(_Asked(peer, share))
 
     def submit(self, params: LayerParams, q: Tensor) -> bool:
         """Sends the layer's queries; answers whether there is anything to collect.
@@ -103,31 +123,52 @@ class RemoteAttention:
         Args:
             q: [rows of the batch, q_heads, head_dim], on the CPU.
         """
-        for peer, share in self._shares:
-            if 0 < params.window <= share.distance:
+        for asked in self._asked:
+            if 0 < params.window <= asked.share.distance:
                 continue
-            part = q.contiguous() if len(share.rows) == len(q) else q.index_select(0, share.rows)
-            header = Header(
-                Kind.QUERY,
-                step=self._step,
-                layer=params.layer,
-                rows=len(part),
-                q_heads=q.shape[1],
-                head_dim=q.shape[2],
-                dtype=_DTYPES[q.dtype],
-                out_dtype=self._out_dtype,
-                scale=params.scale,
-                softcap=params.softcap,
-                window=params.window,
-            )
             sent_at = time.perf_counter()
-            sequence = peer.send(header, [part.view(torch.uint8).numpy().data.cast("B")])
-            peer.expected.add(sequence)
-            self._waiting.append((peer, sequence, share.rows, sent_at))
+            sequence = self._ask(asked, params, q) or self._send(asked, params, q)
+            asked.peer.expected.add(sequence)
+            self._waiting.append(_Waiting(asked, sequence, sent_at))
         return bool(self._waiting)
 
+    def _ask(self, asked: _Asked, params: LayerParams, q: Tensor) -> int:
+        """Sends a query in compiled code and answers its sequence number; 0 where that cannot be."""
+        asker = asked.asker
+        if asker is None:
+            if not asked.peer.connection.can_ask:
+                return 0
+            rows = asked.share.rows
+            asker = self._kernels.compiled_asker(
+                None if len(rows) == len(q) else rows, len(q), self._step, _TORCH_DTYPES[self._out_dtype]
+            )
+            if asker is None:
+                return 0
+            asked.peer.connection.ask_with(asker)
+            asked.asker = asker
+        asker.set_query(q, params)
+        return asked.peer.ask(asker)
+
+    def _send(self, asked: _Asked, params: LayerParams, q: Tensor) -> int:
+        rows = asked.share.rows
+        part = q.contiguous() if len(rows) == len(q) else q.index_select(0, rows)
+        header = Header(
+            Kind.QUERY,
+            step=self._step,
+            layer=params.layer,
+            rows=len(part),
+            q_heads=q.shape[1],
+            head_dim=q.shape[2],
+            dtype=_DTYPES[q.dtype],
+            out_dtype=self._out_dtype,
+            scale=params.scale,
+            softcap=params.softcap,
+            window=params.window,
+        )
+        return asked.peer.send(header, [part.view(torch.uint8).numpy().data.cast("B")])
+
     def collect(self, out: Tensor, lse: Tensor) -> None:
-        """Waits for the layer's partial states and merges them.
+        """Waits for the layer's partial states and merges them, in the order in which they were asked for.
 
         Args:
             out: [rows, q_heads, head_dim] float32, the local partial state, updated in place.
@@ -137,31 +178,50 @@ class RemoteAttention:
             PeerLostError, TransferTimeoutError: the step must be discarded.
         """
         deadline = time.monotonic() + self._timeout_s
-        self._peers.poll(0.0)
+        if any(waiting.asked.asker is None for waiting in self._waiting):
+            self._peers.poll(0.0)
         looked_at = time.perf_counter()
         while self._waiting:
-            peer, sequence, rows, sent_at = self._waiting[0]
-            arrived = peer.partials.pop(sequence, None)
-            if arrived is None:
+            waiting = self._waiting[0]
+            peer = waiting.asked.peer
+            answer = self._take(waiting, out, lse) or self._merge(waiting, looked_at, out, lse)
+            if answer is None:
                 self._wait(peer, deadline)
                 continue
-            header, payload, message, taken_at = arrived
-            times = self.answers.setdefault(peer.kvdaemon_id, AnswerTimes())
-            answer = AnswerTimes(1, taken_at - sent_at, taken_at > looked_at)
-            times.add(answer)
+            self.answers.setdefault(peer.kvdaemon_id, AnswerTimes()).add(answer)
             peer.answers.add(answer)
-            peer.expected.discard(sequence)
-            self._waiting.pop(0)
-            shape = (len(rows), out.shape[1], out.shape[2])
-            count = shape[0] * shape[1] * shape[2]
-            dtype = _TORCH_DTYPES[header.dtype]
-            part_out = torch.frombuffer(payload, dtype=dtype, count=count).view(shape)
-            part_lse = torch.frombuffer(payload, dtype=torch.float32, offset=count * dtype.itemsize)
-            all_rows = len(rows) == len(out)
-            begun = time.perf_counter()
-            self._kernels.merge_partials(out, lse, part_out, part_lse.view(shape[:2]), None if all_rows else rows)
-            self.merge_s += time.perf_counter() - begun
-            message.release()
+            peer.expected.discard(waiting.sequence)
+            self._waiting.popleft()
+
+    def _take(self, waiting: _Waiting, out: Tensor, lse: Tensor) -> AnswerTimes | None:
+        """Merges an answer in compiled code, if it is there or comes in a moment."""
+        peer, asker = waiting.asked.peer, waiting.asked.asker
+        if asker is None or waiting.sequence in peer.partials:
+            return None
+        asker.set_target(out, lse)
+        if not peer.take_answer(asker, waiting.sequence):
+            return None
+        self.merge_s += asker.merge_s
+        return AnswerTimes(1, asker.taken_at_s - waiting.sent_at, asker.late)
+
+    def _merge(self, waiting: _Waiting, looked_at: float, out: Tensor, lse: Tensor) -> AnswerTimes | None:
+        """Merges an answer that has been received, if it has."""
+        rows = waiting.asked.share.rows
+        arrived = waiting.asked.peer.partials.pop(waiting.sequence, None)
+        if arrived is None:
+            return None
+        header, payload, message, taken_at = arrived
+        shape = (len(rows), out.shape[1], out.shape[2])
+        count = shape[0] * shape[1] * shape[2]
+        dtype = _TORCH_DTYPES[header.dtype]
+        part_out = torch.frombuffer(payload, dtype=dtype, count=count).view(shape)
+        part_lse = torch.frombuffer(payload, dtype=torch.float32, offset=count * dtype.itemsize)
+        all_rows = len(rows) == len(out)
+        begun = time.perf_counter()
+        self._kernels.merge_partials(out, lse, part_out, part_lse.view(shape[:2]), None if all_rows else rows)
+        self.merge_s += time.perf_counter() - begun
+        message.release()
+        return AnswerTimes(1, taken_at - waiting.sent_at, taken_at > looked_at)
 
     def _wait(self, peer: Peer, deadline: float) -> None:
         self._peers.get(peer.kvdaemon_id)  # raises once the peer is lost
@@ -176,9 +236,10 @@ class RemoteAttention:
 
     def _abandon(self) -> None:
         """Drops what an earlier, discarded step still waits for; late answers are released on arrival."""
-        for peer, sequence, _, _ in self._waiting:
-            peer.expected.discard(sequence)
-            arrived = peer.partials.pop(sequence, None)
+        for waiting in self._waiting:
+            peer = waiting.asked.peer
+            peer.expected.discard(waiting.sequence)
+            arrived = peer.partials.pop(waiting.sequence, None)
             if arrived is not None:
                 arrived[2].release()
         self._waiting.clear()

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernels.cpu.answering import CompiledQueries, CounterWatch, Watched
+from kernels.cpu.asking import CompiledAsker
 from kernels.cpu.library import find_library
 from services.core.errors import ConfigError, PeerLostError
 from services.dataplane.patience import Patience
@@ -35,7 +36,7 @@ _COMPILED = find_library() is not None
 class ShmConnection(SocketConnection):
     """One end of a pair of rings."""
 
-    can_answer = _COMPILED
+    can_answer = can_ask = _COMPILED
 
     def __init__(
         self, transport: ShmTransport, sock: socket.socket, rings: SharedRings, peer: str, connecting: bool
@@ -70,6 +71,26 @@ class ShmConnection(SocketConnection):
             self.reader.bind(queries.incoming)
             self._writer.bind(queries.outgoing)
             queries.set_connection(self.limits.max_message_bytes, self.fd)
+
+    def ask_with(self, asker: CompiledAsker) -> None:
+        if self._writer is not None:
+            self._writer.bind(asker.queries)
+            self.reader.bind(asker.answers)
+            asker.set_connection(self.limits.max_message_bytes, self.fd)
+
+    def ask(self, asker: CompiledAsker, sequence: int) -> int:
+        writer = self._writer
+        if writer is None:
+            return 0
+        writer.lend(asker.queries)
+        sent = asker.ask(sequence)
+        writer.take_back(asker.queries)
+        return sent
+
+    def take_answer(self, asker: CompiledAsker) -> bool:
+        if self._writer is None or self.waiting or self.reader.held:
+            return False
+        return self._transport.take_answer(self, asker)
 
     @property
     def answers(self) -> bool:
@@ -138,6 +159,20 @@ class ShmTransport(SocketTransport[ShmConnection]):
             raise PeerLostError(f"cannot connect to {address}: {error}") from error
         self._adopt(connection)
         return connection
+
+    def take_answer(self, connection: ShmConnection, asker: CompiledAsker) -> bool:
+        """Looks for an answer for as long as ``poll`` would stay awake."""
+        if connection not in self._awake:
+            connection.reader.wake_up()
+            self._awake.add(connection)
+        connection.reader.lend(asker.answers)
+        ending = asker.take_answer(self._patience.awake_s())
+        connection.reader.take_back(asker.answers)
+        if ending is Watched.TAKEN:
+            self._patience.arrived()
+        elif ending is Watched.CONTENDED:
+            self._patience.contended()
+        return ending is Watched.TAKEN
 
     def _close_sockets(self) -> None:
         if self._listener is not None and self._reception is not None:

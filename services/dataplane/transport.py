@@ -24,6 +24,7 @@ from services.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from kernels.cpu.answering import CompiledQueries
+    from kernels.cpu.asking import CompiledAsker
 
 Buffer = bytes | bytearray | memoryview
 
@@ -72,6 +73,7 @@ class Connection(ABC):
     limits: Limits
     peer: str  # for messages and logs
     can_answer = False  # whether ``answer_with`` does anything
+    can_ask = False  # whether there are ``ask_with``, ``ask`` and ``take_answer``
 
     @abstractmethod
     def send(self, parts: Sequence[Buffer]) -> None:
@@ -85,6 +87,18 @@ class Connection(ABC):
     def answer_with(self, queries: CompiledQueries | None) -> None:
         """Lets compiled code answer these queries from now on, or none; what it leaves is received as ever."""
         assert queries is None, "this transport leaves all queries to its owner"
+
+    def ask_with(self, asker: CompiledAsker) -> None:
+        """Lets compiled code send queries and take their answers: ``ask`` and ``take_answer`` may follow."""
+        raise NotImplementedError
+
+    def ask(self, asker: CompiledAsker, sequence: int) -> int:
+        """Sends its query as message number ``sequence``; answers its bytes, or 0 where ``send`` would say why not."""
+        raise NotImplementedError
+
+    def take_answer(self, asker: CompiledAsker) -> bool:
+        """Merges the answer to the last query, if it is there or comes in a moment; else ``poll`` receives it."""
+        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:

@@ -96,6 +96,27 @@ typedef struct {
     int64_t answered_at_ns; /* the last one, of the monotonic clock */
 } answering;
 
+/* One daemon's part of a step, and what one layer asks of it (asking.c). */
+typedef struct {
+    ring_view queries, answers;
+    uint64_t max_message;
+    const kernel_context *kernels;
+    const int64_t *rows; /* of the batch, [count]; NULL: all of them */
+    int64_t count, batch_rows;
+    uint64_t step;
+    int32_t q_heads, head_dim, dtype, out_dtype;
+    int32_t bell_fd, layer; /* the fields from here on, and those of the heads, are a layer's */
+    uint64_t sequence;
+    const void *q; /* [batch_rows, q_heads, head_dim] in dtype */
+    uint64_t q_stride_bytes;
+    float *out, *lse; /* what answers are merged into, [batch_rows, q_heads, head_dim] and [batch_rows, q_heads] */
+    int64_t spin_ns;
+    float scale, softcap;
+    int32_t window, late;           /* late: the answer had not come when it was looked for */
+    int64_t taken_at_ns, merged_ns; /* of the monotonic clock; how long the merge took */
+    int64_t query_bytes, answer_bytes;
+} asking;
+
 /* Counters in memory that others write to, what each was when it was read last, and a descriptor. */
 typedef struct {
     const uint64_t *const *counters;
@@ -123,10 +144,16 @@ enum watched {
     WATCH_CHANGED = 1,   /* a counter */
     WATCH_READY = 2,     /* the descriptor is readable */
     WATCH_CONTENDED = 3, /* somebody else runs on this core, and may be whom we wait for */
+    WATCH_TAKEN = 4,     /* the answer, by take_answer */
 };
 
 /* Looks at the counters for up to spin_ns after the last query that it has answered; it offers the core to others now
  * and then. */
 EXPORT int32_t watch_counters(const watch_call *call);
+
+/* Sends a layer's query; 0: it does not fit the ring or the batch, and nothing has been sent. */
+EXPORT int32_t ask(asking *asking);
+/* Merges its answer, for which it stays awake for spin_ns. WATCH_CHANGED: something else has come. */
+EXPORT int32_t take_answer(asking *asking);
 
 #endif

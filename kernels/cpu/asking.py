@@ -1,0 +1,123 @@
+"""Queries that compiled code sends and whose answers it merges: ``asking`` of ``src/abi.h``.
+
+The instance's counterpart of ``answering``: from a layer's query rows to the merged partial state, no Python runs but
+what hands over addresses.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.answering import Watched
+from kernels.cpu.library import Asking, RingView, load_library
+from kernels.interface import LayerParams
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ENDINGS = tuple(Watched)
+
+
+class CompiledAsker:
+    """One daemon's part of a step, to be asked layer by layer, once a transport has set the rings.
+
+    Args:
+        context: of the kernels, which must be kept.
+        rows: [n] int64, contiguous: the batch's rows that the daemon is asked about; None: all of them.
+        batch_rows: of the step.
+        out_dtype: of the partial outputs.
+        kept: whatever must live as long as ``context`` is used.
+    """
+
+    def __init__(
+        self, context: int, rows: Tensor | None, batch_rows: int, step: int, out_dtype: torch.dtype, kept: object
+    ) -> None:
+        self._kept = kept, rows
+        self._asking = Asking(
+            kernels=context,
+            rows=None if rows is None else rows.data_ptr(),
+            count=batch_rows if rows is None else len(rows),
+            batch_rows=batch_rows,
+            step=step,
+            out_dtype=_DTYPES[out_dtype],
+        )
+        self.queries: RingView = self._asking.queries
+        self.answers: RingView = self._asking.answers
+        self._by_reference = byref(self._asking)
+        self._q_layout: object = None
+        library = load_library()
+        self._ask, self._take_answer = library.ask, library.take_answer
+
+    def set_connection(self, max_message: int, bell_fd: int) -> None:
+        """The longest message, and the socket for doorbells."""
+        self._asking.max_message, self._asking.bell_fd = max_message, bell_fd
+
+    def set_query(self, q: Tensor, params: LayerParams) -> None:
+        """What a layer asks.
+
+        Args:
+            q: [rows of the batch, q_heads, head_dim], contiguous in the last two dimensions.
+        """
+        asking = self._asking
+        layout = (q.shape, q.stride(), q.dtype)
+        if layout != self._q_layout:
+            self._set_layout(q)
+            self._q_layout = layout
+        asking.q, asking.layer, asking.window = q.data_ptr(), params.layer, params.window
+        asking.scale, asking.softcap = params.scale, params.softcap
+
+    def set_target(self, out: Tensor, lse: Tensor) -> None:
+        """What the layer's answer is merged into.
+
+        Args:
+            out: [rows of the batch, q_heads, head_dim] float32, contiguous.
+            lse: [rows of the batch, q_heads] float32, contiguous.
+        """
+        self._asking.out, self._asking.lse = out.data_ptr(), lse.data_ptr()
+
+    def ask(self, sequence: int) -> int:
+        """Writes the query into the ring as message number ``sequence`` and answers its bytes; 0: it does not fit."""
+        self._asking.sequence = sequence
+        return self._asking.query_bytes if self._ask(self._by_reference) else 0
+
+    def take_answer(self, spin_s: float) -> Watched:
+        """Merges the answer, for which it waits up to ``spin_s`` seconds without sleep.
+
+        Returns:
+            TAKEN, or why it has not been; CHANGED: something else lies in the ring before it.
+        """
+        self._asking.spin_ns = int(1e9 * spin_s)
+        ending: int = self._take_answer(self._by_reference)
+        return _ENDINGS[ending]
+
+    @property
+    def answer_bytes(self) -> int:
+        """Of the answer taken last."""
+        count: int = self._asking.answer_bytes
+        return count
+
+    @property
+    def taken_at_s(self) -> float:
+        """When it was taken, on the clock of ``time.perf_counter``."""
+        return 1e-9 * float(self._asking.taken_at_ns)
+
+    @property
+    def merge_s(self) -> float:
+        """What merging it took."""
+        return 1e-9 * float(self._asking.merged_ns)
+
+    @property
+    def late(self) -> bool:
+        """Whether it had not come yet when it was looked for."""
+        return bool(self._asking.late)
+
+    def _set_layout(self, q: Tensor) -> None:
+        rows, heads, dim = q.shape
+        if rows != self._asking.batch_rows or q.stride(2) != 1 or (heads > 1 and q.stride(1) != dim):
+            raise ValueError(
+                f"q must be [{self._asking.batch_rows}, q_heads, head_dim], contiguous in the last two dimensions, "
+                f"got {list(q.shape)} with strides {q.stride()}"
+            )
+        self._asking.q_heads, self._asking.head_dim, self._asking.dtype = heads, dim, _DTYPES[q.dtype]
+        self._asking.q_stride_bytes = q.stride(0) * q.element_size()

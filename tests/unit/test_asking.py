@@ -1,0 +1,250 @@
+"""Queries that compiled code sends, and whose answers it merges: the same states, and the same distrust."""
+
+from __future__ import annotations
+
+import mmap
+import random
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fuzzing import cases
+from hypothesis import given
+from hypothesis import strategies as st
+from kvdaemon_rig import GEOMETRY, LIMITS, Rig, attend, key
+from torch import Tensor
+
+import kernels
+from kernels import LayerParams
+from kernels.cpu import CpuKernels, find_library
+from kernels.cpu.answering import Watched
+from kernels.reference import ReferenceKernels
+from services.core.errors import PeerLostError, TransferTimeoutError
+from services.dataplane.peers import PeerSet
+from services.dataplane.remote_attention import PeerShare, RemoteAttention
+from services.dataplane.shm import ShmConnection, ShmTransport
+from services.dataplane.shm_ring import RingLayout, RingReader, RingWriter
+from services.dataplane.transport import Limits
+from services.dataplane.wire import Header, Kind, PlanSegment
+
+pytestmark = pytest.mark.skipif(find_library() is None, reason="the CPU kernels are not built")
+SMALL = Limits(max_message_bytes=4 << 10, window_bytes=16 << 10)  # its rings wrap every few messages
+HEADS, ROWS = 4, 3
+
+
+class Asked:
+    """Two daemons over shared memory, and what asks them: rows 0 and 2 of the first, rows 0 to 2 of the second."""
+
+    def __init__(self, directory: Path, stack: ExitStack, limits: Limits = LIMITS, timeout_s: float = 20.0) -> None:
+        cpu = kernels.load("cpu")
+        self.rigs = [stack.enter_context(Rig(name=name, kernels=cpu, shm=directory)) for name in ("a", "b")]
+        self.sessions = [rig.open() for rig in self.rigs]
+        self.blocks = [rig.sealed(session, range(5)) for rig, session in zip(self.rigs, self.sessions, strict=True)]
+        self.rows = [torch.tensor([0, 2]), torch.arange(ROWS)]
+        self.peers = PeerSet(ShmTransport(), limits, query_room=0)
+        stack.callback(self.peers.close)
+        for name, rig, session in zip("ab", self.rigs, self.sessions, strict=True):
+            self.peers.connect(name, rig.address, session)
+        self.by_python = 0
+        self.remote = RemoteAttention(self.peers, CpuKernels(1), "float32", timeout_s)
+        merge = self.remote._merge
+
+        def counted(*args: object) -> object:
+            answer = merge(*args)  # type: ignore[arg-type]
+            self.by_python += answer is not None
+            return answer
+
+        self.remote._merge = counted  # type: ignore[method-assign, assignment]
+        self.random = torch.Generator().manual_seed(1)
+        self._planned = False
+
+    def step(self, number: int, between: object = None) -> None:
+        """One decode step of all layers; what comes of it is what the reference kernels merge."""
+        shares = []
+        for name, blocks, rows in zip("ab", self.blocks, self.rows, strict=True):
+            entries = np.array([(h.block, h.generation, 8 * at) for at, h in enumerate(blocks)], np.uint32)
+            known, new = (len(blocks), entries[:0]) if self._planned else (0, entries)
+            segments = [PlanSegment(handle, 1, 50 + number, known, new) for handle in range(len(rows))]
+            shares.append(PeerShare(name, rows, segments, 1))
+        self._planned = True
+        self.remote.begin_step(number, shares)
+        for layer in range(GEOMETRY.layers):
+            params = LayerParams(layer, 0.25, 47, 3.0)
+            q, out = self._random(ROWS, 2 * HEADS, GEOMETRY.head_dim)[:, :HEADS], self._random(ROWS, HEADS, 16)
+            lse = self._random(ROWS, HEADS)
+            expected = self._expected(number, q, params, out.clone(), lse.clone())
+            assert self.remote.submit(params, q)
+            if callable(between):
+                between()
+            self.remote.collect(out, lse)
+            torch.testing.assert_close(out, expected[0])
+            torch.testing.assert_close(lse, expected[1])
+
+    def until_all_have_come(self) -> None:
+        deadline = time.monotonic() + 20
+        for name in "ab":
+            connection = self.peers.get(name).connection
+            assert isinstance(connection, ShmConnection)
+            while not connection.reader.pending():
+                assert time.monotonic() < deadline, "no answer"
+                time.sleep(1e-4)
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.random)
+
+    def _expected(self, step: int, q: Tensor, params: LayerParams, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        for rig, blocks, rows in zip(self.rigs, self.blocks, self.rows, strict=True):
+            parts = [(1, 50 + step, [(handle, 8 * at) for at, handle in enumerate(blocks)]) for _ in rows]
+            part = attend(rig.blocks(), q[rows], parts, params)
+            ReferenceKernels().merge_partials(out, lse, *part, rows)
+        return out, lse
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_hardly_an_answer_passes_through_python(tmp_path: Path, stack: ExitStack) -> None:
+    asked = Asked(tmp_path, stack, SMALL)
+    for number in range(100):
+        asked.step(number, between=asked.until_all_have_come)
+    assert asked.by_python <= 2, "the first layer's, while the daemons accept"
+    for traffic in asked.peers.traffic():
+        rows = 2 if traffic.kvdaemon_id == "a" else ROWS
+        assert traffic.answers == 100 * GEOMETRY.layers
+        assert traffic.received_bytes == traffic.answers * (64 + rows * HEADS * (16 + 1) * 4)
+        assert traffic.sent_bytes > traffic.answers * (64 + rows * HEADS * 16 * 4)
+    assert {name: times.messages for name, times in asked.remote.answers.items()} == {"a": 2, "b": 2}
+    assert asked.remote.merge_s > 0
+
+
+def test_both_sides_sleep_and_wake_whatever_the_pauses(tmp_path: Path, stack: ExitStack) -> None:
+    """A doorbell that is missed costs a whole deadline."""
+    asked, choose = Asked(tmp_path, stack, SMALL), random.Random(1)
+    for number in range(200):
+        if number % 3 == 0:
+            asked.peers.poll(3e-3 * choose.random())
+        asked.step(number, between=lambda: time.sleep(3e-3 * choose.random()))
+
+
+def test_other_messages_come_in_between(tmp_path: Path, stack: ExitStack) -> None:
+    asked = Asked(tmp_path, stack)
+    asked.step(0)
+    taken = []
+    for number in range(1, 5):
+        (handle,) = asked.rigs[0].reserve(asked.sessions[0], 1)
+        content = asked.rigs[0].random(*GEOMETRY.block_shape).numpy().data.cast("B")
+        asked.peers.write_block("a", number, handle, key(50 + number), content)
+        asked.step(number, between=lambda: time.sleep(2e-3))
+        taken += asked.peers.take_sealed()
+    assert [sealed.tag for sealed in taken] == [1, 2, 3, 4]
+
+
+def test_a_step_that_was_given_up_leaves_no_answer_behind(tmp_path: Path, stack: ExitStack) -> None:
+    asked = Asked(tmp_path, stack)
+    asked.step(0)
+
+    def give_up() -> None:
+        raise InterruptedError
+
+    for number in range(1, 20):
+        with pytest.raises(InterruptedError):
+            asked.step(number, between=give_up)
+        asked.step(100 + number)
+
+
+def test_a_daemon_that_ends_the_session_is_a_lost_peer(tmp_path: Path, stack: ExitStack) -> None:
+    asked = Asked(tmp_path, stack)
+    asked.step(0)
+    asked.rigs[0].sessions.close(asked.sessions[0])
+
+    def steps() -> None:
+        for number in range(1, 100):
+            asked.step(number)
+
+    with pytest.raises(PeerLostError, match="kvdaemon a"):
+        steps()
+
+
+def test_a_daemon_that_does_not_answer_is_given_up(tmp_path: Path, stack: ExitStack) -> None:
+    asked = Asked(tmp_path, stack, timeout_s=0.3)
+    asked.step(0)
+    with asked.rigs[1].shared, pytest.raises(TransferTimeoutError, match="kvdaemon b"):  # nobody enters the ledger
+        asked.step(1)
+
+
+# A peer that writes anything anywhere.
+
+
+@cases(150)
+@given(st.integers(0, 1 << 30))
+def test_garbage_in_shared_memory_leads_nowhere(seed: int) -> None:
+    """Counters, lengths and answers are anything: nothing outside the queries' ring and two counters is written."""
+    choose = random.Random(seed)
+    layout = RingLayout(Limits(2 << 10, 8 << 10), 0)
+    memory = mmap.mmap(-1, layout.total_bytes + 4096)
+    writer, reader = RingWriter(memory, layout, 0), RingReader(memory, layout, 1)
+    words = memoryview(memory).cast("Q")
+    outgoing, incoming = layout.data_at(0), layout.data_at(1)
+    asker = CpuKernels(1).compiled_asker(torch.tensor([0, 2]), 3, 1, torch.float32)
+    asker.set_connection(layout.limits.max_message_bytes, -1)
+    writer.bind(asker.queries)
+    reader.bind(asker.answers)
+    peer = RingWriter(memory, layout, 1)
+    q = torch.randn(3, HEADS, 16, generator=torch.Generator().manual_seed(seed))
+    margin = torch.full((3, 3, HEADS, 16), 7.0)  # what is merged into lies in its middle
+    out, lse = margin[1], torch.zeros(3, HEADS)
+    asker.set_query(q, LayerParams(0, 0.25))
+    asker.set_target(out, lse)
+    answer = Header(Kind.PARTIAL, step=1, rows=2, q_heads=HEADS, head_dim=16)
+    for sequence in range(1, 30):
+        match choose.randrange(4):
+            case 0 | 1:  # an answer that fits
+                header = Header(**{**{f: getattr(answer, f) for f in answer.__slots__}, "sequence": sequence})
+                try:
+                    peer.write([header.pack(), choose.randbytes(2 * HEADS * 17 * 4)], 64 + 2 * HEADS * 17 * 4)
+                except PeerLostError:  # the ring that it scribbled over
+                    continue
+            case 2:  # a counter
+                near = choose.choice([0, 64, layout.capacity, 1 << 63, choose.randrange(1 << 64)])
+                words[choose.choice([0, 16, 32, 128, 144, 160])] = near
+            case _:  # a word of what it sends
+                words[(incoming + 8 * choose.randrange(layout.capacity // 8)) // 8] = choose.choice(
+                    [0, 64, 607, 608, 609, 1 << 20, (1 << 64) - 1, choose.randrange(1 << 64)]
+                )
+        page, behind = bytes(memory[:outgoing]), bytes(memory[outgoing + layout.capacity : incoming])
+        theirs = bytes(memory[incoming:])
+        writer.lend(asker.queries)
+        asker.ask(sequence)
+        writer.take_back(asker.queries)
+        reader.lend(asker.answers)
+        ending = asker.take_answer(1e-6)
+        reader.take_back(asker.answers)
+        assert ending in (Watched.TAKEN, Watched.TIMEOUT, Watched.CHANGED, Watched.CONTENDED)
+        changed = {at // 8 for at in range(len(page)) if page[at] != memory[at]}
+        assert changed <= {0, 128 + 16}, "what it has published, and what it has read"
+        assert behind == memory[outgoing + layout.capacity : incoming]
+        assert theirs == memory[incoming:]
+    assert (margin[0] == 7).all()
+    assert (margin[2] == 7).all()
+
+
+def test_rows_outside_the_batch_are_not_asked_about() -> None:
+    layout = RingLayout(LIMITS, 0)
+    memory = mmap.mmap(-1, layout.total_bytes)
+    writer = RingWriter(memory, layout, 0)
+    for rows in ([0, 3], [-1, 0]):
+        asker = CpuKernels(1).compiled_asker(torch.tensor(rows), 3, 1, torch.float32)
+        asker.set_connection(LIMITS.max_message_bytes, -1)
+        writer.bind(asker.queries)
+        writer.lend(asker.queries)
+        asker.set_query(torch.zeros(3, HEADS, 16), LayerParams(0, 0.25))
+        assert asker.ask(1) == 0
+    with pytest.raises(ValueError, match="contiguous in the last two"):
+        asker.set_query(torch.zeros(3, 16, HEADS).transpose(1, 2), LayerParams(0, 0.25))
