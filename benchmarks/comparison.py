@@ -81,6 +81,44 @@ def _engine(result: Result) -> str:
     )
 
 
+def _distance(result: Result) -> str:
+    rows = {(row["context"], row["link"], row["elsewhere"]): row for row in result["rows"]}
+    shares = [share for share in dict.fromkeys(key[2] for key in rows) if share]
+    lines = []
+    for context, link in dict.fromkeys(key[:2] for key in rows):
+        place, half = f"{context}_{link}", rows[context, link, 0.5]
+        of_local = [f"{rows[context, link, share]['of_local']:.2f}" for share in shares]
+        saved = "-"
+        if f"saved_of_kernels_{place}" in result["targets"]:
+            saved = _goal(result, f"saved_of_kernels_{place}")
+        else:
+            of_local[shares.index(0.5)] = _goal(result, f"half_of_local_{place}")
+        lines.append([f"{context:,}", link, *of_local, saved, f"{half['ttft_of_local']:.2f}"])
+    return (
+        "**A decode step whose KV cache lies partly on another machine** (`benchmarks.distance`; step time, of all "
+        "local; an instance and a daemon on a core each, the cache filled without prefill), by how much of it lies "
+        "elsewhere. With half of it there: what is saved of what two bare kernels save over one, and the time to the "
+        "first token, of all local.\n\n"
+        + _table(["context", "link", *(f"{share:.0%}" for share in shares), "saved, of kernels", "TTFT"], lines)
+    )
+
+
+def _growth(result: Result) -> str:
+    lines = [
+        [
+            f"{row['context']:,}",
+            f"{row['step_ms']:.1f} ({row['step_ms_min']:.1f} to {row['step_ms_max']:.1f})",
+            f"{row['of_line']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    return (
+        "**Time per output token by context** (`benchmarks.growth`; one request, all local): a straight line, whose "
+        f"slope is {_goal(result, 'slope_of_predicted')} of what reading keys and values at the memory's measured rate "
+        "takes.\n\n" + _table(["context", "ms (min to max)", "of the line"], lines)
+    )
+
+
 def _goal(result: Result, target: str) -> str:
     """A value with its goal, where it missed it."""
     found = result["targets"][target]
@@ -95,6 +133,8 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 SECTIONS: Mapping[str, Callable[[Result], str]] = {
     "pooled-vs-vllm": _pooled,
     "engine-vs-vllm": _engine,
+    "distance": _distance,
+    "growth": _growth,
 }
 
 
