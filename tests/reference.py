@@ -21,12 +21,14 @@ class Answer:
     Attributes:
         exact: positions before the first one whose best two logits are too close to tell.
         logprobs: [tokens, vocab_size] float64 at each position, by the same weights in float64.
+        prompt_logprobs: [prompt tokens - 1, vocab_size], likewise, of the prompt's tokens behind the first.
         tolerance: what a log-probability may be off by.
     """
 
     tokens: list[int]
     exact: int
     logprobs: Tensor
+    prompt_logprobs: Tensor
     tolerance: float
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
@@ -39,6 +41,12 @@ class Answer:
         assert position < self.exact
         error = (torch.tensor(logprobs, dtype=torch.float64) - self.logprobs[position, list(ids)]).abs().max()
         assert error <= self.tolerance, f"log-probability off by {error:.2g} at position {position}"
+
+    def check_prompt(self, ids: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]]) -> None:
+        """Of some tokens, equally many, at each position of the prompt behind the first."""
+        expected = self.prompt_logprobs.gather(1, torch.tensor(ids))
+        error = (torch.tensor(logprobs, dtype=torch.float64) - expected).abs().max()
+        assert error <= self.tolerance, f"log-probability off by {error:.2g} in the prompt"
 
 
 class Reference:
@@ -68,9 +76,10 @@ class Reference:
         top = logits.topk(2).values
         exact = next((i for i, margin in enumerate((top[:, 0] - top[:, 1]).tolist()) if margin < MARGIN), count)
         precise = self._at_once(self._precise, [*prompt, *tokens], long=limit is not None and last > limit)
-        logprobs = precise[len(prompt) - 1 : last].log_softmax(1)
+        logprobs = precise.log_softmax(1)
+        prompt_logprobs, logprobs = logprobs[: len(prompt) - 1], logprobs[len(prompt) - 1 : last]
         own_error = (logits.log_softmax(1) - logprobs)[: max(exact, 1)].abs().max()
-        return Answer(tokens, exact, logprobs, max(TOLERANCE, 2 * float(own_error)))
+        return Answer(tokens, exact, logprobs, prompt_logprobs, max(TOLERANCE, 2 * float(own_error)))
 
     def _generate(self, prompt: Sequence[int], count: int) -> Tensor:
         """[count, vocab_size] logits of transformers' own generate."""

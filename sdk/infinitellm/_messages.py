@@ -22,6 +22,7 @@ from infinitellm.types import (
     KvDaemonStatus,
     PoolUse,
     Progress,
+    PromptLogprobs,
     RequestStatus,
     SamplingOptions,
     TokenLogprobs,
@@ -42,6 +43,7 @@ class Collected:
         self._texts: list[str] = []
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs] = []
         self._finished: Finished | None = None
 
     def add(self, event: Event) -> None:
@@ -49,6 +51,8 @@ class Collected:
             self._texts.append(event.text)
             self._ids += event.ids
             self._logprobs += event.logprobs
+        elif isinstance(event, PromptLogprobs):
+            self._prompt_logprobs += event.logprobs
         elif isinstance(event, Finished):
             self._finished = event
 
@@ -63,6 +67,7 @@ class Collected:
             finished.reason,
             finished.prompt_tokens,
             finished.cached_tokens,
+            tuple(self._prompt_logprobs),
         )
 
 
@@ -73,6 +78,7 @@ def generate_request(
     seed: int | None,
     ignore_eos: bool,
     logprobs: int,
+    prompt_logprobs: int,
     options: SamplingOptions,
     *,
     progress: bool,
@@ -87,6 +93,7 @@ def generate_request(
             max_tokens=max_tokens,
             ignore_eos=ignore_eos,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             **options,
         )
         request = inference_pb2.GenerateRequest(model=model, sampling=sampling, progress=progress)
@@ -112,12 +119,17 @@ def event_of(response: inference_pb2.GenerateResponse) -> Event:
             completion_tokens=finished.completion_tokens,
             cached_tokens=finished.cached_tokens,
         )
+    if response.HasField("prompt_logprobs"):
+        scored = response.prompt_logprobs
+        return PromptLogprobs(response.request_id, scored.first, _logprobs(scored.logprobs))
     tokens = response.tokens
-    logprobs = tuple(
-        TokenLogprobs(position.logprob, tuple(position.top_ids), tuple(position.top_logprobs))
-        for position in tokens.logprobs
+    return Tokens(response.request_id, tuple(tokens.ids), tokens.text, _logprobs(tokens.logprobs))
+
+
+def _logprobs(positions: Iterable[inference_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(position.logprob, tuple(position.top_ids), tuple(position.top_logprobs)) for position in positions
     )
-    return Tokens(response.request_id, tuple(tokens.ids), tokens.text, logprobs)
 
 
 def cluster_status_of(response: cluster_pb2.GetClusterStatusResponse) -> ClusterStatus:

@@ -63,6 +63,7 @@ class AsyncClient:
         seed: int | None = None,
         ignore_eos: bool = False,
         logprobs: int = 0,
+        prompt_logprobs: int = 0,
         progress: bool = False,
         model: str = "",
         timeout_s: float = GENERATE_TIMEOUT_S,
@@ -70,7 +71,16 @@ class AsyncClient:
     ) -> AsyncGenerator[Event, None]:
         """See ``Client.generate``. Leave the generator early by ``aclose()`` or ``contextlib.aclosing``."""
         request = generate_request(
-            prompt, max_tokens, temperature, seed, ignore_eos, logprobs, sampling, progress=progress, model=model
+            prompt,
+            max_tokens,
+            temperature,
+            seed,
+            ignore_eos,
+            logprobs,
+            prompt_logprobs,
+            sampling,
+            progress=progress,
+            model=model,
         )
         stream = GenerationStream(request, Attempts(self._retry, timeout_s))
         gateway = self._gateways.current

@@ -80,6 +80,7 @@ class Client:
         seed: int | None = None,
         ignore_eos: bool = False,
         logprobs: int = 0,
+        prompt_logprobs: int = 0,
         progress: bool = False,
         model: str = "",
         timeout_s: float = GENERATE_TIMEOUT_S,
@@ -92,11 +93,12 @@ class Client:
 
         Args:
             prompt: a text, or token ids.
-            max_tokens: tokens to generate at most.
+            max_tokens: tokens to generate at most; with ``prompt_logprobs`` it may be 0.
             temperature: 0 always takes the most probable token.
             seed: equal seeds draw equal tokens; None lets the gateway choose one.
             ignore_eos: go on after the end-of-sequence token.
             logprobs: with every token, the log-probabilities of this many most probable ones (0-20).
+            prompt_logprobs: likewise for the prompt's tokens, in ``PromptLogprobs`` before the first ``Tokens``.
             progress: also answer ``Progress`` while the prompt is computed.
             model: name of the served model; empty means the only one.
             timeout_s: of the whole stream, whatever it takes.
@@ -106,7 +108,16 @@ class Client:
             InfiniteLLMError: from here if the request cannot be written, otherwise from the generator.
         """
         request = generate_request(
-            prompt, max_tokens, temperature, seed, ignore_eos, logprobs, sampling, progress=progress, model=model
+            prompt,
+            max_tokens,
+            temperature,
+            seed,
+            ignore_eos,
+            logprobs,
+            prompt_logprobs,
+            sampling,
+            progress=progress,
+            model=model,
         )
         stream = GenerationStream(request, Attempts(self._retry, timeout_s))
         gateway = self._gateways.current

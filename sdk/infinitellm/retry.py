@@ -16,7 +16,7 @@ from infinitellm.errors import (
     ResyncRequiredError,
     UnavailableError,
 )
-from infinitellm.types import Event, Finished, Tokens
+from infinitellm.types import Event, Finished, PromptLogprobs, Tokens
 from infinitellm.v1 import inference_pb2
 
 
@@ -84,6 +84,7 @@ class GenerationStream:
         self._attempts = attempts
         self._request_id = ""
         self._received: list[int] = []
+        self._scored = 1  # tokens of the prompt whose log-probabilities have come; the first one has none
         self._resumable = False
         self._has_last_text = False
         self.finished = False
@@ -107,6 +108,13 @@ class GenerationStream:
             self._request_id, self._resumable = event.request_id, True
         if isinstance(event, Finished):
             self.finished = True
+        elif isinstance(event, PromptLogprobs):
+            untold = event.logprobs[max(0, self._scored - event.first) :]
+            if not untold:
+                return None  # a stream that broke off before the first token tells of the prompt from its beginning
+            event = PromptLogprobs(event.request_id, event.first + len(event.logprobs) - len(untold), untold)
+            self._scored += len(untold)
+            self._attempts.succeeded()
         elif isinstance(event, Tokens):
             self._attempts.succeeded()
             self._received += event.ids

@@ -54,6 +54,7 @@ class GenerationOptions(SamplingOptions, total=False):
     seed: int | None
     ignore_eos: bool
     logprobs: int
+    prompt_logprobs: int
     model: str
     timeout_s: float
 
@@ -69,11 +70,25 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural log-probabilities at one position: of the drawn token, and of the most probable ones, descending."""
+    """Natural log-probabilities at one position: of the token there, and of the most probable ones, descending."""
 
     logprob: float
     top_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of a part of the prompt: the parts follow one another, before the first tokens.
+
+    Attributes:
+        first: index in the prompt of the first token that this is about; 1 in the first part, as nothing predicts the
+            first token.
+    """
+
+    request_id: str
+    first: int
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +122,7 @@ class Finished:
     cached_tokens: int
 
 
-Event = Progress | Tokens | Finished
+Event = Progress | PromptLogprobs | Tokens | Finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +131,7 @@ class Completion:
 
     Attributes:
         logprobs: one for each of ``token_ids`` if they were asked for, otherwise none.
+        prompt_logprobs: one for each of the prompt's tokens but the first, if they were asked for, otherwise none.
         reason, prompt_tokens, cached_tokens: as in ``Finished``.
     """
 
@@ -126,6 +142,7 @@ class Completion:
     reason: FinishReason
     prompt_tokens: int
     cached_tokens: int
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ class SamplingParams:
         logprobs: report the log-probabilities of this many most probable tokens; 0 reports none. They are the model's
             own, before anything is done to them.
         structure: what the answer must look like. ``stop_token_ids`` are drawn only where it is complete.
+        prompt_logprobs: likewise of the prompt's tokens, and then ``max_tokens`` may be 0: nothing is drawn.
     """
 
     temperature: float
@@ -43,6 +44,7 @@ class SamplingParams:
     logprobs: int = 0
     shaping: LogitShaping = UNSHAPED
     structure: Structure | None = None
+    prompt_logprobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,8 @@ class Sequence:
         computed: tokens whose K and V stand in blocks, committed after a step's last layer.
         cached_tokens: tokens that were attached to and not computed, at the latest admission.
         computed_before: tokens whose KV had been computed, here or at another instance, when it was lost or given up.
+        scored: the prompt's first tokens whose log-probabilities have been told or are not wanted. Nothing predicts the
+            first one.
         keys: of its full blocks, as far as they were needed; they depend on the tokens alone.
         trace: the span that what is done for it elsewhere belongs to.
     """
@@ -93,6 +97,7 @@ class Sequence:
     computed: int = 0
     cached_tokens: int = 0
     computed_before: int = 0
+    scored: int = 1
     keys: list[bytes] = field(default_factory=list)
     state: SequenceState = SequenceState.WAITING
     trace: TraceContext | None = None
@@ -102,6 +107,8 @@ class Sequence:
         self.tokens = list(self.request.token_ids)
         if self.generated:  # elsewhere; the last token is still to compute
             self.computed_before = len(self.tokens) - 1
+        if not self.request.sampling.prompt_logprobs:
+            self.scored = self.request.prompt_tokens
 
     @property
     def request_id(self) -> str:
@@ -119,6 +126,16 @@ class Sequence:
     def pending(self) -> int:
         """Tokens still to compute: 1 in decode, more in prefill."""
         return len(self.tokens) - self.computed
+
+    @property
+    def scores(self) -> bool:
+        """Whether log-probabilities of the prompt are still to be told."""
+        return self.scored < self.request.prompt_tokens
+
+    @property
+    def cacheable(self) -> int:
+        """How many of the first tokens need not be computed where they are cached: the others' logits are wanted."""
+        return self.scored - 1 if self.scores else len(self.tokens) - 1
 
     def recomputed(self, count: int) -> int:
         """How many of the last ``count`` computed tokens had been computed before."""

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from services.gateway.generation import Generation
-from services.gateway.requests import Event, Finished, Progress, Sampling
+from services.gateway.requests import Event, Finished, Progress, PromptLogprobs, Sampling
 
 ChoiceEvent = tuple[int, Event]  # the choice's index, and what is told of it
 
@@ -45,7 +45,7 @@ async def events_of(generations: Sequence[Generation]) -> AsyncGenerator[ChoiceE
             index, happened = await queue.get()
             if isinstance(happened, Exception):
                 raise happened
-            if len(tasks) == 1 and not isinstance(happened, Progress):
+            if len(tasks) == 1 and not isinstance(happened, Progress | PromptLogprobs):
                 tasks += [
                     asyncio.create_task(_follow(generation, other, queue))
                     for other, generation in enumerate(generations)

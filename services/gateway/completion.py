@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from services.gateway.completion_logprobs import CompletionLogprobs, Echo
 from services.gateway.openai_types import CompletionRequest
-from services.gateway.rendering import Frame, Renderer, finite
-from services.gateway.requests import GenerationRequest, NewTokens, PositionLogprobs
+from services.gateway.rendering import Frame, Renderer
+from services.gateway.requests import GenerationRequest, NewTokens, PromptLogprobs
 from services.gateway.tokenizer import Tokenizer
 
 
@@ -14,7 +15,7 @@ class CompletionRenderer(Renderer):
     """Renders one choice; a chunk looks like the whole.
 
     Args:
-        echo: comes before the answer's text.
+        echo: comes before the answer's text; None: nothing does.
     """
 
     whole_object = chunk_object = "text_completion"
@@ -26,19 +27,20 @@ class CompletionRenderer(Renderer):
         index: int,
         request: GenerationRequest,
         tokenizer: Tokenizer,
-        echo: str,
+        echo: Echo | None,
     ) -> None:
         shows_tokens = asked.logprobs is not None or bool(asked.return_token_ids)
         super().__init__(frame, index, request, tokenizer, shows_tokens)
         self._asked = asked
         self._echo = echo
-        self._text_length = 0
+        self._text_length = len(echo.text) if echo is not None else 0
 
     def chunk_choice(self, tokens: NewTokens, text: str, finish_reason: str | None) -> dict[str, Any]:
+        echo = self._echo if self.chunks == 0 else None
         choice: dict[str, Any] = {
             "index": self.index,
-            "text": self._echo + text if self.chunks == 0 else text,
-            "logprobs": self._logprobs(tokens) if self._asked.logprobs is not None and tokens.ids else None,
+            "text": text if echo is None else echo.text + text,
+            "logprobs": self._logprobs(tokens, echo),
             "finish_reason": finish_reason,
         }
         if self._asked.return_token_ids:
@@ -51,27 +53,18 @@ class CompletionRenderer(Renderer):
     def whole_choice(self, tokens: NewTokens, text: str, finish_reason: str) -> dict[str, Any]:
         return self.chunk_choice(tokens, text, finish_reason)
 
-    def _logprobs(self, tokens: NewTokens) -> dict[str, Any]:
-        """``text_offset`` counts characters of the answer; a token whose character is held back adds none."""
-        offsets, offset = [], self._text_length
-        for text in tokens.texts:
-            offsets.append(offset)
-            offset += len(text)
-        return {
-            "tokens": [self.tokenizer.token_text(token_id) for token_id in tokens.ids],
-            "token_logprobs": [finite(position.logprob) for position in tokens.logprobs],
-            "top_logprobs": [
-                self._top(token_id, position) for token_id, position in zip(tokens.ids, tokens.logprobs, strict=False)
-            ],
-            "text_offset": offsets,
-        }
+    def take_prompt(self, told: PromptLogprobs) -> None:
+        if self._echo is not None:
+            self._echo.take(told)
 
-    def _top(self, token_id: int, position: PositionLogprobs) -> dict[str, float]:
-        """The most probable tokens, and the drawn one in any case."""
-        top: dict[str, float] = {}
-        wanted = self._asked.logprobs or 0
-        for other, logprob in zip(position.top_ids[:wanted], position.top_logprobs[:wanted], strict=True):
-            # Two tokens may look the same; the more probable one comes first.
-            top.setdefault(self.tokenizer.token_text(other), finite(logprob))
-        top.setdefault(self.tokenizer.token_text(token_id), finite(position.logprob))
-        return top
+    def _logprobs(self, tokens: NewTokens, echo: Echo | None) -> dict[str, Any] | None:
+        """``text_offset`` counts characters of the choice's text; a token whose character is held back adds none."""
+        if self._asked.logprobs is None or not (tokens.ids or echo):
+            return None
+        logprobs = CompletionLogprobs(self.tokenizer, self._asked.logprobs) if echo is None else echo.logprobs
+        offset = self._text_length
+        # What is repeated for a resumed stream has a text only, and is not shown.
+        for token_id, text, position in zip(tokens.ids, tokens.texts, tokens.logprobs, strict=False):
+            logprobs.add(token_id, position, offset)
+            offset += len(text)
+        return logprobs.as_json()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from services.core.errors import (
     InfiniteLLMError,
@@ -30,6 +31,7 @@ from services.gateway.requests import (
     NewTokens,
     PositionLogprobs,
     Progress,
+    PromptLogprobs,
     Repeated,
     TokensDrawn,
 )
@@ -47,7 +49,8 @@ class Generation:
 
     Args:
         known: the beginning of the answer, generated before, here or elsewhere.
-        received: how much of the answer the client has; it may be more than is known.
+        received: how much of the answer the client has; it may be more than is known. Who has any of it has been told
+            all that there is to tell of the prompt.
 
     Attributes:
         position: behind all tokens that ``events`` has told of.
@@ -77,6 +80,9 @@ class Generation:
         self._known = known
         self._received = received
         self._generated: list[int] = []
+        # Tokens of the prompt, from its beginning, whose log-probabilities the client has or does not want.
+        self._scored = 1 if request.prompt_logprobs and not received.count else len(request.prompt_ids)
+        self._cached_tokens = 0
         self._attempt: Attempt | None = None
         self._taken_over = False
         self._log = {"request_id": request.request_id}
@@ -96,7 +102,7 @@ class Generation:
                 self._journal.tokens(self.request.tenure, 0, self._generated)  # the client may have more than it has
                 for event in old:
                     yield event
-            ended = Ended("stop", cached_tokens=0)  # by a stop string: the instance would have said at its end
+            ended = Ended("stop")  # by a stop string: the instance would have said at its end
             if not self._stops.found:
                 async with aclosing(self._instance_events()) as events:
                     async for came in events:
@@ -105,6 +111,9 @@ class Generation:
                                 yield event
                             if self._stops.found:  # leaving ends the request at the instance, too
                                 break
+                        elif isinstance(came, PromptLogprobs):
+                            if (untold := self._untold(came)).logprobs:
+                                yield untold
                         elif isinstance(came, Progress):
                             yield came
                         else:
@@ -112,7 +121,7 @@ class Generation:
             if self._received.count > len(self._generated):
                 raise other_tokens()
             state = ended.reason
-            finished = self._finished(ended)
+            finished = self._finished(ended.reason)
             self._measured.answered(finished.cached_tokens)
             yield finished
         except InfiniteLLMError as exc:
@@ -139,7 +148,10 @@ class Generation:
         avoid: frozenset[str] = frozenset()
         while (reason := self._reason_to_end()) is None:
             attempt = self._attempt = await self._router.place(
-                self.request, self._generated, self._instance_wait_s, avoid
+                self.request if self._scores else replace(self.request, prompt_logprobs=0),
+                self._generated,
+                self._instance_wait_s,
+                avoid,
             )
             self._measured.span.placed(attempt.instance_id)
             logger.info("request placed", extra={**self._log, "instance": attempt.instance_id})
@@ -168,15 +180,30 @@ class Generation:
                 attempt.close()
             await asyncio.sleep(FAILOVER_PAUSE_S * (losses - 1))
         # The instance was lost between the last token and its word that it was the last.
-        yield Ended(reason, cached_tokens=0)
+        yield Ended(reason)
+
+    @property
+    def _scores(self) -> bool:
+        """Whether log-probabilities of the prompt are still to come."""
+        return self._scored < len(self.request.prompt_ids)
 
     def _reason_to_end(self) -> FinishReason | None:
+        if self._scores:
+            return None
         if self._generated and self._generated[-1] in self.request.stop_token_ids:
             return "stop"
         return "length" if len(self._generated) >= self.request.max_tokens else None
 
+    def _untold(self, came: PromptLogprobs) -> PromptLogprobs:
+        """What the client has not been told of it: after a loss, a prompt is computed from its beginning again."""
+        told = self._scored - came.first
+        untold = came if told <= 0 else PromptLogprobs(self._scored, came.logprobs[told:])
+        self._scored += len(untold.logprobs)
+        return untold
+
     def _take(self, drawn: TokensDrawn) -> Iterator[Event]:
         """What an instance drew, up to the token that completes a stop string: journalled, then told."""
+        self._cached_tokens = drawn.cached_tokens
         first = len(self._generated)
         events = self._tell(drawn.ids, drawn.logprobs)
         new = self._generated[first:]
@@ -214,13 +241,13 @@ class Generation:
         """What was held back and comes after all. Half a character completes no stop string."""
         return self._stops.push(self._detokenizer.flush(), counts=False) + self._stops.flush()
 
-    def _finished(self, ended: Ended) -> Finished:
+    def _finished(self, reason: FinishReason) -> Finished:
         return Finished(
-            reason=ended.reason,
+            reason=reason,
             prompt_tokens=len(self.request.prompt_ids),
             completion_tokens=len(self._generated),
             # After a continuation elsewhere, generated tokens are found in the cluster as well.
-            cached_tokens=min(ended.cached_tokens, len(self.request.prompt_ids)),
+            cached_tokens=min(self._cached_tokens, len(self.request.prompt_ids)),
             text="" if self._stops.found else self._last_text(),
         )
 

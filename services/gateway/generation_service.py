@@ -48,6 +48,8 @@ from services.runtime.grammars import Grammars
 logger = logging.getLogger(__name__)
 
 _NO_IDS: Sequence[int] = ()
+# Of one prompt, all positions together: an answer that shows them all at once is some tens of megabytes of JSON then.
+MOST_PROMPT_LOGPROBS = 2**19
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +229,11 @@ class GenerationService:
                 f"the prompt's {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} are together more than "
                 f"this model's limit of {limit} tokens; shorten the prompt or ask for fewer tokens"
             )
+        if sampling.prompt_logprobs and len(prompt_ids) * (1 + sampling.prompt_logprobs) > MOST_PROMPT_LOGPROBS:
+            raise InvalidRequestError(
+                f"prompt log-probabilities: {1 + sampling.prompt_logprobs} for each of the prompt's {len(prompt_ids)} "
+                f"tokens are more than {MOST_PROMPT_LOGPROBS}; ask for fewer at each, or shorten the prompt"
+            )
         sampling.shaping.check(self.checkpoint.vocab_size, sampling.max_tokens)
         if sampling.stop and not self.tokenizer.has_text:
             raise InvalidRequestError("stop: this model has no tokenizer, so there is no text; use stop_token_ids")
@@ -258,6 +265,7 @@ class GenerationService:
             stop=sampling.stop,
             include_stop=sampling.include_stop,
             structure=sampling.structure,
+            prompt_logprobs=sampling.prompt_logprobs,
             model=self.checkpoint.name,
             rendering=asker.rendering,
             key_name=asker.key_name,
@@ -273,4 +281,4 @@ def _known(
             raise other_tokens()
         return received_ids
     # Log-probabilities are not journalled: what the client has not seen is drawn again, with them.
-    return journalled[: received.count] if request.logprobs else journalled
+    return journalled[: received.count] if request.logprobs or request.prompt_logprobs else journalled

@@ -33,7 +33,7 @@ from services.gateway.openapi import openapi
 from services.gateway.renderers import Renderers, rendering_of
 from services.gateway.rendering import whole_answer
 from services.gateway.request_span import CallersTrace, Operation
-from services.gateway.requests import Finished, NewTokens, Prompt, Sampling
+from services.gateway.requests import Finished, NewTokens, Prompt, PromptLogprobs, Sampling
 from services.gateway.resume_api import KEY_NAME, Resumption
 from services.gateway.sse import generation_headers, send_stream
 from services.gateway.tokenize_api import answer_detokenize, answer_tokenize
@@ -191,7 +191,7 @@ class _Endpoint(ABC):
                 generations.append(await stack.enter_async_context(starting))
                 prompt = generations[0].request.prompt_ids  # tokenized once
             requests = [generation.request for generation in generations]
-            renderers = await Renderers.of(requests, service.checkpoint.name, service.tokenizer, asked.prompt)
+            renderers = await Renderers.of(requests, service.checkpoint.name, service.tokenizer)
             events = await stack.enter_async_context(aclosing(events_of(generations)))
             # An error before the first event still gets its own status.
             first = await anext(events)
@@ -209,12 +209,6 @@ class _Completions(_Endpoint):
 
     async def ask(self, body: bytes) -> _Asked:
         asked = parse_request(CompletionRequest, body)
-        if asked.echo and asked.logprobs is not None:
-            raise ApiError(
-                400,
-                "echo: not together with logprobs: the log-probabilities of a prompt's tokens are not computed",
-                "echo",
-            )
         return _Asked(asked, asked.the_prompt(), asked.sampling(_DEFAULT_TOKENS, asked.logprobs))
 
 
@@ -264,6 +258,8 @@ async def _collect(
     while True:
         if isinstance(event, NewTokens):
             tokens[index].append(event)
+        elif isinstance(event, PromptLogprobs):
+            renderers.choices[index].take_prompt(event)
         elif isinstance(event, Finished):
             ends[index] = event
         if len(ends) == len(renderers.choices):

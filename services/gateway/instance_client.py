@@ -25,6 +25,7 @@ from services.gateway.requests import (
     InstanceEvent,
     PositionLogprobs,
     Progress,
+    PromptLogprobs,
     TokensDrawn,
 )
 from services.runtime.grpc_channel import error_from_rpc, make_channel
@@ -220,16 +221,19 @@ class InstanceClient:
             outgoing.put_nowait(instance_pb2.ServeRequest(ping=instance_pb2.ServePing()))
 
     def _dispatch(self, response: instance_pb2.ServeResponse) -> None:
-        """One step's message: a request's tokens come before its end."""
+        """One step's message: what is told of a prompt comes before a request's tokens, and these before its end."""
         for progress in response.progress:
             if attempt := self._attempts.get(progress.request_id):
                 attempt.put(Progress(progress.computed_tokens, progress.total_tokens))
+        for scored in response.prompt_logprobs:
+            if attempt := self._attempts.get(scored.request_id):
+                attempt.put(PromptLogprobs(scored.first, tuple(map(_position, scored.logprobs))))
         for tokens in response.tokens:
             if attempt := self._attempts.get(tokens.request_id):
                 attempt.put(_tokens_drawn(tokens))
         for finished in response.finished:
             if attempt := self._drop(finished.request_id):
-                attempt.put(Ended("length" if finished.reason == "length" else "stop", finished.cached_tokens))
+                attempt.put(Ended("length" if finished.reason == "length" else "stop"))
         for failed in response.failed:
             if attempt := self._drop(failed.request_id):
                 attempt.put(all_errors().get(failed.reason, InfiniteLLMError)(failed.message))
@@ -274,6 +278,7 @@ def _submission(request: GenerationRequest, generated: Sequence[int]) -> instanc
         structure=None
         if request.structure is None
         else instance_pb2.Structure(kind=request.structure.kind, text=request.structure.text),
+        prompt_logprobs=request.prompt_logprobs,
     )
 
 
@@ -291,12 +296,10 @@ def _shaping(shaping: LogitShaping) -> instance_pb2.LogitShaping:
 
 
 def _tokens_drawn(tokens: instance_pb2.StepTokens) -> TokensDrawn:
-    if not tokens.logprobs:
-        return TokensDrawn(tuple(tokens.ids), ())
     return TokensDrawn(
-        tuple(tokens.ids),
-        tuple(
-            PositionLogprobs(position.logprob, tuple(position.top_ids), tuple(position.top_logprobs))
-            for position in tokens.logprobs
-        ),
+        tuple(tokens.ids), tuple(map(_position, tokens.logprobs)) if tokens.logprobs else (), tokens.cached_tokens
     )
+
+
+def _position(message: instance_pb2.PositionLogprobs) -> PositionLogprobs:
+    return PositionLogprobs(message.logprob, tuple(message.top_ids), tuple(message.top_logprobs))

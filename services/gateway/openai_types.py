@@ -7,6 +7,7 @@ that means "not asked for". Strict types (no "5" for 5), finite numbers, bounds 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -145,8 +146,15 @@ class CompletionRequest(SamplingRequest):
     }
 
     prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True)]
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
+
+    def sampling(self, default_tokens: int, logprobs: int | None) -> Sampling:
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens: must be at least 1; 0 is for echo alone", "max_tokens")
+        sampling = super().sampling(default_tokens, logprobs)
+        return replace(sampling, prompt_logprobs=sampling.logprobs) if self.echo else sampling
 
     def the_prompt(self) -> str | list[int]:
         """The one prompt. Raises ApiError for several."""

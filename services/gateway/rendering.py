@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from services.gateway.openai_types import SamplingRequest
-from services.gateway.requests import Finished, GenerationRequest, NewTokens
+from services.gateway.requests import Finished, GenerationRequest, NewTokens, PromptLogprobs
 from services.gateway.tokenizer import Tokenizer
 
 # JSON has no -inf; this is what other servers answer for an impossible token.
@@ -71,6 +71,10 @@ class Renderer(ABC):
     @abstractmethod
     def whole_choice(self, tokens: NewTokens, text: str, finish_reason: str) -> dict[str, Any]:
         """The choice in the whole answer."""
+
+    def take_prompt(self, told: PromptLogprobs) -> None:
+        """A part of what the first chunk tells of the prompt. It comes before that chunk, where it was asked for."""
+        return
 
     def tokens_chunk(self, tokens: NewTokens) -> bytes:
         """A chunk of a stream."""

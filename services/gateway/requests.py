@@ -24,6 +24,7 @@ class Sampling:
         stop: end the answer where the text contains one of them, not counted before ``min_tokens``.
         include_stop: that string is the end of the text; otherwise what comes before it.
         structure: what the answer must look like; tokens that end it are drawn only where it is complete.
+        prompt_logprobs: as ``logprobs``, of the prompt's tokens.
     """
 
     max_tokens: int
@@ -36,6 +37,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     structure: Structure | None = None
+    prompt_logprobs: int = 0
 
 
 class Tenure(NamedTuple):
@@ -54,7 +56,7 @@ class GenerationRequest:
         prompt_ids: at least one id, each below the model's vocabulary size.
         seed: token i is drawn by (seed, i); a continuation elsewhere draws the same numbers.
         stop_token_ids: all tokens that end the answer.
-        stop, include_stop, structure: see ``Sampling``.
+        stop, include_stop, structure, prompt_logprobs: see ``Sampling``.
         progress: prefill progress is wanted.
         arrival_time: Unix time in seconds.
         traceparent: of its span, as W3C's Trace Context writes it; empty where it is not traced.
@@ -78,6 +80,7 @@ class GenerationRequest:
     include_stop: bool = False
     traceparent: str = ""
     structure: Structure | None = None
+    prompt_logprobs: int = 0
     model: str = ""
     rendering: str = ""
     key_name: str = ""
@@ -95,7 +98,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class PositionLogprobs:
-    """Natural log-probabilities at one generated position: the drawn token's, and the ``k`` largest, descending."""
+    """Natural log-probabilities at one position: those of the token there, and the ``k`` largest, descending."""
 
     logprob: float
     top_ids: tuple[int, ...]
@@ -107,9 +110,21 @@ class PositionLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class TokensDrawn:
-    """``logprobs`` has one element for each id, or none."""
+    """``logprobs`` has one element for each id, or none; so many tokens of the request were found cached there."""
 
     ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...]
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of the prompt's tokens number ``first``, ``first + 1``, ...; number 0 has none, as nothing predicts it.
+
+    A prompt's parts follow one another without gap, before its first token.
+    """
+
+    first: int
     logprobs: tuple[PositionLogprobs, ...]
 
 
@@ -126,13 +141,12 @@ class Ended:
     """The instance's last word on a request."""
 
     reason: FinishReason
-    cached_tokens: int
 
 
-InstanceEvent = TokensDrawn | Progress | Ended
+InstanceEvent = TokensDrawn | PromptLogprobs | Progress | Ended
 
 
-# What a client is told of a request; Progress is passed on.
+# What a client is told of a request; Progress is passed on, and PromptLogprobs are once.
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,4 +180,4 @@ class Finished:
     text: str
 
 
-Event = NewTokens | Repeated | Progress | Finished
+Event = NewTokens | Repeated | PromptLogprobs | Progress | Finished

@@ -26,7 +26,9 @@ from services.gateway.requests import (
     Event,
     Finished,
     NewTokens,
+    PositionLogprobs,
     Progress,
+    PromptLogprobs,
     Repeated,
     Sampling,
 )
@@ -113,10 +115,11 @@ def _prompt(request: inference_pb2.GenerateRequest) -> str | list[int]:
 def _sampling(sampling: inference_pb2.SamplingParams) -> Sampling:
     if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
         raise InvalidRequestError("sampling.temperature: must be finite and not negative")
-    if sampling.max_tokens < 1:
-        raise InvalidRequestError("sampling.max_tokens: must be at least 1")
-    if sampling.logprobs > MAX_LOGPROBS:
-        raise InvalidRequestError(f"sampling.logprobs: at most {MAX_LOGPROBS}, got {sampling.logprobs}")
+    if sampling.max_tokens < 1 and not sampling.prompt_logprobs:
+        raise InvalidRequestError("sampling.max_tokens: must be at least 1; 0 is for prompt_logprobs alone")
+    for name, wanted in (("logprobs", sampling.logprobs), ("prompt_logprobs", sampling.prompt_logprobs)):
+        if wanted > MAX_LOGPROBS:
+            raise InvalidRequestError(f"sampling.{name}: at most {MAX_LOGPROBS}, got {wanted}")
     return Sampling(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
@@ -137,6 +140,7 @@ def _sampling(sampling: inference_pb2.SamplingParams) -> Sampling:
         stop=_stop(sampling.stop),
         include_stop=sampling.include_stop_str_in_output,
         structure=_structure(sampling),
+        prompt_logprobs=sampling.prompt_logprobs,
     )
 
 
@@ -155,6 +159,9 @@ def _responses(request_id: str, event: Event) -> list[inference_pb2.GenerateResp
     if isinstance(event, Progress):
         progress = inference_pb2.PrefillProgress(computed_tokens=event.computed, prompt_tokens=event.total)
         return [inference_pb2.GenerateResponse(request_id=request_id, progress=progress)]
+    if isinstance(event, PromptLogprobs):
+        scored = inference_pb2.PromptLogprobs(first=event.first, logprobs=map(_logprobs, event.logprobs))
+        return [inference_pb2.GenerateResponse(request_id=request_id, prompt_logprobs=scored)]
     if isinstance(event, NewTokens):
         return [inference_pb2.GenerateResponse(request_id=request_id, tokens=_tokens(event, event.text))]
     if isinstance(event, Repeated):
@@ -168,15 +175,12 @@ def _responses(request_id: str, event: Event) -> list[inference_pb2.GenerateResp
 
 
 def _tokens(tokens: NewTokens, text: str) -> inference_pb2.GeneratedTokens:
-    return inference_pb2.GeneratedTokens(
-        ids=tokens.ids,
-        text=text,
-        logprobs=[
-            inference_pb2.TokenLogprobs(
-                logprob=position.logprob, top_ids=position.top_ids, top_logprobs=position.top_logprobs
-            )
-            for position in tokens.logprobs
-        ],
+    return inference_pb2.GeneratedTokens(ids=tokens.ids, text=text, logprobs=map(_logprobs, tokens.logprobs))
+
+
+def _logprobs(position: PositionLogprobs) -> inference_pb2.TokenLogprobs:
+    return inference_pb2.TokenLogprobs(
+        logprob=position.logprob, top_ids=position.top_ids, top_logprobs=position.top_logprobs
     )
 
 

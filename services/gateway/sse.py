@@ -17,7 +17,7 @@ from services.gateway.openai_errors import api_error
 from services.gateway.position import EventId
 from services.gateway.renderers import Renderers
 from services.gateway.rendering import usage_chunk
-from services.gateway.requests import Finished, NewTokens, Repeated
+from services.gateway.requests import Finished, NewTokens, PromptLogprobs, Repeated
 
 _DONE = b"[DONE]"
 
@@ -70,6 +70,8 @@ async def send_stream(
             renderer = renderers.choices[index]
             if isinstance(event, NewTokens):
                 await send_event(renderer.tokens_chunk(event))
+            elif isinstance(event, PromptLogprobs):
+                renderer.take_prompt(event)
             elif isinstance(event, Repeated):
                 renderer.tokens_chunk(NewTokens((), event.texts, ()))  # it may write on from what it has written
             elif isinstance(event, Finished):

@@ -50,6 +50,9 @@ class Tokenizer(Protocol):
     def token_text(self, token_id: int) -> str:
         """One token for display, in the middle of a text. A part of a character is shown as in the vocabulary."""
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether it is no part of an answer's text."""
+
     def close(self) -> None:
         """Ends the threads."""
 
@@ -70,6 +73,9 @@ class NoTokenizer:
 
     def token_text(self, token_id: int) -> str:
         return f"token_id:{token_id}"
+
+    def is_special(self, token_id: int) -> bool:
+        return False
 
     def close(self) -> None:
         return
@@ -117,6 +123,9 @@ class TextTokenizer:
         if self._byte_level:
             return ByteLevelDetokenizer(self._token_bytes, prompt_ids)
         return ContextDetokenizer(self._decode, self._token_string, self._hidden, prompt_ids)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._hidden
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -24,7 +24,7 @@ from services.instance.engine import Engine
 from services.instance.engine_metrics import EngineMetrics
 from services.instance.engine_traces import EngineTraces, NoTraces
 from services.instance.memory import BlockMemory
-from services.instance.model import Model
+from services.instance.model import TORCH_DTYPES, Model
 from services.instance.outputs import EngineSnapshot, Output
 from services.instance.rmanager import RManager, RManagerSettings
 from services.instance.scheduler import Scheduler
@@ -32,6 +32,7 @@ from services.rmanager.daemon_client import DaemonSession
 from services.rmanager.gmanager_client import GManagerClient
 from services.runtime.grammars import Grammars
 
+_LOGITS_BYTES = 256 << 20  # of prompts whose log-probabilities are told, in one step
 _WINDOW_WRITES = 8  # block writes that fit a daemon's window beside two steps' queries
 
 
@@ -158,7 +159,8 @@ def assemble(
         desk,
         local.opened.data_address(config.transport),
     )
-    scheduler = Scheduler(max_num_seqs, config.max_batch_tokens, config.mixed_step_s)
+    scored_tokens = max(1, _LOGITS_BYTES // (shape.vocab_size * TORCH_DTYPES[config.dtype].itemsize))
+    scheduler = Scheduler(max_num_seqs, config.max_batch_tokens, config.mixed_step_s, scored_tokens)
     board = SnapshotBoard(local.kvdaemon_id, max_num_seqs)
     traces = NoTraces() if config.tracing is None else EngineTraces(tracer)
     engine = Engine(

@@ -29,7 +29,8 @@ class Batch:
         token_ids, positions: [rows] int64; rows of a sequence follow one another.
         step: the plan for the local pool.
         shares: what each daemon computes.
-        logit_rows: [n] int64, last row of each sequence that is sampled, in batch order.
+        logit_rows: [n] int64, ascending: rows that tell log-probabilities of a prompt, and the last row of each
+            sequence that is sampled.
         long_rows: [rows] bool, rows of the long rotary regime; None where there are none.
     """
 
@@ -65,6 +66,7 @@ def build_batch(
         positions += range(first, end)
         slots += _slots(table, first, end)
         blocks.append(table.local_blocks)
+        logit_rows += (starts[-1] + position - first for position in item.scored)
         starts.append(starts[-1] + item.count)
         if item.samples:
             logit_rows.append(starts[-1] - 1)

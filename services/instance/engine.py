@@ -47,6 +47,7 @@ from services.instance.engine_traces import NoTraces, Traces
 from services.instance.memory import BlockMemory
 from services.instance.model import Model
 from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, Output, ProgressOutput, TokenOutput
+from services.instance.prompt_logprobs import prompt_outputs, sampled_logits
 from services.instance.sampler import Sample, Sampler
 from services.instance.scheduler import Scheduled, Scheduler
 from services.instance.step_timings import StepTimings
@@ -150,13 +151,16 @@ class Engine:
             self._metrics.discarded_step()
             return
         self._traces.step(scheduled, begun, self._attention.times, self._remote.answers)
-        sampled = [item for item in scheduled if item.samples]
-        samples = iter(self._sampler.draw(logits, [item.sequence for item in sampled]))
+        sampled = [item.sequence for item in scheduled if item.samples]
+        samples = iter(self._sampler.draw(sampled_logits(logits, scheduled), sampled))
+        self._outputs += prompt_outputs(logits, scheduled)
         for item in scheduled:
             samples_now = item.samples
             self._memory.commit(item.sequence, item.sequence.computed + item.count)
             if samples_now:
                 self._append(item.sequence, next(samples))
+            elif not item.sequence.pending:  # nothing is drawn: its prompt was to be scored
+                self._finish(item.sequence, "length")
             elif item.sequence.request.progress:
                 self._progress(item.sequence)
         step_s = time.perf_counter() - begun
@@ -172,7 +176,9 @@ class Engine:
         if request.progress and sequence.generated == 0:
             self._progress(sequence)
         sequence.tokens.append(drawn.token_id)
-        self._outputs.append(TokenOutput(request.request_id, request.stream_id, drawn.token_id, drawn.logprobs))
+        self._outputs.append(
+            TokenOutput(request.request_id, request.stream_id, drawn.token_id, drawn.logprobs, sequence.cached_tokens)
+        )
         if drawn.token_id in request.sampling.stop_token_ids:
             self._finish(sequence, "stop")
         elif (
@@ -182,7 +188,7 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         request = sequence.request
-        self._outputs.append(FinishOutput(request.request_id, request.stream_id, reason, sequence.cached_tokens))
+        self._outputs.append(FinishOutput(request.request_id, request.stream_id, reason))
         self._drop(sequence, reason)
         _log.info(
             "request finished",

@@ -125,8 +125,8 @@ class BlockMemory:
         return self._base + len(self._memories)
 
     def prompt_keys(self, sequence: Sequence) -> tuple[bytes, ...]:
-        """Keys of the blocks that may be attached to: the last token is always computed."""
-        count = (len(sequence.tokens) - 1) // self.geometry.block_tokens
+        """Keys of the blocks that may be attached to: the last token is always computed, and what is to be scored."""
+        count = sequence.cacheable // self.geometry.block_tokens
         if count:
             self._key(sequence, count - 1)
         return tuple(sequence.keys[:count])

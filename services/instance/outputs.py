@@ -7,17 +7,28 @@ from dataclasses import dataclass
 from services.core.errors import InfiniteLLMError
 from services.core.placement import RunningRequest, WaitingRequest
 from services.core.sequence import RequestAge
-from services.instance.sampler import TokenLogprobs
+from services.instance.logprobs import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """A token was drawn for a request."""
+    """A token was drawn for a request, of which ``cached_tokens`` were attached to and not computed."""
 
     request_id: str
     stream_id: int
     token_id: int
     logprobs: TokenLogprobs | None
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptOutput:
+    """Log-probabilities of the prompt's tokens number ``first``, ``first + 1``, ..."""
+
+    request_id: str
+    stream_id: int
+    first: int
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +41,11 @@ class ProgressOutput:
 
 @dataclass(frozen=True, slots=True)
 class FinishOutput:
-    """A request ended with its last token: reason "stop" or "length"."""
+    """A request ended with its last token, or its prompt where none is drawn: reason "stop" or "length"."""
 
     request_id: str
     stream_id: int
     reason: str
-    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +57,7 @@ class FailOutput:
     error: InfiniteLLMError
 
 
-Output = TokenOutput | ProgressOutput | FinishOutput | FailOutput
+Output = TokenOutput | PromptOutput | ProgressOutput | FinishOutput | FailOutput
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,17 +17,9 @@ from services.core.errors import InvalidRequestError
 from services.core.sequence import SamplingParams, Sequence
 from services.core.shaping import UNSHAPED
 from services.core.structure import Structure
+from services.instance.logprobs import TokenLogprobs, logprobs_of
 from services.instance.shaping import TokenCounts, shape_logits
 from services.runtime.grammars import Grammars, GrammarState
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Natural log-probabilities at one position: of the drawn token, and of the most probable ones, descending."""
-
-    logprob: float
-    top_ids: tuple[int, ...]
-    top_logprobs: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +66,10 @@ def sample(
                     allowed[row] if allowed else None,
                 )
     return [
-        Sample(tokens[row], _logprobs(logits[row], tokens[row], param.logprobs) if param.logprobs else None)
+        Sample(
+            tokens[row],
+            next(logprobs_of(logits[row : row + 1], [tokens[row]], param.logprobs)) if param.logprobs else None,
+        )
         for row, param in enumerate(params)
     ]
 
@@ -160,10 +155,3 @@ def uniform(seed: int, draw: int) -> float:
 
 def _rows(logits: Tensor, rows: SequenceOf[int]) -> Tensor:
     return logits if len(rows) == len(logits) else logits[rows]
-
-
-def _logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
-    """Of one row, [vocab_size]; ``count``: of the most probable tokens."""
-    table = torch.log_softmax(logits.float(), dim=-1)
-    top = torch.topk(table, min(count, len(table)))
-    return TokenLogprobs(float(table[token]), tuple(top.indices.tolist()), tuple(top.values.tolist()))

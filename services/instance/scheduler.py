@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from bisect import insort
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -16,14 +17,24 @@ GrowBlocks = Callable[[Sequence, int], bool]
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """``count`` next tokens of a sequence; the last one is sampled from if it is the sequence's last."""
+    """``count`` next tokens of a sequence; the last one is sampled from if it is the sequence's last.
+
+    Both properties are of the time before the step is committed.
+    """
 
     sequence: Sequence
     count: int
 
     @property
     def samples(self) -> bool:
-        return self.count == self.sequence.pending
+        return self.count == self.sequence.pending and self.sequence.request.sampling.max_tokens > 0
+
+    @property
+    def scored(self) -> range:
+        """Positions, among those computed, whose logits tell the log-probability of the prompt's next token."""
+        sequence = self.sequence
+        first = max(sequence.computed, sequence.scored - 1)
+        return range(first, max(first, min(sequence.computed + self.count, sequence.request.prompt_tokens - 1)))
 
 
 class Scheduler:
@@ -34,11 +45,20 @@ class Scheduler:
 
     Args:
         mixed_step_s: about how long a step may take that decodes and computes prompts; chunks become smaller for it.
+        max_scored_tokens: of a step at most so many tokens are of prompts whose log-probabilities are told: every one
+            of their rows has logits.
     """
 
-    def __init__(self, max_num_seqs: int, max_batch_tokens: int, mixed_step_s: float = math.inf) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        mixed_step_s: float = math.inf,
+        max_scored_tokens: int = sys.maxsize,
+    ) -> None:
         self._max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
+        self._max_scored_tokens = max_scored_tokens
         self._pace = Pace(mixed_step_s)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -81,12 +101,14 @@ class Scheduler:
         if batch:
             paced = self._pace.prompt_tokens()
             budget = budget if paced is None else min(budget, paced)
+        scored = self._max_scored_tokens
         for sequence in self.running:
             if sequence.pending > 1 and budget:
-                count = self._chunk(sequence, budget, grow)
+                count = self._chunk(sequence, min(budget, scored) if sequence.scores else budget, grow)
                 if count:
                     batch.append(Scheduled(sequence, count))
                     budget -= count
+                    scored -= count if sequence.scores else 0
         return batch
 
     def took(self, batch: SequenceOf[Scheduled], step_s: float) -> None:

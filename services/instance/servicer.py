@@ -18,8 +18,9 @@ from services.core.structure import Structure, StructureKind
 from services.core.trace_context import parse_traceparent
 from services.instance.control import Abort, AbortStream, Submit
 from services.instance.engine import Engine
+from services.instance.logprobs import TokenLogprobs
 from services.instance.move_desk import MoveDesk, MoveInstruction
-from services.instance.outputs import FailOutput, FinishOutput, Output, ProgressOutput, TokenOutput
+from services.instance.outputs import FailOutput, FinishOutput, Output, ProgressOutput, PromptOutput, TokenOutput
 from services.runtime.grammars import Grammars
 
 if TYPE_CHECKING:
@@ -147,11 +148,11 @@ class InstanceServicer(rpc.InstanceServiceServicer):
             raise InvalidRequestError(f"prompt_tokens {message.prompt_tokens} does not fit {len(tokens)} token ids")
         if max(tokens) >= self._vocab_size:
             raise InvalidRequestError(f"token id {max(tokens)} is not below the vocabulary's size {self._vocab_size}")
-        if message.max_tokens <= generated:
+        if message.max_tokens <= generated and not (generated == 0 and message.prompt_logprobs):
             raise InvalidRequestError(f"max_tokens {message.max_tokens} leaves nothing to generate")
         if message.temperature < 0 or not message.temperature < float("inf"):
             raise InvalidRequestError(f"temperature must be finite and not negative, got {message.temperature}")
-        if len(tokens) + 1 > self._max_model_len:
+        if len(tokens) + min(1, message.max_tokens) > self._max_model_len:
             raise ContextTooLongError(
                 f"the prompt has {len(tokens)} tokens; the model's context holds {self._max_model_len} with the answer"
             )
@@ -164,7 +165,14 @@ class InstanceServicer(rpc.InstanceServiceServicer):
             )
         structure = _structure(message.structure) if message.HasField("structure") else None
         sampling = SamplingParams(
-            message.temperature, message.seed, message.max_tokens, stops, message.logprobs, shaping, structure
+            message.temperature,
+            message.seed,
+            message.max_tokens,
+            stops,
+            message.logprobs,
+            shaping,
+            structure,
+            message.prompt_logprobs,
         )
         return Request(
             message.request_id,
@@ -209,16 +217,19 @@ def _response(outputs: Iterable[Output]) -> pb.ServeResponse:
     response = pb.ServeResponse()
     for output in outputs:
         match output:
-            case TokenOutput(request_id, _, token_id, logprobs):
-                tokens = response.tokens.add(request_id=request_id, ids=[token_id])
-                if logprobs is not None:
-                    tokens.logprobs.add(
-                        logprob=logprobs.logprob, top_ids=logprobs.top_ids, top_logprobs=logprobs.top_logprobs
-                    )
+            case TokenOutput(request_id, _, token_id, logprobs, cached):
+                told = [] if logprobs is None else [_logprobs(logprobs)]
+                response.tokens.add(request_id=request_id, ids=[token_id], logprobs=told, cached_tokens=cached)
+            case PromptOutput(request_id, _, first, scored):
+                response.prompt_logprobs.add(request_id=request_id, first=first, logprobs=map(_logprobs, scored))
             case ProgressOutput(request_id, _, computed, total):
                 response.progress.add(request_id=request_id, computed_tokens=computed, total_tokens=total)
-            case FinishOutput(request_id, _, reason, cached):
-                response.finished.add(request_id=request_id, reason=reason, cached_tokens=cached)
+            case FinishOutput(request_id, _, reason):
+                response.finished.add(request_id=request_id, reason=reason)
             case FailOutput(request_id, _, error):
                 response.failed.add(request_id=request_id, reason=error.reason, message=str(error))
     return response
+
+
+def _logprobs(position: TokenLogprobs) -> pb.PositionLogprobs:
+    return pb.PositionLogprobs(logprob=position.logprob, top_ids=position.top_ids, top_logprobs=position.top_logprobs)

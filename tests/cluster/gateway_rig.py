@@ -42,6 +42,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 START_TIMEOUT_S = 30.0
+PLAYED_CHUNK = 3  # tokens of a prompt whose log-probabilities come at once
+
+
+def played_logprobs(into, token: int, count: int, logprob: float) -> None:
+    """Adds those of one position: the token and those behind it, each 1 less than the one before."""
+    tops = [(token + step) % 256 for step in range(count)]
+    into.add(logprob=logprob, top_ids=tops, top_logprobs=[logprob - step for step in range(count)])
 
 
 def expected_token(index: int, temperature: float, seed: int) -> int:
@@ -152,7 +159,16 @@ class PlayedInstance(instance_pb2_grpc.InstanceServiceServicer):
                     total_tokens=submit.prompt_tokens,
                 )
                 outgoing.put_nowait(instance_pb2.ServeResponse(progress=[progress]))
+        for first in range(1, submit.prompt_tokens if submit.prompt_logprobs else 1, PLAYED_CHUNK):
+            await asyncio.sleep(script.delay_s)
+            scored = instance_pb2.StepPromptLogprobs(request_id=request_id, first=first)
+            for index in range(first, min(first + PLAYED_CHUNK, submit.prompt_tokens)):
+                played_logprobs(scored.logprobs, submit.token_ids[index], submit.prompt_logprobs, -index)
+            outgoing.put_nowait(instance_pb2.ServeResponse(prompt_logprobs=[scored]))
         reason = "length"
+        if submit.max_tokens == 0:
+            finished = instance_pb2.RequestFinished(request_id=request_id, reason=reason)
+            outgoing.put_nowait(instance_pb2.ServeResponse(finished=[finished]))
         for index in range(len(submit.token_ids) - submit.prompt_tokens, submit.max_tokens):
             await asyncio.sleep(script.delay_s)
             token = expected_token(index, submit.temperature, submit.seed)
@@ -162,13 +178,12 @@ class PlayedInstance(instance_pb2_grpc.InstanceServiceServicer):
                 token = script.text[index] if index < end else token
             if index == end and EOS in submit.stop_token_ids:
                 token, reason = EOS, "stop"
-            tokens = instance_pb2.StepTokens(request_id=request_id, ids=[token])
+            tokens = instance_pb2.StepTokens(request_id=request_id, ids=[token], cached_tokens=2)
             if submit.logprobs:
-                tops = [(token + step) % 256 for step in range(submit.logprobs)]
-                tokens.logprobs.add(logprob=-0.5, top_ids=tops, top_logprobs=[-0.5 - step for step in range(len(tops))])
+                played_logprobs(tokens.logprobs, token, submit.logprobs, -0.5)
             response = instance_pb2.ServeResponse(tokens=[tokens])
             if reason == "stop" or index == submit.max_tokens - 1:
-                response.finished.add(request_id=request_id, reason=reason, cached_tokens=2)
+                response.finished.add(request_id=request_id, reason=reason)
             outgoing.put_nowait(response)
             if reason == "stop":
                 return

@@ -45,11 +45,12 @@ SAMPLING = st.builds(
     lambda fields, structure: inference_pb2.SamplingParams(**fields, **structure),
     some_of(
         {
-            "max_tokens": st.integers(1, 30) | UINT32,
+            "max_tokens": st.integers(0, 30) | UINT32,
             "temperature": FLOAT,
             "seed": UINT64,
             "ignore_eos": st.booleans(),
             "logprobs": UINT32,
+            "prompt_logprobs": st.integers(0, 20) | UINT32,
             "top_k": UINT32,
             "top_p": FLOAT,
             "min_p": FLOAT,

@@ -91,9 +91,13 @@ def test_sixteen_requests_at_once_and_one_alone(name: str, transport: str, model
         prompts.append(random.Random(99).choices(range(VOCAB_SIZE), k=700))
         counts.append(60)
         answers.append(complete(prompts[-1], counts[-1]))
+        scored = cluster.complete(prompts[-1], max_tokens=0, echo=True, logprobs=1)
         cluster.wait_until_no_block_is_held()
         logs = "".join(log.read_text() for log in cluster.run_dir.rglob("*.log"))
         assert "request preempted" in logs, "memory was meant to be short"
+    alone = expected_answer(transformers, tuple(prompts[-1]), counts[-1])
+    assert scored.token_logprobs[0] is None
+    alone.check_prompt([[token] for token in prompts[-1][1:]], [[logprob] for logprob in scored.token_logprobs[1:]])
     exact = 0
     for prompt, count, answer in zip(prompts, counts, answers, strict=True):
         expected = expected_answer(transformers, tuple(prompt), count)

@@ -48,9 +48,10 @@ from services.instance.control import (
 from services.instance.dist_attention import DistAttention
 from services.instance.engine import Engine
 from services.instance.engine_metrics import EngineMetrics
+from services.instance.logprobs import TokenLogprobs
 from services.instance.memory import BlockMemory
 from services.instance.model import load_model
-from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, Output, TokenOutput
+from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, Output, PromptOutput, TokenOutput
 from services.instance.passes import PASSES, PassName
 from services.instance.passes.apply import apply_passes
 from services.instance.probe import probe
@@ -76,6 +77,7 @@ class EngineRig:
         dtype: str = "float32",
         passes: SequenceOf[PassName] = PASSES,
         grammars: Grammars | None = None,
+        max_scored_tokens: int = 128,
     ) -> None:
         torch.set_num_threads(1)
         hub = LoopbackHub()
@@ -108,7 +110,7 @@ class EngineRig:
             self,
             self.local.address,
         )
-        scheduler = Scheduler(max_num_seqs, max_batch_tokens)
+        scheduler = Scheduler(max_num_seqs, max_batch_tokens, max_scored_tokens=max_scored_tokens)
         self.outputs: list[Output] = []
         self.registry = CollectorRegistry()
         self.engine = Engine(
@@ -185,6 +187,24 @@ class EngineRig:
 
     def tokens(self, name: str) -> list[int]:
         return [o.token_id for o in self.outputs if isinstance(o, TokenOutput) and o.request_id == name]
+
+    def cached_tokens(self, name: str) -> int:
+        """As told with its first token."""
+        return next(o.cached_tokens for o in self.outputs if isinstance(o, TokenOutput) and o.request_id == name)
+
+    def prompt_logprobs(self, name: str) -> list[TokenLogprobs]:
+        """Of the prompt's tokens but the first one, each told once and in order."""
+        told: list[TokenLogprobs] = []
+        for output in self.outputs:
+            if isinstance(output, PromptOutput) and output.request_id == name:
+                assert output.first == 1 + len(told)
+                assert not self._drawn_before(output), "they come before the first token"
+                told += output.logprobs
+        return told
+
+    def _drawn_before(self, output: PromptOutput) -> bool:
+        before = self.outputs[: self.outputs.index(output)]
+        return any(isinstance(o, TokenOutput) and o.request_id == output.request_id for o in before)
 
     def finish(self, name: str) -> FinishOutput:
         return next(o for o in self.outputs if isinstance(o, FinishOutput) and o.request_id == name)

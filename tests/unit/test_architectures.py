@@ -25,9 +25,13 @@ def prompt_of(length: int, seed: int) -> list[int]:
 
 
 def check(rig: EngineRig, name: str, reference: Reference, prompt: list[int], count: int) -> None:
-    """Tokens and log-probabilities are those of transformers."""
+    """Tokens and log-probabilities, of the prompt too, are those of transformers."""
     answer = reference.generate(prompt, count)
     outputs = [o for o in rig.outputs if isinstance(o, TokenOutput) and o.request_id == name]
+    told = rig.prompt_logprobs(name)
+    assert len(told) == len(prompt) - 1
+    answer.check_prompt([here.top_ids for here in told], [here.top_logprobs for here in told])
+    answer.check_prompt([[token] for token in prompt[1:]], [[here.logprob] for here in told])
     answer.check_tokens([output.token_id for output in outputs])
     for position, output in enumerate(outputs[: answer.exact]):
         assert output.logprobs is not None
@@ -47,7 +51,7 @@ def test_equal_to_transformers(architecture: Architecture, tmp_path: Path, caplo
     caplog.set_level(logging.INFO, "services.instance.engine")
     with EngineRig(path, local_blocks=10, lenders=(5, 5), workspace=2) as rig:
         for name, prompt in prompts.items():
-            rig.submit(name, prompt, 80, logprobs=5)
+            rig.submit(name, prompt, 80, logprobs=5, prompt_logprobs=3)
         rig.wait(*prompts)
         for name, prompt in prompts.items():
             check(rig, name, reference, prompt, 80)

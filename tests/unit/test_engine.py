@@ -163,8 +163,8 @@ def test_a_cached_prompt_is_not_computed_again(model: Path, reference):
             rig.submit(name, prompt, 10)
             rig.wait(name)
             assert_same_tokens(rig.tokens(name), reference(prompt, 10))
-        assert rig.finish("first").cached_tokens == 0
-        assert rig.finish("second").cached_tokens == 64 * 4  # the last token is always computed
+        assert rig.cached_tokens("first") == 0
+        assert rig.cached_tokens("second") == 64 * 4  # the last token is always computed
         rig.check_nothing_held()
 
 

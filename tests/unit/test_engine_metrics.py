@@ -62,7 +62,7 @@ def test_steps_and_tokens(model: Path) -> None:  # noqa: F811
         again = prompt_of(300, 300)  # four of its blocks are there still
         rig.submit("c", again, 1)
         rig.wait("c")
-        cached = rig.finish("c").cached_tokens
+        cached = rig.cached_tokens("c")
     told = scraped(rig.registry)
     assert cached == 256
     # The last token of an answer is drawn and not computed.

@@ -27,12 +27,14 @@ SOUND = st.fixed_dictionaries(
     optional={
         "temperature": st.floats(0, 2),
         "top_p": st.floats(0.01, 1),
-        "max_tokens": st.integers(1, 50),
+        "max_tokens": st.integers(0, 50),
         "stop": st.lists(st.text(min_size=1, max_size=5), max_size=3),
         "logit_bias": st.dictionaries(st.integers(0, 2 * VOCAB).map(str), st.floats(-100, 100), max_size=3),
         "stream": st.booleans(),
         "seed": st.integers(-(2**63), 2**64 - 1),
         "n": st.integers(1, 3),
+        "echo": st.booleans(),
+        "logprobs": st.integers(0, 20) | st.booleans(),
         "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}]),
         "structured_outputs": st.sampled_from([{"regex": "a"}, {"json": {}}, {"choice": ["a"]}, {"grammar": "x"}]),
     },
@@ -63,7 +65,8 @@ def check(kind: type[SamplingRequest], body: bytes) -> bool:
     except (ApiError, InvalidRequestError) as error:
         refusal = error
     else:
-        assert sampling.max_tokens >= 1
+        assert sampling.max_tokens >= (0 if kind is CompletionRequest and asked.echo else 1)
+        assert sampling.prompt_logprobs == (sampling.logprobs if kind is CompletionRequest and asked.echo else 0)
         assert math.isfinite(sampling.temperature)
         assert sampling.seed is None or 0 <= sampling.seed < 2**64
         assert all(sampling.stop)

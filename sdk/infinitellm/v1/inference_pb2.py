@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1einfinitellm/v1/inference.proto\x12\x0einfinitellm.v1\"\xbf\x04\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\x11\n\x04seed\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x12\x10\n\x08logprobs\x18\x05 \x01(\r\x12\r\n\x05top_k\x18\x06 \x01(\r\x12\x12\n\x05top_p\x18\x07 \x01(\x02H\x02\x88\x01\x01\x12\r\n\x05min_p\x18\x08 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x03\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0b \x01(\x02\x12\x41\n\nlogit_bias\x18\x0c \x03(\x0b\x32-.infinitellm.v1.SamplingParams.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\r \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12\x0c\n\x04stop\x18\x0f \x03(\t\x12\"\n\x1ainclude_stop_str_in_output\x18\x10 \x01(\x08\x12\x15\n\x0bjson_schema\x18\x11 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x12 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x13 \x01(\tH\x00\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0b\n\tstructureB\x07\n\x05_seedB\x08\n\x06_top_pB\x15\n\x13_repetition_penalty\"\xd9\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12-\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x18.infinitellm.v1.TokenIdsH\x00\x12\x30\n\x08sampling\x18\x04 \x01(\x0b\x32\x1e.infinitellm.v1.SamplingParams\x12\x10\n\x08progress\x18\x05 \x01(\x08\x12*\n\x08received\x18\x06 \x01(\x0b\x32\x18.infinitellm.v1.TokenIdsB\x08\n\x06prompt\"O\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x08received\x18\x02 \x01(\x0b\x32\x18.infinitellm.v1.TokenIds\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"G\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"\xcf\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x33\n\x08progress\x18\x02 \x01(\x0b\x32\x1f.infinitellm.v1.PrefillProgressH\x00\x12\x31\n\x06tokens\x18\x03 \x01(\x0b\x32\x1f.infinitellm.v1.GeneratedTokensH\x00\x12\x36\n\x08\x66inished\x18\x04 \x01(\x0b\x32\".infinitellm.v1.GenerationFinishedH\x00\x42\x07\n\x05\x65vent\"A\n\x0fPrefillProgress\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"]\n\x0fGeneratedTokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.infinitellm.v1.TokenLogprobs\"\x8b\x01\n\x12GenerationFinished\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.infinitellm.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb0\x01\n\x10InferenceService\x12O\n\x08Generate\x12\x1f.infinitellm.v1.GenerateRequest\x1a .infinitellm.v1.GenerateResponse0\x01\x12K\n\x06Resume\x12\x1d.infinitellm.v1.ResumeRequest\x1a .infinitellm.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1einfinitellm/v1/inference.proto\x12\x0einfinitellm.v1\"\xd8\x04\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\x11\n\x04seed\x18\x02 \x01(\x04H\x01\x88\x01\x01\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x12\x10\n\x08logprobs\x18\x05 \x01(\r\x12\r\n\x05top_k\x18\x06 \x01(\r\x12\x12\n\x05top_p\x18\x07 \x01(\x02H\x02\x88\x01\x01\x12\r\n\x05min_p\x18\x08 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x03\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0b \x01(\x02\x12\x41\n\nlogit_bias\x18\x0c \x03(\x0b\x32-.infinitellm.v1.SamplingParams.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\r \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12\x0c\n\x04stop\x18\x0f \x03(\t\x12\"\n\x1ainclude_stop_str_in_output\x18\x10 \x01(\x08\x12\x15\n\x0bjson_schema\x18\x11 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x12 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x13 \x01(\tH\x00\x12\x17\n\x0fprompt_logprobs\x18\x14 \x01(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0b\n\tstructureB\x07\n\x05_seedB\x08\n\x06_top_pB\x15\n\x13_repetition_penalty\"\xd9\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12-\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x18.infinitellm.v1.TokenIdsH\x00\x12\x30\n\x08sampling\x18\x04 \x01(\x0b\x32\x1e.infinitellm.v1.SamplingParams\x12\x10\n\x08progress\x18\x05 \x01(\x08\x12*\n\x08received\x18\x06 \x01(\x0b\x32\x18.infinitellm.v1.TokenIdsB\x08\n\x06prompt\"O\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x08received\x18\x02 \x01(\x0b\x32\x18.infinitellm.v1.TokenIds\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"G\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"\x8a\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x33\n\x08progress\x18\x02 \x01(\x0b\x32\x1f.infinitellm.v1.PrefillProgressH\x00\x12\x31\n\x06tokens\x18\x03 \x01(\x0b\x32\x1f.infinitellm.v1.GeneratedTokensH\x00\x12\x36\n\x08\x66inished\x18\x04 \x01(\x0b\x32\".infinitellm.v1.GenerationFinishedH\x00\x12\x39\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x1e.infinitellm.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"A\n\x0fPrefillProgress\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\"P\n\x0ePromptLogprobs\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12/\n\x08logprobs\x18\x02 \x03(\x0b\x32\x1d.infinitellm.v1.TokenLogprobs\"]\n\x0fGeneratedTokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12/\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1d.infinitellm.v1.TokenLogprobs\"\x8b\x01\n\x12GenerationFinished\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.infinitellm.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xb0\x01\n\x10InferenceService\x12O\n\x08Generate\x12\x1f.infinitellm.v1.GenerateRequest\x1a .infinitellm.v1.GenerateResponse0\x01\x12K\n\x06Resume\x12\x1d.infinitellm.v1.ResumeRequest\x1a .infinitellm.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,28 +33,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1541
-  _globals['_FINISHREASON']._serialized_end=1636
+  _globals['_FINISHREASON']._serialized_start=1707
+  _globals['_FINISHREASON']._serialized_end=1802
   _globals['_SAMPLINGPARAMS']._serialized_start=51
-  _globals['_SAMPLINGPARAMS']._serialized_end=626
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=523
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=571
-  _globals['_GENERATEREQUEST']._serialized_start=629
-  _globals['_GENERATEREQUEST']._serialized_end=846
-  _globals['_RESUMEREQUEST']._serialized_start=848
-  _globals['_RESUMEREQUEST']._serialized_end=927
-  _globals['_TOKENIDS']._serialized_start=929
-  _globals['_TOKENIDS']._serialized_end=952
-  _globals['_TOKENLOGPROBS']._serialized_start=954
-  _globals['_TOKENLOGPROBS']._serialized_end=1025
-  _globals['_GENERATERESPONSE']._serialized_start=1028
-  _globals['_GENERATERESPONSE']._serialized_end=1235
-  _globals['_PREFILLPROGRESS']._serialized_start=1237
-  _globals['_PREFILLPROGRESS']._serialized_end=1302
-  _globals['_GENERATEDTOKENS']._serialized_start=1304
-  _globals['_GENERATEDTOKENS']._serialized_end=1397
-  _globals['_GENERATIONFINISHED']._serialized_start=1400
-  _globals['_GENERATIONFINISHED']._serialized_end=1539
-  _globals['_INFERENCESERVICE']._serialized_start=1639
-  _globals['_INFERENCESERVICE']._serialized_end=1815
+  _globals['_SAMPLINGPARAMS']._serialized_end=651
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=548
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=596
+  _globals['_GENERATEREQUEST']._serialized_start=654
+  _globals['_GENERATEREQUEST']._serialized_end=871
+  _globals['_RESUMEREQUEST']._serialized_start=873
+  _globals['_RESUMEREQUEST']._serialized_end=952
+  _globals['_TOKENIDS']._serialized_start=954
+  _globals['_TOKENIDS']._serialized_end=977
+  _globals['_TOKENLOGPROBS']._serialized_start=979
+  _globals['_TOKENLOGPROBS']._serialized_end=1050
+  _globals['_GENERATERESPONSE']._serialized_start=1053
+  _globals['_GENERATERESPONSE']._serialized_end=1319
+  _globals['_PREFILLPROGRESS']._serialized_start=1321
+  _globals['_PREFILLPROGRESS']._serialized_end=1386
+  _globals['_PROMPTLOGPROBS']._serialized_start=1388
+  _globals['_PROMPTLOGPROBS']._serialized_end=1468
+  _globals['_GENERATEDTOKENS']._serialized_start=1470
+  _globals['_GENERATEDTOKENS']._serialized_end=1563
+  _globals['_GENERATIONFINISHED']._serialized_start=1566
+  _globals['_GENERATIONFINISHED']._serialized_end=1705
+  _globals['_INFERENCESERVICE']._serialized_start=1805
+  _globals['_INFERENCESERVICE']._serialized_end=1981
 # @@protoc_insertion_point(module_scope)

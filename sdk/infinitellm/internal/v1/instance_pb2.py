@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&infinitellm/internal/v1/instance.proto\x12\x17infinitellm.internal.v1\"\xf7\x01\n\x0cServeRequest\x12\x36\n\x05hello\x18\x01 \x01(\x0b\x32%.infinitellm.internal.v1.GatewayHelloH\x00\x12\x38\n\x06submit\x18\x02 \x01(\x0b\x32&.infinitellm.internal.v1.SubmitRequestH\x00\x12\x36\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32%.infinitellm.internal.v1.AbortRequestH\x00\x12\x32\n\x04ping\x18\x04 \x01(\x0b\x32\".infinitellm.internal.v1.ServePingH\x00\x42\t\n\x07request\"\"\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\x0b\n\tServePing\"\xee\x02\n\rSubmitRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x13\n\x0btemperature\x18\x05 \x01(\x02\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x10\n\x08logprobs\x18\x08 \x01(\r\x12\x10\n\x08progress\x18\t \x01(\x08\x12\x14\n\x0c\x61rrival_time\x18\n \x01(\x01\x12\x12\n\ncache_salt\x18\x0b \x01(\x0c\x12\x36\n\x07shaping\x18\x0c \x01(\x0b\x32%.infinitellm.internal.v1.LogitShaping\x12\x13\n\x0btraceparent\x18\r \x01(\t\x12\x35\n\tstructure\x18\x0e \x01(\x0b\x32\".infinitellm.internal.v1.Structure\"\'\n\tStructure\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x9c\x02\n\x0cLogitShaping\x12H\n\nlogit_bias\x18\x01 \x03(\x0b\x32\x34.infinitellm.internal.v1.LogitShaping.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x1a\n\x12repetition_penalty\x18\x03 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x04 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x05 \x01(\x02\x12\r\n\x05top_k\x18\x06 \x01(\r\x12\r\n\x05top_p\x18\x07 \x01(\x02\x12\r\n\x05min_p\x18\x08 \x01(\x02\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xf4\x01\n\rServeResponse\x12\x33\n\x06tokens\x18\x01 \x03(\x0b\x32#.infinitellm.internal.v1.StepTokens\x12:\n\x08progress\x18\x02 \x03(\x0b\x32(.infinitellm.internal.v1.RequestProgress\x12:\n\x08\x66inished\x18\x03 \x03(\x0b\x32(.infinitellm.internal.v1.RequestFinished\x12\x36\n\x06\x66\x61iled\x18\x04 \x03(\x0b\x32&.infinitellm.internal.v1.RequestFailed\"j\n\nStepTokens\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12;\n\x08logprobs\x18\x03 \x03(\x0b\x32).infinitellm.internal.v1.PositionLogprobs\"J\n\x10PositionLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"T\n\x0fRequestProgress\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\r\"L\n\x0fRequestFinished\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"D\n\rRequestFailed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xbd\x01\n\x11MoveBlocksRequest\x12\x0f\n\x07move_id\x18\x01 \x01(\t\x12\x15\n\rfencing_token\x18\x02 \x01(\x04\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x1a\n\x12source_kvdaemon_id\x18\x04 \x01(\t\x12\x1f\n\x17\x64\x65stination_kvdaemon_id\x18\x05 \x01(\t\x12\x1b\n\x13\x64\x65stination_address\x18\x06 \x01(\t\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\"S\n\x12MoveBlocksResponse\x12\x17\n\x0f\x61\x63\x63\x65pted_blocks\x18\x01 \x01(\r\x12\x0f\n\x07refusal\x18\x02 \x01(\t\x12\x13\n\x0btraceparent\x18\x03 \x01(\t2\xd4\x01\n\x0fInstanceService\x12Z\n\x05Serve\x12%.infinitellm.internal.v1.ServeRequest\x1a&.infinitellm.internal.v1.ServeResponse(\x01\x30\x01\x12\x65\n\nMoveBlocks\x12*.infinitellm.internal.v1.MoveBlocksRequest\x1a+.infinitellm.internal.v1.MoveBlocksResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&infinitellm/internal/v1/instance.proto\x12\x17infinitellm.internal.v1\"\xf7\x01\n\x0cServeRequest\x12\x36\n\x05hello\x18\x01 \x01(\x0b\x32%.infinitellm.internal.v1.GatewayHelloH\x00\x12\x38\n\x06submit\x18\x02 \x01(\x0b\x32&.infinitellm.internal.v1.SubmitRequestH\x00\x12\x36\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32%.infinitellm.internal.v1.AbortRequestH\x00\x12\x32\n\x04ping\x18\x04 \x01(\x0b\x32\".infinitellm.internal.v1.ServePingH\x00\x42\t\n\x07request\"\"\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"\x0b\n\tServePing\"\x87\x03\n\rSubmitRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x13\n\x0btemperature\x18\x05 \x01(\x02\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x10\n\x08logprobs\x18\x08 \x01(\r\x12\x10\n\x08progress\x18\t \x01(\x08\x12\x14\n\x0c\x61rrival_time\x18\n \x01(\x01\x12\x12\n\ncache_salt\x18\x0b \x01(\x0c\x12\x36\n\x07shaping\x18\x0c \x01(\x0b\x32%.infinitellm.internal.v1.LogitShaping\x12\x13\n\x0btraceparent\x18\r \x01(\t\x12\x35\n\tstructure\x18\x0e \x01(\x0b\x32\".infinitellm.internal.v1.Structure\x12\x17\n\x0fprompt_logprobs\x18\x0f \x01(\r\"\'\n\tStructure\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x9c\x02\n\x0cLogitShaping\x12H\n\nlogit_bias\x18\x01 \x03(\x0b\x32\x34.infinitellm.internal.v1.LogitShaping.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x1a\n\x12repetition_penalty\x18\x03 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x04 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x05 \x01(\x02\x12\r\n\x05top_k\x18\x06 \x01(\r\x12\r\n\x05top_p\x18\x07 \x01(\x02\x12\r\n\x05min_p\x18\x08 \x01(\x02\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xba\x02\n\rServeResponse\x12\x33\n\x06tokens\x18\x01 \x03(\x0b\x32#.infinitellm.internal.v1.StepTokens\x12:\n\x08progress\x18\x02 \x03(\x0b\x32(.infinitellm.internal.v1.RequestProgress\x12:\n\x08\x66inished\x18\x03 \x03(\x0b\x32(.infinitellm.internal.v1.RequestFinished\x12\x36\n\x06\x66\x61iled\x18\x04 \x03(\x0b\x32&.infinitellm.internal.v1.RequestFailed\x12\x44\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32+.infinitellm.internal.v1.StepPromptLogprobs\"\x81\x01\n\nStepTokens\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\r\x12;\n\x08logprobs\x18\x03 \x03(\x0b\x32).infinitellm.internal.v1.PositionLogprobs\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\"t\n\x12StepPromptLogprobs\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12;\n\x08logprobs\x18\x03 \x03(\x0b\x32).infinitellm.internal.v1.PositionLogprobs\"J\n\x10PositionLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0f\n\x07top_ids\x18\x02 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"T\n\x0fRequestProgress\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x17\n\x0f\x63omputed_tokens\x18\x02 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\r\"J\n\x0fRequestFinished\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\tJ\x04\x08\x03\x10\x04R\rcached_tokens\"D\n\rRequestFailed\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xbd\x01\n\x11MoveBlocksRequest\x12\x0f\n\x07move_id\x18\x01 \x01(\t\x12\x15\n\rfencing_token\x18\x02 \x01(\x04\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x1a\n\x12source_kvdaemon_id\x18\x04 \x01(\t\x12\x1f\n\x17\x64\x65stination_kvdaemon_id\x18\x05 \x01(\t\x12\x1b\n\x13\x64\x65stination_address\x18\x06 \x01(\t\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\"S\n\x12MoveBlocksResponse\x12\x17\n\x0f\x61\x63\x63\x65pted_blocks\x18\x01 \x01(\r\x12\x0f\n\x07refusal\x18\x02 \x01(\t\x12\x13\n\x0btraceparent\x18\x03 \x01(\t2\xd4\x01\n\x0fInstanceService\x12Z\n\x05Serve\x12%.infinitellm.internal.v1.ServeRequest\x1a&.infinitellm.internal.v1.ServeResponse(\x01\x30\x01\x12\x65\n\nMoveBlocks\x12*.infinitellm.internal.v1.MoveBlocksRequest\x1a+.infinitellm.internal.v1.MoveBlocksResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,31 +40,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SERVEPING']._serialized_start=353
   _globals['_SERVEPING']._serialized_end=364
   _globals['_SUBMITREQUEST']._serialized_start=367
-  _globals['_SUBMITREQUEST']._serialized_end=733
-  _globals['_STRUCTURE']._serialized_start=735
-  _globals['_STRUCTURE']._serialized_end=774
-  _globals['_LOGITSHAPING']._serialized_start=777
-  _globals['_LOGITSHAPING']._serialized_end=1061
-  _globals['_LOGITSHAPING_LOGITBIASENTRY']._serialized_start=1013
-  _globals['_LOGITSHAPING_LOGITBIASENTRY']._serialized_end=1061
-  _globals['_ABORTREQUEST']._serialized_start=1063
-  _globals['_ABORTREQUEST']._serialized_end=1097
-  _globals['_SERVERESPONSE']._serialized_start=1100
-  _globals['_SERVERESPONSE']._serialized_end=1344
-  _globals['_STEPTOKENS']._serialized_start=1346
-  _globals['_STEPTOKENS']._serialized_end=1452
-  _globals['_POSITIONLOGPROBS']._serialized_start=1454
-  _globals['_POSITIONLOGPROBS']._serialized_end=1528
-  _globals['_REQUESTPROGRESS']._serialized_start=1530
-  _globals['_REQUESTPROGRESS']._serialized_end=1614
-  _globals['_REQUESTFINISHED']._serialized_start=1616
-  _globals['_REQUESTFINISHED']._serialized_end=1692
-  _globals['_REQUESTFAILED']._serialized_start=1694
-  _globals['_REQUESTFAILED']._serialized_end=1762
-  _globals['_MOVEBLOCKSREQUEST']._serialized_start=1765
-  _globals['_MOVEBLOCKSREQUEST']._serialized_end=1954
-  _globals['_MOVEBLOCKSRESPONSE']._serialized_start=1956
-  _globals['_MOVEBLOCKSRESPONSE']._serialized_end=2039
-  _globals['_INSTANCESERVICE']._serialized_start=2042
-  _globals['_INSTANCESERVICE']._serialized_end=2254
+  _globals['_SUBMITREQUEST']._serialized_end=758
+  _globals['_STRUCTURE']._serialized_start=760
+  _globals['_STRUCTURE']._serialized_end=799
+  _globals['_LOGITSHAPING']._serialized_start=802
+  _globals['_LOGITSHAPING']._serialized_end=1086
+  _globals['_LOGITSHAPING_LOGITBIASENTRY']._serialized_start=1038
+  _globals['_LOGITSHAPING_LOGITBIASENTRY']._serialized_end=1086
+  _globals['_ABORTREQUEST']._serialized_start=1088
+  _globals['_ABORTREQUEST']._serialized_end=1122
+  _globals['_SERVERESPONSE']._serialized_start=1125
+  _globals['_SERVERESPONSE']._serialized_end=1439
+  _globals['_STEPTOKENS']._serialized_start=1442
+  _globals['_STEPTOKENS']._serialized_end=1571
+  _globals['_STEPPROMPTLOGPROBS']._serialized_start=1573
+  _globals['_STEPPROMPTLOGPROBS']._serialized_end=1689
+  _globals['_POSITIONLOGPROBS']._serialized_start=1691
+  _globals['_POSITIONLOGPROBS']._serialized_end=1765
+  _globals['_REQUESTPROGRESS']._serialized_start=1767
+  _globals['_REQUESTPROGRESS']._serialized_end=1851
+  _globals['_REQUESTFINISHED']._serialized_start=1853
+  _globals['_REQUESTFINISHED']._serialized_end=1927
+  _globals['_REQUESTFAILED']._serialized_start=1929
+  _globals['_REQUESTFAILED']._serialized_end=1997
+  _globals['_MOVEBLOCKSREQUEST']._serialized_start=2000
+  _globals['_MOVEBLOCKSREQUEST']._serialized_end=2189
+  _globals['_MOVEBLOCKSRESPONSE']._serialized_start=2191
+  _globals['_MOVEBLOCKSRESPONSE']._serialized_end=2274
+  _globals['_INSTANCESERVICE']._serialized_start=2277
+  _globals['_INSTANCESERVICE']._serialized_end=2489
 # @@protoc_insertion_point(module_scope)

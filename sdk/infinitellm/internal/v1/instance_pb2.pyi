@@ -108,6 +108,7 @@ class SubmitRequest(_message.Message):
     SHAPING_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     STRUCTURE_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     prompt_tokens: _builtins.int
     """Length of the prompt proper; len(token_ids) - prompt_tokens tokens were generated already."""
@@ -126,6 +127,10 @@ class SubmitRequest(_message.Message):
     """Separates tenants in the block keys."""
     traceparent: _builtins.str
     """W3C traceparent of the gateway's span; empty where the request is not traced."""
+    prompt_logprobs: _builtins.int
+    """Log-probabilities of the prompt's tokens, with this many of the most probable ones at each position; 0 asks for none.
+    Their logits are computed, whatever is cached. With it max_tokens may be 0: nothing is drawn then.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, followed by the tokens generated so far when a request is continued here."""
@@ -159,10 +164,11 @@ class SubmitRequest(_message.Message):
         shaping: Global___LogitShaping | None = ...,
         traceparent: _builtins.str = ...,
         structure: Global___Structure | None = ...,
+        prompt_logprobs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shaping", b"shaping", "structure", b"structure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_time", b"arrival_time", "cache_salt", b"cache_salt", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "progress", b"progress", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "seed", b"seed", "shaping", b"shaping", "stop_token_ids", b"stop_token_ids", "structure", b"structure", "temperature", b"temperature", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_time", b"arrival_time", "cache_salt", b"cache_salt", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "progress", b"progress", "prompt_logprobs", b"prompt_logprobs", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "seed", b"seed", "shaping", b"shaping", "stop_token_ids", b"stop_token_ids", "structure", b"structure", "temperature", b"temperature", "token_ids", b"token_ids", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -283,6 +289,7 @@ class ServeResponse(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTokens]: ...
     @_builtins.property
@@ -291,6 +298,8 @@ class ServeResponse(_message.Message):
     def finished(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestFinished]: ...
     @_builtins.property
     def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestFailed]: ...
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepPromptLogprobs]: ...
     def __init__(
         self,
         *,
@@ -298,10 +307,11 @@ class ServeResponse(_message.Message):
         progress: _abc.Iterable[Global___RequestProgress] | None = ...,
         finished: _abc.Iterable[Global___RequestFinished] | None = ...,
         failed: _abc.Iterable[Global___RequestFailed] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___StepPromptLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "finished", b"finished", "progress", b"progress", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "finished", b"finished", "progress", b"progress", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -316,7 +326,10 @@ class StepTokens(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
+    cached_tokens: _builtins.int
+    """Tokens of the request that were found in the cluster and not computed, when it was admitted here."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -327,14 +340,44 @@ class StepTokens(_message.Message):
         request_id: _builtins.str = ...,
         ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[Global___PositionLogprobs] | None = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "logprobs", b"logprobs", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "ids", b"ids", "logprobs", b"logprobs", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepTokens: _TypeAlias = StepTokens  # noqa: Y015
+
+@_typing.final
+class StepPromptLogprobs(_message.Message):
+    """Of a part of a prompt that was computed. A prompt's parts follow one another, and all come before its first token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    first: _builtins.int
+    """Index in the prompt of the first token that this is about: at least 1, as nothing predicts the first one."""
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionLogprobs]: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        first: _builtins.int = ...,
+        logprobs: _abc.Iterable[Global___PositionLogprobs] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "logprobs", b"logprobs", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepPromptLogprobs: _TypeAlias = StepPromptLogprobs  # noqa: Y015
 
 @_typing.final
 class PositionLogprobs(_message.Message):
@@ -394,21 +437,18 @@ class RequestFinished(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
-    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     reason: _builtins.str
     """"stop" or "length"."""
-    cached_tokens: _builtins.int
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         reason: _builtins.str = ...,
-        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
