@@ -1,6 +1,7 @@
 """Several answers to one prompt, side by side.
 
-The first one computes the prompt; the others begin when it has, and find the prompt's full blocks in the cache.
+The first one computes the prompt; the others begin when it has, and find the prompt's full blocks in the cache. Each is
+a request of its own that follows from the first one: whoever takes that over knows the others.
 """
 
 from __future__ import annotations
@@ -12,18 +13,16 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from services.gateway.generation import Generation
-from services.gateway.requests import Event, Finished, Progress, PromptLogprobs, Sampling
+from services.gateway.requests import Event, Finished, GenerationRequest, Progress, PromptLogprobs
 
 ChoiceEvent = tuple[int, Event]  # the choice's index, and what is told of it
 
 
-def sampling_of_choice(sampling: Sampling, index: int) -> Sampling:
-    """Each choice draws from a stream of its own; the first one as if it were the only one."""
-    if index == 0 or sampling.seed is None:
-        return sampling
-    key = sampling.seed.to_bytes(8, "little") + index.to_bytes(8, "little")
+def choice_of(first: GenerationRequest, index: int) -> GenerationRequest:
+    """Another choice, of ``index`` 1 and on, with draws of its own; the first one draws as if it were the only one."""
+    key = first.seed.to_bytes(8, "little") + index.to_bytes(8, "little")
     seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-    return replace(sampling, seed=seed)
+    return replace(first, request_id=f"{first.request_id}-{index}", seed=seed, choices=1, traceparent="", takeovers=0)
 
 
 async def events_of(generations: Sequence[Generation]) -> AsyncGenerator[ChoiceEvent, None]:

@@ -51,9 +51,6 @@ class Generation:
         known: the beginning of the answer, generated before, here or elsewhere.
         received: how much of the answer the client has; it may be more than is known. Who has any of it has been told
             all that there is to tell of the prompt.
-
-    Attributes:
-        position: behind all tokens that ``events`` has told of.
     """
 
     def __init__(
@@ -69,7 +66,7 @@ class Generation:
         received: Position,
     ) -> None:
         self.request = request
-        self.position = START
+        self._position = START
         self._detokenizer = detokenizer
         self._stops = StopStrings(request.stop, request.include_stop)
         self._router = router
@@ -220,15 +217,15 @@ class Generation:
             if self._stops.found:
                 break
         ids = tuple(ids[: len(texts)])
-        repeated = min(len(ids), max(0, self._received.count - self.position.count))
+        repeated = min(len(ids), max(0, self._received.count - self._position.count))
         events: list[Event] = []
         if repeated:
-            self.position = self.position.after(ids[:repeated])
-            if self.position.count == self._received.count and self.position != self._received:
+            self._position = self._position.after(ids[:repeated])
+            if self._position.count == self._received.count and self._position != self._received:
                 raise other_tokens()
             events.append(Repeated(tuple(texts[:repeated])))
         if repeated < len(ids):
-            self.position = self.position.after(ids[repeated:])
+            self._position = self._position.after(ids[repeated:])
             events.append(NewTokens(ids[repeated:], tuple(texts[repeated:]), logprobs[repeated : len(ids)]))
         return events
 

@@ -17,8 +17,8 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from opentelemetry.trace import NoOpTracer, Tracer
@@ -31,16 +31,13 @@ from services.core.errors import (
     ResyncRequiredError,
 )
 from services.gateway.checkpoint import Checkpoint
+from services.gateway.choices import choice_of
 from services.gateway.generation import Generation, other_tokens
 from services.gateway.journal import Journal
 from services.gateway.position import START, Position
 from services.gateway.request_metrics import MeasuredRequest, RequestMetrics
-from services.gateway.request_span import Operation, RequestSpan
-from services.gateway.requests import (
-    GenerationRequest,
-    Prompt,
-    Sampling,
-)
+from services.gateway.request_span import RequestSpan
+from services.gateway.requests import GenerationRequest, Operation, Prompt, Sampling
 from services.gateway.router import Router
 from services.gateway.tokenizer import Tokenizer
 from services.runtime.grammars import Grammars
@@ -58,11 +55,13 @@ class Asker:
 
     Attributes:
         key_name: of the API key; "" where none is asked for.
-        rendering: see GenerationRequest.
+        rendering, operation, choices: see GenerationRequest.
     """
 
     key_name: str = ""
     rendering: str = ""
+    operation: Operation = "text_completion"
+    choices: int = 1
 
 
 ANYBODY = Asker()
@@ -134,7 +133,6 @@ class GenerationService:
         progress: bool = False,
         asker: Asker = ANYBODY,
         received: Sequence[int] = _NO_IDS,
-        operation: Operation = "text_completion",
     ) -> AsyncIterator[Generation]:
         """Admits a request; it is in work until the block is left.
 
@@ -142,19 +140,24 @@ class GenerationService:
             received: tokens of the answer that the client has from another gateway; they are not sent again.
         Raises: ModelNotFoundError, QueueFullError, InvalidRequestError, ContextTooLongError.
         """
-        measured = MeasuredRequest(self._metrics, RequestSpan(self._tracer, operation, self.checkpoint.name))
+        measured = self._measured(asker.operation)
         with measured.refusals():
             self.check_model(model)
-            self._check_room()
-        self._active += 1
-        try:
+        with self._in_work(measured):
             with measured.refusals():
                 request = measured.span.of(await self._admit(prompt, sampling, progress, asker))
                 self._check_received(request, received)
             measured.admitted(len(request.prompt_ids))
             yield self._generation(request, received, START.after(received), measured)
-        finally:
-            self._active -= 1
+
+    @asynccontextmanager
+    async def start_choice(self, first: GenerationRequest, index: int) -> AsyncIterator[Generation]:
+        """Another choice of a request that was started; else as ``start``. Raises QueueFullError."""
+        measured = self._measured(first.operation)
+        with self._in_work(measured):
+            request = measured.span.of(choice_of(first, index))
+            measured.admitted(len(request.prompt_ids))
+            yield self._generation(request, _NO_IDS, START, measured)
 
     @asynccontextmanager
     async def resume(
@@ -168,27 +171,49 @@ class GenerationService:
             received_ids: these tokens, where they are known; the journal may not have all of them.
         Raises: RequestNotFoundError, JournalUnavailableError, ResyncRequiredError, QueueFullError, InvalidRequestError.
         """
-        measured = MeasuredRequest(self._metrics, RequestSpan(self._tracer, "text_completion", self.checkpoint.name))
-        with measured.refusals():
-            self._check_room()
-        self._active += 1
-        try:
+        measured = self._measured("text_completion")
+        with self._in_work(measured):
             with measured.refusals():
                 request, journalled = await self._journal.take_over(request_id, key_name)
                 if request.model != self.checkpoint.name:
                     raise ResyncRequiredError(f"the request was for the model {request.model!r}; send it again")
                 self._check_received(request, received_ids)
                 known = _known(request, journalled, received, received_ids)
-                request = measured.span.of(request)
             measured.resumed()
-            logger.info("request taken over", extra={"request_id": request_id, "generated": len(known)})
-            yield self._generation(request, known, received, measured)
+            yield self._resumed(request, known, received, measured)
+
+    @asynccontextmanager
+    async def resume_choice(
+        self, first: GenerationRequest, index: int, received: Position
+    ) -> AsyncIterator[Generation]:
+        """Another choice of a request that was resumed, which may not have begun before; else as ``resume``."""
+        measured, choice = self._measured(first.operation), choice_of(first, index)
+        with self._in_work(measured):
+            with measured.refusals():
+                request, journalled = await self._journal.take_over(choice.request_id, choice.key_name, choice)
+            yield self._resumed(request, _known(request, journalled, received, _NO_IDS), received, measured)
+
+    def _measured(self, operation: Operation) -> MeasuredRequest:
+        return MeasuredRequest(self._metrics, RequestSpan(self._tracer, operation, self.checkpoint.name))
+
+    @contextmanager
+    def _in_work(self, measured: MeasuredRequest) -> Iterator[None]:
+        """Around a request's life here. Raises QueueFullError."""
+        with measured.refusals():
+            if self._active >= self._max_queue:
+                raise QueueFullError(f"{self._active} requests are in work already; try again later")
+        self._active += 1
+        try:
+            yield
         finally:
             self._active -= 1
 
-    def _check_room(self) -> None:
-        if self._active >= self._max_queue:
-            raise QueueFullError(f"{self._active} requests are in work already; try again later")
+    def _resumed(
+        self, request: GenerationRequest, known: Sequence[int], received: Position, measured: MeasuredRequest
+    ) -> Generation:
+        request = measured.span.of(request)
+        logger.info("request taken over", extra={"request_id": request.request_id, "generated": len(known)})
+        return self._generation(request, known, received, measured)
 
     def _check_received(self, request: GenerationRequest, received: Sequence[int]) -> None:
         """Of what a client says that it has."""
@@ -269,6 +294,8 @@ class GenerationService:
             model=self.checkpoint.name,
             rendering=asker.rendering,
             key_name=asker.key_name,
+            operation=asker.operation,
+            choices=asker.choices,
         )
 
 

@@ -23,17 +23,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.core.errors import InfiniteLLMError, UnauthenticatedError
 from services.gateway.chat_template import ChatTemplate, render_chat
-from services.gateway.choices import ChoiceEvent, events_of, sampling_of_choice
+from services.gateway.choices import ChoiceEvent, events_of
 from services.gateway.disconnect import ClientDisconnected, unless_disconnected
 from services.gateway.generation_service import Asker, GenerationService
 from services.gateway.openai_chat import ChatRequest
 from services.gateway.openai_errors import ApiError, api_error
 from services.gateway.openai_types import CompletionRequest, parse_request
 from services.gateway.openapi import openapi
+from services.gateway.position import EventId
 from services.gateway.renderers import Renderers, rendering_of
 from services.gateway.rendering import whole_answer
-from services.gateway.request_span import CallersTrace, Operation
-from services.gateway.requests import Finished, NewTokens, Prompt, PromptLogprobs, Sampling
+from services.gateway.request_span import CallersTrace
+from services.gateway.requests import Finished, NewTokens, Operation, Prompt, PromptLogprobs, Sampling
 from services.gateway.resume_api import KEY_NAME, Resumption
 from services.gateway.sse import generation_headers, send_stream
 from services.gateway.tokenize_api import answer_detokenize, answer_tokenize
@@ -177,26 +178,22 @@ class _Endpoint(ABC):
             logger.info("client disconnected")
 
     async def _answer(self, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
-        service, asker = self.service, Asker(scope.get(KEY_NAME, ""), rendering_of(asked.body))
+        service, count = self.service, asked.body.n or 1
+        asker = Asker(scope.get(KEY_NAME, ""), rendering_of(asked.body), self.operation, count)
         async with AsyncExitStack() as stack:
-            prompt, generations = asked.prompt, []
-            for index in range(asked.body.n or 1):
-                starting = service.start(
-                    asked.body.model or "",
-                    prompt,
-                    sampling_of_choice(asked.sampling, index),
-                    operation=self.operation,
-                    asker=asker,
-                )
+            starting = service.start(asked.body.model or "", asked.prompt, asked.sampling, asker=asker)
+            generations = [await stack.enter_async_context(starting)]
+            for index in range(1, count):
+                starting = service.start_choice(generations[0].request, index)
                 generations.append(await stack.enter_async_context(starting))
-                prompt = generations[0].request.prompt_ids  # tokenized once
             requests = [generation.request for generation in generations]
             renderers = await Renderers.of(requests, service.checkpoint.name, service.tokenizer)
             events = await stack.enter_async_context(aclosing(events_of(generations)))
             # An error before the first event still gets its own status.
             first = await anext(events)
             if asked.body.stream:
-                await send_stream(first, events, renderers, generations, send, service.resumable)
+                places = EventId().of_choices(count)
+                await send_stream(first, events, renderers, generations, send, service.resumable, places)
             else:
                 response = await _collect(first, events, renderers, generation_headers(generations))
                 await response(scope, receive, send)

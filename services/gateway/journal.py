@@ -84,9 +84,13 @@ class Journal(Protocol):
     def ended(self, tenure: Tenure, state: str) -> None:
         """``state``: "stop", "length", "aborted" or an error's reason."""
 
-    async def take_over(self, request_id: str, key_name: str) -> JournalRecord:
+    async def take_over(
+        self, request_id: str, key_name: str, otherwise: GenerationRequest | None = None
+    ) -> JournalRecord:
         """The request belongs to this gateway from now on, whoever had it.
 
+        Args:
+            otherwise: the request as it begins, where the journal does not know it.
         Raises: RequestNotFoundError, also for one of another API key; JournalUnavailableError.
         """
 
@@ -109,7 +113,9 @@ class NoJournal:
     def ended(self, tenure: Tenure, state: str) -> None:
         return
 
-    async def take_over(self, request_id: str, key_name: str) -> JournalRecord:
+    async def take_over(
+        self, request_id: str, key_name: str, otherwise: GenerationRequest | None = None
+    ) -> JournalRecord:
         raise RequestNotFoundError("this gateway keeps no journal, so nothing can be resumed; send the request again")
 
     async def close(self) -> None:
@@ -216,10 +222,14 @@ class RedisJournal:
         self._growing.pop(tenure, None)
         self._put(_Ended(tenure, state))
 
-    async def take_over(self, request_id: str, key_name: str) -> JournalRecord:
+    async def take_over(
+        self, request_id: str, key_name: str, otherwise: GenerationRequest | None = None
+    ) -> JournalRecord:
         key = self._prefix + request_id
+        begins = {} if otherwise is None else fields_of(otherwise, self._owner)
+        arguments = [self._owner, self._ttl_s, key_name, *(part for field in begins.items() for part in field)]
         try:
-            answer = await self._redis.eval(TAKE_OVER, 2, key, key + ":tokens", self._owner, self._ttl_s, key_name)
+            answer = await self._redis.eval(TAKE_OVER, 2, key, key + ":tokens", *arguments)
         except (RedisError, OSError, TimeoutError) as exc:
             self._failures += 1
             logger.warning("journal: not read, the stream cannot be resumed: %s", exc, extra={"request_id": request_id})

@@ -42,11 +42,14 @@ if ARGV[2] == '0' then return 1 end
 )
 # ... state.
 WRITE_ENDED = _FENCE + "redis.call('HSET', KEYS[1], 'state', ARGV[3])" + _KEEP
-# ARGV: the new owner, time to live in seconds, name of the API key that the record must belong to. Answers the hash and
-# the tokens, or nothing.
+# ARGV: the new owner, time to live in seconds, name of the API key that the record must belong to; then, of a request
+# that may not have begun, the fields and values that it begins with. Answers the hash and the tokens, or nothing.
 TAKE_OVER = """
 local hash = KEYS[1]
-if redis.call('HEXISTS', hash, 'takeovers') == 0 then return false end
+if redis.call('HEXISTS', hash, 'takeovers') == 0 then
+  if #ARGV == 3 then return false end
+  redis.call('HSET', hash, 'takeovers', 0, unpack(ARGV, 4))
+end
 if redis.call('HGET', hash, 'key_name') ~= ARGV[3] then return false end
 redis.call('HINCRBY', hash, 'takeovers', 1)
 redis.call('HSET', hash, 'owner', ARGV[1], 'state', 'running')

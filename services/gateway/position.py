@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from services.core.errors import InvalidRequestError
 
-_EVENT_ID = re.compile(r"([0-9]{1,10})-([0-9a-f]{8})(?:-([0-9]{1,3}))?")
+_PLACE = re.compile(r"([0-9]{1,10})-([0-9a-f]{8})(?:-([0-9]{1,3}))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,12 @@ START = Position()
 
 
 @dataclass(frozen=True, slots=True)
-class EventId:
-    """The ``id`` of a server-sent event: "COUNT-CHECKSUM", and "-N" behind the N-th of the chunks that end a stream.
+class Place:
+    """How much of one choice's stream a client has.
 
     Attributes:
-        position: behind the event's tokens.
-        last_chunks: how many of the chunks behind the last token the client has with this event.
+        position: behind the tokens that it has.
+        last_chunks: how many it has of the chunks behind the choice's last token: its end, and what ends the stream.
     """
 
     position: Position = START
@@ -45,17 +45,48 @@ class EventId:
         end = f"-{self.last_chunks}" if self.last_chunks else ""
         return f"{self.position.count}-{self.position.checksum:08x}{end}"
 
+
+@dataclass(frozen=True, slots=True)
+class EventId:
+    """The ``id`` of a server-sent event: for each choice "COUNT-CHECKSUM", or "COUNT-CHECKSUM-N" behind its last token.
+
+    Attributes:
+        places: of each choice, joined by dots in the id; none of them at the beginning.
+    """
+
+    places: tuple[Place, ...] = ()
+
+    def __str__(self) -> str:
+        return ".".join(map(str, self.places))
+
+    @property
+    def of_first(self) -> Place:
+        """The place in the first choice."""
+        return self.places[0] if self.places else Place()
+
+    def of_choices(self, count: int) -> tuple[Place, ...]:
+        """The places in a stream of so many choices. Raises InvalidRequestError where it is an id of another stream."""
+        if self.places and len(self.places) != count:
+            raise _not_of_this_stream()
+        return self.places or (Place(),) * count
+
     @classmethod
     def parse(cls, text: str) -> EventId:
         """``text`` "" is the beginning. Raises InvalidRequestError."""
-        if not text:
-            return cls()
-        match = _EVENT_ID.fullmatch(text)
-        if match is None:
-            raise InvalidRequestError(
-                "Last-Event-ID: must be the id of an event of this stream, as it was sent, or left out to begin anew"
-            )
-        return cls(Position(int(match[1]), int(match[2], 16)), int(match[3] or 0))
+        return cls(tuple(map(_place, text.split(".")))) if text else cls()
+
+
+def _place(text: str) -> Place:
+    match = _PLACE.fullmatch(text)
+    if match is None:
+        raise _not_of_this_stream()
+    return Place(Position(int(match[1]), int(match[2], 16)), int(match[3] or 0))
+
+
+def _not_of_this_stream() -> InvalidRequestError:
+    return InvalidRequestError(
+        "Last-Event-ID: must be the id of an event of this stream, as it was sent, or left out to begin anew"
+    )
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:

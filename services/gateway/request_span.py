@@ -6,17 +6,14 @@ Attributes are named by OpenTelemetry's semantic conventions for generative AI, 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from opentelemetry import context as otel_context
 from opentelemetry.trace import NoOpTracer, SpanKind, Status, StatusCode, Tracer
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from services.gateway.requests import GenerationRequest
+from services.gateway.requests import GenerationRequest, Operation
 from services.runtime.tracing import context_of, incoming_context
-
-Operation = Literal["text_completion", "chat"]  # as gen_ai.operation.name has them
 
 
 class CallersTrace:
@@ -38,7 +35,11 @@ class CallersTrace:
 
 
 class RequestSpan:
-    """Begins now, in the current trace if there is one."""
+    """Begins now, in the current trace if there is one.
+
+    Args:
+        operation: of a request that is resumed, what is known of it when its record has been read is told by ``of``.
+    """
 
     def __init__(self, tracer: Tracer, operation: Operation, model: str) -> None:
         self._span = tracer.start_span(f"{operation} {model}", kind=SpanKind.SERVER)
@@ -57,8 +58,10 @@ class RequestSpan:
         context = context_of(self._span)
         if context is None:
             return request
+        self._span.update_name(f"{request.operation} {request.model}")
         self._span.set_attributes(
             {
+                "gen_ai.operation.name": request.operation,
                 "gen_ai.response.id": request.request_id,
                 "gen_ai.request.max_tokens": request.max_tokens,
                 "gen_ai.request.temperature": request.temperature,

@@ -13,6 +13,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 FinishReason = Literal["stop", "length"]
 Prompt = str | Sequence[int]
+Operation = Literal["text_completion", "chat"]  # as OpenTelemetry's gen_ai.operation.name has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class GenerationRequest:
         model: the name of the model that it was admitted for.
         rendering: how its API writes the answer, as renderers.py takes it; "" says nothing.
         key_name: name of the API key that it came with; "" where none is asked for.
+        operation: what its API calls it.
+        choices: answers that were asked for to this prompt, where this is the first one of them.
         takeovers: how often it went from one gateway to another.
     """
 
@@ -84,6 +87,8 @@ class GenerationRequest:
     model: str = ""
     rendering: str = ""
     key_name: str = ""
+    operation: Operation = "text_completion"
+    choices: int = 1
     takeovers: int = 0
 
     @property

@@ -7,7 +7,7 @@ the stream comes from its beginning. The events are those of the request's own A
 from __future__ import annotations
 
 import logging
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
@@ -38,15 +38,18 @@ class Resumption:
             logger.info("client disconnected")
 
     async def _answer(self, request: Request, send: Send) -> None:
-        last = EventId.parse(request.headers.get("last-event-id", ""))
-        async with (
-            self._service.resume(
-                request.path_params["request_id"], request.scope.get(KEY_NAME, ""), last.position
-            ) as generation,
-            aclosing(events_of([generation])) as events,
-        ):
-            service = self._service
-            renderers = await Renderers.of([generation.request], service.checkpoint.name, service.tokenizer)
+        service, last = self._service, EventId.parse(request.headers.get("last-event-id", ""))
+        request_id, key_name = request.path_params["request_id"], request.scope.get(KEY_NAME, "")
+        async with AsyncExitStack() as stack:
+            resuming = service.resume(request_id, key_name, last.of_first.position)
+            generations = [await stack.enter_async_context(resuming)]
+            places = last.of_choices(generations[0].request.choices)
+            for index, place in enumerate(places[1:], 1):
+                resuming = service.resume_choice(generations[0].request, index, place.position)
+                generations.append(await stack.enter_async_context(resuming))
+            requests = [generation.request for generation in generations]
+            renderers = await Renderers.of(requests, service.checkpoint.name, service.tokenizer)
+            events = await stack.enter_async_context(aclosing(events_of(generations)))
             # An error before the first event still gets its own status.
             first = await anext(events)
-            await send_stream(first, events, renderers, [generation], send, service.resumable, last.last_chunks)
+            await send_stream(first, events, renderers, generations, send, service.resumable, places)

@@ -1,12 +1,12 @@
 """An answer as server-sent events.
 
-Where there is a journal, every event of an answer with one choice has an ``id``, behind which the stream can be resumed
-at any gateway.
+Where there is a journal, every event has an ``id``, behind which the stream can be resumed at any gateway.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 
 from starlette.types import Send
 
@@ -14,7 +14,7 @@ from services.core.errors import InfiniteLLMError
 from services.gateway.choices import ChoiceEvent
 from services.gateway.generation import Generation
 from services.gateway.openai_errors import api_error
-from services.gateway.position import EventId
+from services.gateway.position import Place
 from services.gateway.renderers import Renderers
 from services.gateway.rendering import usage_chunk
 from services.gateway.requests import Finished, NewTokens, PromptLogprobs, Repeated
@@ -26,6 +26,50 @@ def generation_headers(generations: Sequence[Generation]) -> dict[str, str]:
     return {"x-request-id": generations[0].request.request_id}
 
 
+class _Stream:
+    """Events on their way to one client.
+
+    Args:
+        places: what the client has of each choice.
+        has_ids: whether the events have ids.
+    """
+
+    def __init__(self, send: Send, places: Sequence[Place], has_ids: bool) -> None:
+        self._send_message = send
+        self._places = list(places)
+        self._id_parts = [str(place) for place in places]
+        self._has_ids = has_ids
+        self._last_chunks = [0] * len(places)  # of each choice, whether the client had them before or not
+
+    async def send_tokens(self, index: int, ids: Sequence[int], data: bytes) -> None:
+        """A chunk with the next tokens of one choice."""
+        place = self._places[index]
+        self._move(index, replace(place, position=place.position.after(ids)))
+        await self._send_event(data)
+
+    async def send_last(self, indices: Sequence[int], data: bytes) -> None:
+        """A chunk behind the last token of these choices, unless the client has it."""
+        for index in indices:
+            self._last_chunks[index] += 1
+        if self._last_chunks[indices[0]] > self._places[indices[0]].last_chunks:
+            for index in indices:
+                self._move(index, replace(self._places[index], last_chunks=self._last_chunks[index]))
+            await self._send_event(data)
+
+    async def send_error(self, error: InfiniteLLMError) -> None:
+        await self._send(b"data: " + api_error(error).body() + b"\n\n")
+
+    def _move(self, index: int, place: Place) -> None:
+        self._places[index], self._id_parts[index] = place, str(place)
+
+    async def _send_event(self, data: bytes) -> None:
+        event_id = f"id: {'.'.join(self._id_parts)}\n".encode() if self._has_ids else b""
+        await self._send(event_id + b"data: " + data + b"\n\n")
+
+    async def _send(self, body: bytes) -> None:
+        await self._send_message({"type": "http.response.body", "body": body, "more_body": True})
+
+
 async def send_stream(
     first: ChoiceEvent,
     rest: AsyncGenerator[ChoiceEvent, None],
@@ -33,12 +77,12 @@ async def send_stream(
     generations: Sequence[Generation],
     send: Send,
     resumable: bool,
-    last_chunks: int = 0,
+    places: Sequence[Place],
 ) -> None:
     """Sends a whole ASGI response. An error in the middle becomes an event of its own, and no [DONE] follows it.
 
     Args:
-        last_chunks: how many of the chunks behind the last token the client has.
+        places: what the client has of each choice.
     """
     headers = generation_headers(generations) | {
         "content-type": "text/event-stream; charset=utf-8",
@@ -47,44 +91,29 @@ async def send_stream(
     }
     raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
-    resumable = resumable and len(generations) == 1
-
-    async def send_event(data: bytes, sent_last_chunks: int = 0) -> None:
-        event_id = b""
-        if resumable:
-            event_id = f"id: {EventId(generations[0].position, sent_last_chunks)}\n".encode()
-        await send({"type": "http.response.body", "body": event_id + b"data: " + data + b"\n\n", "more_body": True})
-
+    stream = _Stream(send, places, resumable)
     ends: dict[int, Finished] = {}
-    sent_last = 0  # of the chunks behind the last token
-
-    async def send_last(data: bytes) -> None:
-        nonlocal sent_last
-        sent_last += 1
-        if sent_last > last_chunks:
-            await send_event(data, sent_last)
-
     index, event = first
     try:
         while True:
             renderer = renderers.choices[index]
             if isinstance(event, NewTokens):
-                await send_event(renderer.tokens_chunk(event))
+                await stream.send_tokens(index, event.ids, renderer.tokens_chunk(event))
             elif isinstance(event, PromptLogprobs):
                 renderer.take_prompt(event)
             elif isinstance(event, Repeated):
                 renderer.tokens_chunk(NewTokens((), event.texts, ()))  # it may write on from what it has written
             elif isinstance(event, Finished):
                 ends[index] = event
-                await send_last(renderer.last_chunk(event))
+                await stream.send_last([index], renderer.last_chunk(event))
             if len(ends) == len(generations):
                 break
             index, event = await anext(rest)
+        everybody = range(len(generations))
         if renderers.frame.asks_for_usage:
-            finished = [ends[index] for index in range(len(ends))]
-            await send_last(usage_chunk(renderers.frame, renderers.choices, finished))
-        await send_last(_DONE)
+            finished = [ends[index] for index in everybody]
+            await stream.send_last(everybody, usage_chunk(renderers.frame, renderers.choices, finished))
+        await stream.send_last(everybody, _DONE)
     except InfiniteLLMError as exc:
-        data = api_error(exc).body()
-        await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+        await stream.send_error(exc)
     await send({"type": "http.response.body", "body": b"", "more_body": False})

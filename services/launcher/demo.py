@@ -165,7 +165,7 @@ async def _ask(cluster: LocalCluster, console: Console, task: NeedleTask, option
                         console.write("\nanswer: ")
                     token_ids += event.ids
                     console.write(event.text)
-                else:
+                elif isinstance(event, Finished):
                     finished = event
         finally:
             watching.cancel()

@@ -183,6 +183,29 @@ def test_whoever_was_taken_over_writes_no_more_and_is_told(redis_process: RedisP
     asyncio.run(scenario())
 
 
+def test_a_request_that_had_not_begun_begins_with_its_take_over(redis_process: RedisProcess) -> None:
+    async def scenario() -> None:
+        old, new = (RedisJournal(redis_process.url, "c", owner, ttl_s=60, buffer_bytes=1 << 20) for owner in ("a", "b"))
+        late, told = request("r"), []
+        taken, tokens = await new.take_over("r", "", late)
+        assert (taken.tenure, list(tokens)) == (Tenure("r", 1), [])
+        assert dataclasses.replace(taken, prompt_ids=late.prompt_ids, takeovers=0) == late
+        new.started(taken, never)
+        new.tokens(taken.tenure, 0, (5, 6))
+        await until(lambda: record(redis_process, "r")[1] == [5, 6], "the tokens are there")
+        # The old owner, which was about to begin it, learns that it is late, and changes nothing.
+        old.started(late, lambda: told.append("a"))
+        old.tokens(late.tenure, 0, (7,))
+        await until(lambda: told == ["a"], "the old owner is told")
+        await old.close()
+        assert record(redis_process, "r")[1] == [5, 6]
+        again, tokens = await new.take_over("r", "", late)
+        assert (again.tenure, list(tokens)) == (Tenure("r", 2), [5, 6])
+        await new.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_record_has_no_gap_whatever_redis_forgets(redis_process: RedisProcess) -> None:
     async def scenario() -> None:
         journal = RedisJournal(redis_process.url, "c", "gateway-0", ttl_s=60, buffer_bytes=1 << 20)

@@ -18,7 +18,7 @@ from infinitellm import AsyncClient, Tokens
 from infinitellm import errors as sdk_errors
 from infinitellm._rpc_errors import error_from_status
 from infinitellm.v1 import inference_pb2, inference_pb2_grpc
-from services.gateway.position import START, EventId, Position
+from services.gateway.position import START, EventId, Place, Position
 from services.runtime.api_keys import new_key
 
 pytestmark = pytest.mark.cluster
@@ -197,8 +197,8 @@ def test_what_cannot_be_resumed_over_http(pair: Pair) -> None:
     async def scenario() -> None:
         async with pair.instance():
             whole = await pair.begin("/v1/completions", BODY)
-            too_far = EventId(Position().after([*expected_tokens(TOKENS), 7]))
-            for last, status in (("gibberish", 400), (str(EventId(START.after([9]))), 409)):
+            too_far = Place(Position().after([*expected_tokens(TOKENS), 7]))
+            for last, status in (("gibberish", 400), (str(EventId((Place(START.after([9])),))), 409)):
                 stream = Stream(last, whole.request_id)
                 assert await stream.resume(pair.second) == status
             assert await Stream("", "cmpl-unknown").resume(pair.second) == 404

@@ -74,10 +74,15 @@ def wait_until(condition: Callable[[], bool], what: str, cluster: Cluster) -> No
 class SseStream:
     """A client of server-sent events without any library for it: it keeps the last id, and goes on behind it."""
 
-    tokens: list[int] = field(default_factory=list)
+    choices: list[list[int]] = field(default_factory=lambda: [[]])
     last_event_id: str = ""
     request_id: str = ""
     done: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of the first choice."""
+        return self.choices[0]
 
     async def begin(self, gateway: str, body: dict[str, object]) -> None:
         await self._read("POST", f"{gateway}/v1/completions", json=body)
@@ -104,7 +109,8 @@ class SseStream:
         elif name == "data" and value == "[DONE]":
             self.done = True
         elif name == "data":
-            self.tokens += json.loads(value)["choices"][0]["token_ids"]
+            (choice,) = json.loads(value)["choices"]
+            self.choices[choice["index"]] += choice["token_ids"]
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +167,29 @@ def test_streams_of_a_killed_gateway_go_on(cluster: Cluster, undisturbed: list[i
         asyncio.run(scenario())
     metrics = cluster.http.get("/metrics").text
     assert "infinite_llm_resumed_requests_total 3.0" in metrics
+
+
+def test_all_choices_of_a_killed_gateways_stream_go_on(cluster: Cluster, undisturbed: list[int]) -> None:
+    answer = cluster.request(PROMPT, n=3, **SAMPLING).json()
+    expected = [choice["token_ids"] for choice in answer["choices"]]
+    assert expected[0] == undisturbed
+
+    async def scenario() -> None:
+        sse = SseStream([[], [], []])
+        body = {"prompt": PROMPT, "n": 3, "stream": True, "return_token_ids": True, **SAMPLING}
+        raw = asyncio.create_task(sse.begin(lost.http, body))
+        await until(lambda: min(map(len, sse.choices)) >= 20, "all choices have tokens", 60)
+        lost.process.kill()
+        await raw
+        assert not sse.done
+        assert max(map(len, sse.choices)) < TOKENS
+        async with asyncio.timeout(60):
+            await sse.resume(f"http://127.0.0.1:{cluster.http_port}")
+        assert sse.done
+        assert sse.choices == expected
+
+    with further_gateway(cluster, "gateway-of-choices") as lost:
+        asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])

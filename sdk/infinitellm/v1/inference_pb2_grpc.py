@@ -66,6 +66,7 @@ class InferenceServiceServicer(object):
     def Resume(self, request, context):
         """Goes on with the stream of a request, whichever gateway it was at, behind what the client has of it. That gateway may
         be gone; if it is not, its stream ends with ABORTED (TAKEN_OVER). A request that had ended ends the same way again.
+        Of several choices, which only the HTTP API answers, the first one goes on.
 
         A retry is safe, and so is cancelling: a cancelled request can be resumed as long as the journal keeps it.
         Errors: NOT_FOUND (REQUEST_NOT_FOUND): the journal does not know the request; UNAVAILABLE (JOURNAL_UNAVAILABLE);

@@ -44,6 +44,7 @@ class InferenceServiceStub:
     Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]
     """Goes on with the stream of a request, whichever gateway it was at, behind what the client has of it. That gateway may
     be gone; if it is not, its stream ends with ABORTED (TAKEN_OVER). A request that had ended ends the same way again.
+    Of several choices, which only the HTTP API answers, the first one goes on.
 
     A retry is safe, and so is cancelling: a cancelled request can be resumed as long as the journal keeps it.
     Errors: NOT_FOUND (REQUEST_NOT_FOUND): the journal does not know the request; UNAVAILABLE (JOURNAL_UNAVAILABLE);
@@ -67,6 +68,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Goes on with the stream of a request, whichever gateway it was at, behind what the client has of it. That gateway may
     be gone; if it is not, its stream ends with ABORTED (TAKEN_OVER). A request that had ended ends the same way again.
+    Of several choices, which only the HTTP API answers, the first one goes on.
 
     A retry is safe, and so is cancelling: a cancelled request can be resumed as long as the journal keeps it.
     Errors: NOT_FOUND (REQUEST_NOT_FOUND): the journal does not know the request; UNAVAILABLE (JOURNAL_UNAVAILABLE);
@@ -99,6 +101,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Goes on with the stream of a request, whichever gateway it was at, behind what the client has of it. That gateway may
         be gone; if it is not, its stream ends with ABORTED (TAKEN_OVER). A request that had ended ends the same way again.
+        Of several choices, which only the HTTP API answers, the first one goes on.
 
         A retry is safe, and so is cancelling: a cancelled request can be resumed as long as the journal keeps it.
         Errors: NOT_FOUND (REQUEST_NOT_FOUND): the journal does not know the request; UNAVAILABLE (JOURNAL_UNAVAILABLE);
