@@ -45,7 +45,7 @@ from services.runtime.grammars import Grammars
 logger = logging.getLogger(__name__)
 
 _NO_IDS: Sequence[int] = ()
-# Of one prompt, all positions together: an answer that shows them all at once is some tens of megabytes of JSON then.
+# Of all positions and choices: an answer that shows them at once is some tens of megabytes of JSON then.
 MOST_PROMPT_LOGPROBS = 2**19
 
 
@@ -254,10 +254,11 @@ class GenerationService:
                 f"the prompt's {len(prompt_ids)} tokens and max_tokens {sampling.max_tokens} are together more than "
                 f"this model's limit of {limit} tokens; shorten the prompt or ask for fewer tokens"
             )
-        if sampling.prompt_logprobs and len(prompt_ids) * (1 + sampling.prompt_logprobs) > MOST_PROMPT_LOGPROBS:
+        at_each = (1 + sampling.prompt_logprobs) * asker.choices if sampling.prompt_logprobs else 0
+        if len(prompt_ids) * at_each > MOST_PROMPT_LOGPROBS:
             raise InvalidRequestError(
-                f"prompt log-probabilities: {1 + sampling.prompt_logprobs} for each of the prompt's {len(prompt_ids)} "
-                f"tokens are more than {MOST_PROMPT_LOGPROBS}; ask for fewer at each, or shorten the prompt"
+                f"prompt log-probabilities: {at_each} for each of the prompt's {len(prompt_ids)} tokens are more than "
+                f"{MOST_PROMPT_LOGPROBS}; ask for fewer at each, or for fewer choices, or shorten the prompt"
             )
         sampling.shaping.check(self.checkpoint.vocab_size, sampling.max_tokens)
         if sampling.stop and not self.tokenizer.has_text:

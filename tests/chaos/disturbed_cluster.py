@@ -22,6 +22,7 @@ from infinitellm.internal.v1.kvdaemon_pb2_grpc import KvDaemonServiceStub
 
 STREAMS_TIMEOUT_S = 240.0  # all streams of a schedule
 RECOVERY_TIMEOUT_S = 120.0  # until everything that died is there again
+LOGPROB_TOLERANCE = 1e-3  # other batches round otherwise
 TRIGGER_TIMEOUT_S = 20.0  # a disturbance that waits for progress happens at the latest then
 
 DAEMONS = (*LOCAL_DAEMONS, *MEMORY_DAEMONS)
@@ -45,6 +46,7 @@ class Stream:
         self.request = request
         self.hang_up_after = hang_up_after
         self.token_ids: list[int] = []
+        self.logprobs: list[float | None] = []  # of the prompt too, where they are asked for
         self.error = ""
         self._cluster = cluster
         self._finish_reason: object = None
@@ -64,6 +66,7 @@ class Stream:
                         return
                     choice = chunk["choices"][0]  # type: ignore[index]
                     self.token_ids += choice.get("token_ids") or []
+                    self.logprobs += (choice.get("logprobs") or {}).get("token_logprobs", [])
                     self._finish_reason = choice.get("finish_reason") or self._finish_reason
                     if self.hang_up_after is not None and len(self.token_ids) > self.hang_up_after:
                         return
@@ -90,6 +93,20 @@ class Stream:
             )
         if self._finish_reason != "length" and self.hang_up_after is None:
             return f"{self.request.name}: ended with {self._finish_reason!r}"
+        return self._wrong_scores()
+
+    def _wrong_scores(self) -> str:
+        """Of the prompt, whose log-probabilities come with the first token."""
+        expected = self.request.prompt_logprobs
+        if not expected or not self.token_ids:
+            return ""
+        count = 1 + len(expected) + len(self.token_ids)
+        if len(self.logprobs) != count or self.logprobs[0] is not None:
+            return f"{self.request.name}: {len(self.logprobs)} log-probabilities in place of {count}"
+        got = self.logprobs[1 : 1 + len(expected)]
+        off = [abs(a - b) for a, b in zip(got, expected, strict=True) if a is not None]
+        if len(off) < len(expected) or max(off) > LOGPROB_TOLERANCE:
+            return f"{self.request.name}: log-probabilities of the prompt are off by up to {max(off, default=0.0):.2g}"
         return ""
 
 

@@ -27,22 +27,29 @@ SHORTEST_ANSWER = 24
 
 @dataclass(frozen=True)
 class KnownRequest:
-    """One completion and its answer, ``max_tokens`` = len(answer) tokens long."""
+    """One completion and its answer, ``max_tokens`` = len(answer) tokens long.
+
+    Attributes:
+        prompt_logprobs: of the prompt's tokens behind the first; empty where they are not asked for.
+    """
 
     name: str
     prompt: tuple[int, ...]
     temperature: float
     seed: int
     answer: tuple[int, ...]
+    prompt_logprobs: tuple[float, ...] = ()
 
     @property
     def parameters(self) -> dict[str, object]:
         """Of the completion API."""
+        scoring = {"echo": True, "logprobs": 1} if self.prompt_logprobs else {}
         return {
             "max_tokens": len(self.answer),
             "temperature": self.temperature,
             "seed": self.seed,
             "ignore_eos": True,
+            **scoring,
         }
 
 
@@ -55,7 +62,10 @@ class KnownRequests:
         self.request = cache(self._make)
 
     def _make(self, number: int) -> KnownRequest:
-        """A third of them is short, a third of middle length, a third long; every third one draws with temperature."""
+        """A third of them is short, a third of middle length, a third long; every third one draws with temperature.
+
+        Every fourth one asks for log-probabilities, of its prompt as well.
+        """
         for attempt in range(20):
             rng = random.Random(f"request {number} attempt {attempt}")
             length = rng.randint(*((4, 60), (80, 300), (400, 900))[number % 3])
@@ -64,8 +74,15 @@ class KnownRequests:
             seed = rng.getrandbits(32)
             answer = self._answer(prompt, rng.randint(150, 500), temperature, seed)
             if len(answer) >= SHORTEST_ANSWER:
-                return KnownRequest(f"request {number} ({length} tokens)", prompt, temperature, seed, answer)
+                scores = self._scores(prompt) if number % 4 == 2 else ()
+                return KnownRequest(f"request {number} ({length} tokens)", prompt, temperature, seed, answer, scores)
         raise AssertionError("twenty prompts in a row with near-ties at once: the model's logits are not spread enough")
+
+    @torch.inference_mode()
+    def _scores(self, prompt: tuple[int, ...]) -> tuple[float, ...]:
+        tokens = torch.tensor([prompt])
+        table = self._model(input_ids=tokens).logits[0, :-1].double().log_softmax(1)
+        return tuple(table.gather(1, tokens[0, 1:, None])[:, 0].tolist())
 
     @torch.inference_mode()
     def _answer(self, prompt: tuple[int, ...], count: int, temperature: float, seed: int) -> tuple[int, ...]:

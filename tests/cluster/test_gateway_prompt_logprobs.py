@@ -52,6 +52,10 @@ def test_a_prompt_and_its_log_probabilities_come_before_the_answer(http_rig: Htt
             assert answer["usage"]["prompt_tokens"] == len(PROMPT)
             assert answer["usage"]["completion_tokens"] == 2 * max_tokens
             assert [submit.prompt_logprobs for submit in played.submitted] == [2, 2]
+            too_long = {"prompt": [1] * 200, "logprobs": 20, "n": 128}
+            refused = await client.post("/v1/completions", json=body | too_long)
+            assert refused.status_code == 400
+            assert "fewer choices" in refused.json()["error"]["message"]
 
             chunks = events((await client.post("/v1/completions", json=body | {"stream": True})).text)
             for index in (0, 1):

@@ -6,8 +6,20 @@ import threading
 
 import pytest
 
-from infinitellm import AsyncClient, Client, Completion, Finished, Progress, RetryPolicy, Tokens, errors
+from infinitellm import (
+    AsyncClient,
+    Client,
+    Completion,
+    Finished,
+    Progress,
+    PromptLogprobs,
+    RetryPolicy,
+    TokenLogprobs,
+    Tokens,
+    errors,
+)
 from infinitellm.batch import ProgressBar
+from infinitellm.retry import Attempts, GenerationStream
 from infinitellm.v1 import inference_pb2, inference_pb2_grpc
 from services.core import errors as core_errors
 from services.runtime.grpc_server import bind, make_server
@@ -141,6 +153,19 @@ def test_without_a_journal_the_request_is_sent_again_behind_its_tokens(serve, ev
     assert again.sampling == begun.sampling
     assert events[-1].request_id == "a-2"
     assert second.calls[0].request_id == "a-1"
+
+
+def test_of_a_prompt_that_is_told_again_only_what_is_new_comes():
+    stream = GenerationStream(inference_pb2.GenerateRequest(), Attempts(QUICK, DEADLINE_S))
+
+    def told(first, *logprobs):
+        event = stream.take(PromptLogprobs("a-1", first, tuple(TokenLogprobs(one, (), ()) for one in logprobs)))
+        return None if event is None else (event.first, [position.logprob for position in event.logprobs])
+
+    assert told(1, -1.0, -2.0) == (1, [-1.0, -2.0])
+    assert told(1, -1.0) is None
+    assert told(2, -2.0, -3.0) == (3, [-3.0])
+    assert told(4, -4.0) == (4, [-4.0])
 
 
 def test_what_is_wrong_is_not_tried_again(serve, events_of):
