@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import select
 import socket
 import time
 from abc import ABC, abstractmethod
@@ -12,6 +13,7 @@ from typing import Generic, TypeVar
 
 from services.core.errors import PeerLostError
 from services.dataplane.epoll_loop import EpollLoop
+from services.dataplane.stream import Stream
 from services.dataplane.transport import Event
 
 _log = logging.getLogger(__name__)
@@ -19,13 +21,19 @@ _GREETING_TIMEOUT_S = 5.0
 _ACCEPT_PAUSE_S = 1.0
 
 Greeting = TypeVar("Greeting")
+Sock = TypeVar("Sock", bound=Stream)
 
 
-class Guest(ABC, Generic[Greeting]):
+class Guest(ABC, Generic[Sock, Greeting]):
     """A peer that has connected and whose greeting has not arrived in full."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Sock) -> None:
         self.sock = sock
+
+    @property
+    def mask(self) -> int:
+        """What to wait for before ``receive`` is called again."""
+        return select.EPOLLIN
 
     @abstractmethod
     def receive(self) -> Greeting | None:
@@ -39,7 +47,7 @@ class Guest(ABC, Generic[Greeting]):
         """Gives up what came with the greeting but what ``receive`` has answered. The socket stays open."""
 
 
-class Reception(Generic[Greeting]):
+class Reception(Generic[Sock, Greeting]):
     """A listening socket and those who have not been admitted yet.
 
     Args:
@@ -52,14 +60,14 @@ class Reception(Generic[Greeting]):
         self,
         loop: EpollLoop,
         listener: socket.socket,
-        new_guest: Callable[[socket.socket], Guest[Greeting]],
-        admit: Callable[[socket.socket, Greeting, list[Event]], None],
+        new_guest: Callable[[socket.socket], Guest[Sock, Greeting]],
+        admit: Callable[[Sock, Greeting, list[Event]], None],
     ) -> None:
         self._loop = loop
         self._listener = listener
         self._new_guest = new_guest
         self._admit = admit
-        self._guests: dict[Guest[Greeting], float] = {}  # until when each may take (time.monotonic)
+        self._guests: dict[Guest[Sock, Greeting], float] = {}  # until when each may take (time.monotonic)
         self._accept_again_at = 0.0  # 0: the listener is watched
         self._watch()
 
@@ -100,24 +108,26 @@ class Reception(Generic[Greeting]):
         sock.setblocking(False)
         guest = self._new_guest(sock)
         self._guests[guest] = time.monotonic() + _GREETING_TIMEOUT_S
-        self._loop.watch(sock.fileno(), partial(self._serve, guest))
+        self._loop.watch(guest.sock.fileno(), partial(self._serve, guest), guest.mask)
 
-    def _serve(self, guest: Guest[Greeting], _mask: int, events: list[Event]) -> None:
+    def _serve(self, guest: Guest[Sock, Greeting], _mask: int, events: list[Event]) -> None:
         try:
             greeting = guest.receive()
         except PeerLostError as error:
             self._dismiss(guest, str(error))
             return
-        if greeting is not None:
+        if greeting is None:
+            self._loop.change(guest.sock.fileno(), guest.mask)
+        else:
             self._release(guest)
             self._admit(guest.sock, greeting, events)
 
-    def _dismiss(self, guest: Guest[Greeting], reason: str) -> None:
+    def _dismiss(self, guest: Guest[Sock, Greeting], reason: str) -> None:
         _log.warning("turned away a guest: %s", reason)
         self._release(guest)
         guest.sock.close()
 
-    def _release(self, guest: Guest[Greeting]) -> None:
+    def _release(self, guest: Guest[Sock, Greeting]) -> None:
         self._loop.unwatch(guest.sock.fileno())
         del self._guests[guest]
         guest.discard()

@@ -12,7 +12,9 @@ from services.dataplane.link_spec import parse_link
 from services.dataplane.shm import ShmTransport
 from services.dataplane.socket_transport import WaitableTransport
 from services.dataplane.tcp import TcpTransport
+from services.dataplane.tcp_tls import TlsTcpTransport
 from services.dataplane.transport import Transport
+from services.runtime.tls import MutualTls
 
 Scheme = Literal["shm", "tcp"]
 
@@ -25,13 +27,15 @@ class ListenOptions:
         shm_socket: path of the shm transport's Unix socket.
         tcp_address: host:port of the tcp transport; port 0 takes a free one.
         tcp_advertise: host that peers are told, where it is another than that of ``tcp_address``.
-        allow_insecure: whether ``tcp_address`` may be reachable from other hosts.
+        allow_insecure: whether ``tcp_address`` may be reachable from other hosts without TLS.
+        tls: the own identity on the tcp transport; None: it is in plain text.
     """
 
     shm_socket: Path
     tcp_address: str
     tcp_advertise: str | None
     allow_insecure: bool
+    tls: MutualTls | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +46,23 @@ class Listening:
     addresses: tuple[str, ...]
 
 
-def connecting_transport(scheme: Scheme, link: str | None) -> Transport:
+def connecting_transport(scheme: Scheme, link: str | None, tls: MutualTls | None = None) -> Transport:
     """A transport that only connects.
 
     Args:
         link: emulates such a link, as in "25gbit,50us".
+        tls: the own identity on the tcp transport; None: it is in plain text.
+
+    Raises:
+        ConfigError: a file of ``tls`` is of no use.
     """
-    transport: Transport = ShmTransport() if scheme == "shm" else TcpTransport()
+    transport: Transport
+    if scheme == "shm":
+        transport = ShmTransport()
+    elif tls is None:
+        transport = TcpTransport()
+    else:
+        transport = TlsTcpTransport(tls)
     return _over_link(transport, link)
 
 
@@ -56,7 +70,7 @@ def listening_transport(schemes: tuple[Scheme, ...], options: ListenOptions, lin
     """Listens on one data plane for each scheme.
 
     Raises:
-        ConfigError: an address is impossible or taken.
+        ConfigError: an address is impossible or taken, or a file of the identity is of no use.
     """
     transports = [_listening(scheme, options) for scheme in schemes]
     addresses = tuple(transport.listen() for transport in transports)
@@ -67,6 +81,8 @@ def listening_transport(schemes: tuple[Scheme, ...], options: ListenOptions, lin
 def _listening(scheme: Scheme, options: ListenOptions) -> WaitableTransport:
     if scheme == "shm":
         return ShmTransport(options.shm_socket)
+    if options.tls is not None:
+        return TlsTcpTransport(options.tls, options.tcp_address, options.tcp_advertise)
     return TcpTransport(options.tcp_address, options.tcp_advertise, options.allow_insecure)
 
 

@@ -139,7 +139,7 @@ class ShmTransport(SocketTransport[ShmConnection]):
         self._patience = Patience(*awake_s)
         self._watch = _RingWatch()
         self._listener: UnixListener | None = None
-        self._reception: Reception[SharedRings] | None = None
+        self._reception: Reception[socket.socket, SharedRings] | None = None
         self._awake: set[ShmConnection] = set()
 
     def listen(self) -> str:

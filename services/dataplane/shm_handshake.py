@@ -60,7 +60,7 @@ def offer(sock: socket.socket, hello: bytes, limits: Limits) -> SharedRings:
     return SharedRings(memory, layout)
 
 
-class ShmGuest(Guest[SharedRings]):
+class ShmGuest(Guest[socket.socket, SharedRings]):
     """Collects a greeting and the memfd that comes with it; answers the mapped memory."""
 
     def __init__(self, sock: socket.socket) -> None:

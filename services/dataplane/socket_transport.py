@@ -5,7 +5,6 @@ Such a transport can also be waited for together with others.
 
 from __future__ import annotations
 
-import socket
 import time
 from abc import abstractmethod
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Generic, TypeVar
 
 from services.core.errors import ConfigError, PeerLostError
 from services.dataplane.epoll_loop import EpollLoop
+from services.dataplane.stream import Stream
 from services.dataplane.transport import MAX_HELLO_BYTES, Connection, Event, Lost, Transport
 
 # How late a deadline of a guest may be noticed; also the longest wait of whoever waits for ``fileno``.
@@ -22,7 +22,7 @@ DEADLINE_CHECK_S = 0.5
 class SocketConnection(Connection):
     """A connection with a socket whose hang-up tells that the peer is gone."""
 
-    sock: socket.socket
+    sock: Stream
     fd: int  # the socket's, also after it has been closed
 
     @abstractmethod

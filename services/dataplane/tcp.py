@@ -8,7 +8,8 @@ The receiver checks every message against the window. The sender knows what has 
 which may lie behind; it gives up on a connection only when no delay explains what is outstanding, so that what waits
 here for a peer that takes nothing is bounded.
 
-There is no TLS: without ``allow_insecure`` a transport listens on loopback only.
+Nothing here is encrypted, and nobody proves who he is: without ``allow_insecure`` a transport listens on loopback only.
+``tcp_tls`` adds mutual TLS.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from collections.abc import Sequence
 from services.core.errors import ConfigError, PeerLostError
 from services.dataplane.reception import Reception
 from services.dataplane.socket_transport import SocketConnection, SocketTransport
+from services.dataplane.stream import Stream
 from services.dataplane.tcp_farewell import FAREWELL_S, Farewell
 from services.dataplane.tcp_frames import FrameMessage, FrameReader, charge_of, frame, report
-from services.dataplane.tcp_greeting import ANSWER, TcpGreeting, TcpGuest, pack_greeting
+from services.dataplane.tcp_greeting import ANSWER, TcpGreeting, TcpGuest, pack_greeting, why_no_answer
 from services.dataplane.tcp_socket import advertised_address, open_connection, open_listener, peer_of, tune
 from services.dataplane.transport import (
     Accepted,
@@ -54,7 +56,7 @@ class TcpConnection(SocketConnection, ReleaseHook):
     def __init__(
         self,
         transport: TcpTransport,
-        sock: socket.socket,
+        sock: Stream,
         reader: FrameReader,
         limits: Limits,
         peer: str,
@@ -72,6 +74,11 @@ class TcpConnection(SocketConnection, ReleaseHook):
         self._answer_bytes = answer_bytes
         self._sent = 0  # charges of all messages
         self._reported = 0  # charges freed that the peer has been told of
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the other side has taken the connection; nothing but its answer comes before."""
+        return len(self._answer) == self._answer_bytes
 
     def send(self, parts: Sequence[Buffer]) -> None:
         size = message_bytes(parts, self.limits, self.peer)
@@ -118,7 +125,7 @@ class TcpConnection(SocketConnection, ReleaseHook):
     def receive(self, events: list[Event]) -> str:
         """Takes what has arrived. Answers why the connection must end, or nothing."""
         try:
-            if self._answer_bytes > len(self._answer) and not self._receive_answer(events):
+            if not self.accepted and not self._receive_answer(events):
                 return ""
             if not self.reader.receive(self.sock):
                 return "the peer hung up"
@@ -129,8 +136,7 @@ class TcpConnection(SocketConnection, ReleaseHook):
         except PeerLostError as error:
             return str(error)
         except OSError as error:
-            waiting = self._answer_bytes > len(self._answer)
-            return f"{'not connected' if waiting else 'the connection broke'}: {error.strerror}"
+            return f"{'the connection broke' if self.accepted else 'not connected'}: {error.strerror}"
         if self.reader.freed_by_peer > self._sent:
             return f"the peer sent an impossible count of freed bytes: {self.reader.freed_by_peer}"
         return ""
@@ -147,7 +153,7 @@ class TcpConnection(SocketConnection, ReleaseHook):
         if not self.reader.held:
             self.reader.discard()
 
-    def leave(self) -> socket.socket:
+    def leave(self) -> Stream:
         """Ends the connection but for its socket, which the caller takes over with ``unsent``."""
         self._ended = True
         return self.sock
@@ -170,8 +176,8 @@ class TcpConnection(SocketConnection, ReleaseHook):
         if not data:
             raise PeerLostError("the peer ended before it accepted the connection")
         if not ANSWER.startswith(self._answer):
-            raise PeerLostError("the peer does not speak this protocol's version")
-        if len(self._answer) < self._answer_bytes:
+            raise PeerLostError(why_no_answer(self._answer))
+        if not self.accepted:
             return False
         events.append(Connected(self))
         return True
@@ -204,7 +210,7 @@ class TcpTransport(SocketTransport[TcpConnection]):
         self._peer_timeout_s = peer_timeout_s
         self._listener: socket.socket | None = None
         self._address = ""
-        self._reception: Reception[TcpGreeting] | None = None
+        self._reception: Reception[Stream, TcpGreeting] | None = None
         self._to_report: set[TcpConnection] = set()
         self._leaving: dict[Farewell, float] = {}  # until when (time.monotonic)
 
@@ -219,14 +225,14 @@ class TcpTransport(SocketTransport[TcpConnection]):
                 listener.close()
                 raise
             self._listener = listener
-            self._reception = Reception(self._loop, listener, TcpGuest, self._admit)
+            self._reception = Reception(self._loop, listener, self._new_guest, self._admit)
         return self._address
 
     def connect(self, address: str, hello: bytes, limits: Limits) -> Connection:
         place = self._check_connect(address, hello)
         reader = FrameReader(limits)
-        sock = open_connection(place, self._peer_timeout_s)
-        connection = TcpConnection(self, sock, reader, limits, address, len(ANSWER))
+        stream = self._open(open_connection(place, self._peer_timeout_s))
+        connection = TcpConnection(self, stream, reader, limits, address, len(ANSWER))
         self._adopt(connection)
         connection.transmit([pack_greeting(hello, limits)])
         return connection
@@ -238,6 +244,20 @@ class TcpTransport(SocketTransport[TcpConnection]):
     def await_report(self, connection: TcpConnection) -> None:
         """The connection has freed much. The next poll tells the peer, unless a message does so before."""
         self._to_report.add(connection)
+
+    # ------------------------------------------------------------ what TLS does in another way
+
+    def _open(self, sock: socket.socket) -> Stream:
+        """What a connection that this side opens reads and writes."""
+        return sock
+
+    def _new_guest(self, sock: socket.socket) -> TcpGuest:
+        return TcpGuest(sock)
+
+    def _new_farewell(self, stream: Stream, unsent: bytearray) -> Farewell:
+        return Farewell(stream, unsent)
+
+    # ------------------------------------------------------------ a socket transport
 
     def _begin_poll(self, events: list[Event]) -> None:
         while self._to_report:
@@ -253,13 +273,13 @@ class TcpTransport(SocketTransport[TcpConnection]):
             if reason:
                 self._end(connection, reason, events)
 
-    def _admit(self, sock: socket.socket, greeting: TcpGreeting, events: list[Event]) -> None:
+    def _admit(self, stream: Stream, greeting: TcpGreeting, events: list[Event]) -> None:
         with contextlib.suppress(OSError):  # gone already; what it has sent still counts
-            tune(sock, self._peer_timeout_s)
-            sock.send(ANSWER)
-        peer = f"{self.scheme}:{peer_of(sock)}"
-        connection = TcpConnection(self, sock, greeting.reader, greeting.limits, peer, 0)
+            tune(stream, self._peer_timeout_s)
+        peer = f"{self.scheme}:{peer_of(stream)}"
+        connection = TcpConnection(self, stream, greeting.reader, greeting.limits, peer, 0)
         self._adopt(connection)
+        connection.transmit([ANSWER])
         events.append(Accepted(connection, greeting.hello))
 
     def _remove(self, connection: TcpConnection) -> None:
@@ -267,7 +287,7 @@ class TcpTransport(SocketTransport[TcpConnection]):
         super()._remove(connection)
 
     def _part_with(self, connection: TcpConnection) -> None:
-        farewell = Farewell(connection.leave(), connection.unsent)
+        farewell = self._new_farewell(connection.leave(), connection.unsent)
         if farewell.serve():
             farewell.sock.close()
             return

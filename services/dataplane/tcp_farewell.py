@@ -11,6 +11,8 @@ import contextlib
 import select
 import socket
 
+from services.dataplane.stream import Stream
+
 FAREWELL_S = 2.0
 _SCRATCH_BYTES = 64 << 10
 _DRAINED_AT_ONCE = 16  # reads; the peer may go on sending
@@ -19,7 +21,7 @@ _DRAINED_AT_ONCE = 16  # reads; the peer may go on sending
 class Farewell:
     """A socket on its way out."""
 
-    def __init__(self, sock: socket.socket, unsent: bytearray) -> None:
+    def __init__(self, sock: Stream, unsent: bytearray) -> None:
         self.sock = sock
         self._unsent = unsent
         self._told = False  # that nothing follows

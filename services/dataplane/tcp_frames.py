@@ -17,13 +17,13 @@ connection which is never far behind touches only the first pages of its memory.
 from __future__ import annotations
 
 import mmap
-import socket
 import struct
 from collections import deque
 from collections.abc import Sequence
 
 from services.core.errors import ConfigError, PeerLostError
 from services.dataplane.memfd import available_bytes
+from services.dataplane.stream import Stream
 from services.dataplane.transport import SMALLEST_CHARGE_BYTES, Buffer, Limits, Message, ReleaseHook
 
 HEADER = struct.Struct("<QQ")  # length, freed
@@ -100,7 +100,7 @@ class FrameReader:
         """Messages that still take room."""
         return len(self._held)
 
-    def receive(self, sock: socket.socket) -> int:
+    def receive(self, sock: Stream) -> int:
         """Takes what has arrived, up to a bound; answers 0 if the peer has hung up. ``next`` must have answered None.
 
         Raises:

@@ -7,6 +7,7 @@ import select
 import socket
 
 from services.core.errors import ConfigError, PeerLostError
+from services.dataplane.stream import Stream
 from services.runtime.addresses import split_address, split_listen_address
 
 _BACKLOG = 1024
@@ -91,7 +92,7 @@ def open_connection(address: str, peer_timeout_s: float) -> socket.socket:
     return sock
 
 
-def tune(sock: socket.socket, peer_timeout_s: float) -> None:
+def tune(sock: Stream, peer_timeout_s: float) -> None:
     """No delay of small messages, and an end to connections whose peer's host has been silent for ``peer_timeout_s``.
 
     Both are needed: keepalive notices the silence of a connection that is idle, the user timeout that of one which has
@@ -109,7 +110,7 @@ def tune(sock: socket.socket, peer_timeout_s: float) -> None:
         sock.setsockopt(level, option, value)
 
 
-def peer_of(sock: socket.socket) -> str:
+def peer_of(sock: Stream) -> str:
     """host:port of the other end, for messages and logs."""
     try:
         host, port = sock.getpeername()[:2]

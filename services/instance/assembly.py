@@ -138,7 +138,7 @@ def assemble(
     tensor = pool.as_tensor(geometry)
     attention_kernels = kernels.load("cpu", config.num_threads)
     query_room, limits = _limits(config, model, geometry)
-    peers = PeerSet(connecting_transport(config.transport, config.link), limits, query_room)
+    peers = PeerSet(connecting_transport(config.transport, config.link, config.tls), limits, query_room)
     remote = RemoteAttention(
         peers, attention_kernels, "float32" if config.ship_float32 else config.dtype, config.transfer_timeout_s
     )

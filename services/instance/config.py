@@ -47,7 +47,7 @@ class InstanceConfig:
         vllm_metric_names: serve the core metrics under vLLM's names as well.
         tracing: where spans of requests are exported to (runtime/tracing.py); None: there are none.
         stall_timeout_s: an engine that has finished no step for so long is stuck; longer than any step may take.
-        tls: identity on gRPC.
+        tls: identity on gRPC and on the tcp data plane.
         etcd_tls: towards etcd.
         allow_insecure: listen on other than loopback without TLS.
     """

@@ -31,7 +31,7 @@ class KvDaemonConfig:
         metrics_listen: host:port that serves /metrics over HTTP; port 0 takes a free one.
         tracing: where spans of requests are exported to (runtime/tracing.py); None: there are none.
         stall_timeout_s: a worker thread that has finished no round of its loop for so long is stuck.
-        tls: identity on gRPC.
+        tls: identity on gRPC and on the tcp data plane.
         etcd_tls: towards etcd.
         allow_insecure: listen on addresses that other hosts reach, without TLS.
         link: emulate such a link to every instance, as in "25gbit,50us"; the instances must be told the same.
@@ -96,4 +96,6 @@ class KvDaemonConfig:
 
     @property
     def dataplane(self) -> ListenOptions:
-        return ListenOptions(self.data_socket, self.dataplane_listen, self.dataplane_advertise, self.allow_insecure)
+        return ListenOptions(
+            self.data_socket, self.dataplane_listen, self.dataplane_advertise, self.allow_insecure, self.tls
+        )

@@ -1,4 +1,5 @@
-"""Who may call what, where callers prove who they are (mutual TLS). What is not listed, nobody may call."""
+"""Who may call what, and who may connect to whose data plane, where callers prove who they are (mutual TLS). What is
+not listed, nobody may."""
 
 from __future__ import annotations
 
@@ -28,6 +29,10 @@ CALLERS: Mapping[str, frozenset[Role]] = {
     f"{_PUBLIC}.ClusterService/GetClusterStatus": frozenset({"client"}),
 }
 
+# The data plane carries KV and queries: daemons listen; instances connect to them, and daemons that copy blocks.
+DATA_LISTENER: Role = "kvdaemon"
+DATA_CALLERS: frozenset[Role] = frozenset({"instance", "kvdaemon"})
+
 
 def check_caller(tls: MutualTls, method: str, auth_context: Mapping[str, Iterable[bytes]]) -> None:
     """Refuses a call that its caller's role may not make.
@@ -40,8 +45,23 @@ def check_caller(tls: MutualTls, method: str, auth_context: Mapping[str, Iterabl
         PermissionDeniedError: the caller has none of the roles that may.
     """
     names = [name.decode(errors="replace") for name in auth_context.get("peer_dns", ())]
-    allowed = CALLERS.get(method, frozenset())
+    _check(tls, method, CALLERS.get(method, frozenset()), names)
+
+
+def check_data_caller(tls: MutualTls, dns_names: Iterable[str]) -> None:
+    """Refuses who connects to a data plane and has none of the roles for it.
+
+    Args:
+        dns_names: of the other side's certificate, which has been verified.
+
+    Raises:
+        PermissionDeniedError: its role may not connect.
+    """
+    _check(tls, "the data plane", DATA_CALLERS, list(dns_names))
+
+
+def _check(tls: MutualTls, what: str, allowed: frozenset[Role], names: list[str]) -> None:
     if not allowed & tls.roles_of(names):
         who = ", ".join(names) or "a certificate without DNS names"
         wanted = " or ".join(sorted(tls.name_of(role) for role in allowed)) or "nobody"
-        raise PermissionDeniedError(f"{method} is for {wanted}, not for {who}")
+        raise PermissionDeniedError(f"{what} is for {wanted}, not for {who}")

@@ -30,10 +30,11 @@ def is_loopback(host: str) -> bool:
 
 
 def split_listen_address(address: str, allow_insecure: bool) -> tuple[str, int]:
-    """``split_address`` of an address to listen on.
+    """``split_address`` of an address to listen on without TLS.
 
     Raises:
-        ConfigError: it is not host:port, or not loopback (there is no TLS yet) and ``allow_insecure`` is not set.
+        ConfigError: it is not host:port, or not loopback and ``allow_insecure`` is not set. With TLS, ask
+            ``split_address``.
     """
     host, port = split_address(address)
     if not allow_insecure and not is_loopback(host):

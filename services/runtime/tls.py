@@ -2,10 +2,11 @@
 
 Among the services TLS is mutual. A certificate carries its owner's role as a DNS name ``ROLE.DOMAIN``, for example
 ``kvdaemon.infinite-llm``, whatever the owner's address: pods come and go, what they may do stays. A client insists on
-the name of the role that it means to reach; a server asks ``access.py`` what the client's role may call.
+the name of the role that it means to reach; a server asks ``access.py`` what the client's role may do.
 
 Certificates are rotated by replacing their files. A server looks at them at every handshake, a client whenever it makes
-a channel, which it does after every failure; connections that stand go on as they are.
+a channel, which it does after every failure; the data plane (``tls_context.py``) at every handshake on both sides.
+Connections that stand go on as they are.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 import logging
 import os
 import ssl
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import grpc
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 Role = Literal["gateway", "gmanager", "instance", "kvdaemon", "client"]
 
 Version = tuple[tuple[int, int, int], ...]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class TlsConfig:
 
 @dataclass(frozen=True, slots=True)
 class MutualTls:
-    """PEM files of one service, for its server and for its channels to the others.
+    """PEM files of one service, for its server, for its channels to the others, and for its data plane.
 
     Attributes:
         ca: certificates trusted to sign the other services'.
@@ -102,47 +104,70 @@ class MutualTls:
         Raises:
             ConfigError: a file cannot be read, or the key is not the certificate's.
         """
-        files = _ServerFiles(self)
+        files = RotatedFiles(self, _server_configuration)
         reload: Any = files.reload  # answers None for "no change", which the stubs do not know
         return grpc.dynamic_ssl_server_credentials(files.load(), reload, require_client_authentication=True)
 
+    def load_identity(self, context: ssl.SSLContext) -> None:
+        """Lets a context show the own certificate.
 
-class _ServerFiles:
-    """A server's files as they were read last. ``reload`` is called by gRPC at every handshake, in any thread."""
+        Raises:
+            ConfigError: a file cannot be read, or the key is not the certificate's.
+        """
+        for path in (self.cert, self.key):
+            _read(path)  # which says what is wrong with it
+        try:
+            context.load_cert_chain(self.cert, self.key)
+        except (ssl.SSLError, OSError) as exc:
+            raise ConfigError(f"tls: {self.cert} and {self.key} do not go together: {exc}") from exc
 
-    def __init__(self, tls: MutualTls) -> None:
+    def version(self) -> Version | None:
+        """Changes when a file does; None while one of them cannot be looked at."""
+        return _version((self.ca, self.cert, self.key))
+
+
+class RotatedFiles(Generic[Made]):
+    """What ``make`` makes of a service's files as they were read last. gRPC calls ``reload`` in any thread.
+
+    Args:
+        make: reads the files, and raises ConfigError where they are of no use.
+    """
+
+    def __init__(self, tls: MutualTls, make: Callable[[MutualTls], Made]) -> None:
         self._tls = tls
+        self._make = make
         self._loaded: Version | None = None
 
-    def load(self) -> grpc.ServerCertificateConfiguration:
+    def load(self) -> Made:
         """Reads the files, all of one rotation: it is checked that they fit and did not change meanwhile.
 
         Raises:
             ConfigError: they do not, or cannot be read.
         """
-        tls = self._tls
-        before = _version((tls.ca, tls.cert, tls.key))
-        pair, authority = [(_read(tls.key), _read(tls.cert))], _read(tls.ca)
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert, tls.key)
-        except (ssl.SSLError, OSError) as exc:
-            raise ConfigError(f"tls: {tls.cert} and {tls.key} do not go together: {exc}") from exc
-        if before is None or before != _version((tls.ca, tls.cert, tls.key)):
-            raise ConfigError(f"tls: {tls.cert} changed while it was read")
+        before = self._tls.version()
+        made = self._make(self._tls)
+        if before is None or before != self._tls.version():
+            raise ConfigError(f"tls: {self._tls.cert} changed while it was read")
         self._loaded = before
-        return grpc.ssl_server_certificate_configuration(pair, authority)
+        return made
 
-    def reload(self) -> grpc.ServerCertificateConfiguration | None:
+    def reload(self) -> Made | None:
         """The files' new content; None where it is still the old, or is not fit for use yet."""
-        if _version((self._tls.ca, self._tls.cert, self._tls.key)) in (None, self._loaded):
+        if self._tls.version() in (None, self._loaded):
             return None
         try:
-            configuration = self.load()
+            made = self.load()
         except ConfigError as exc:
             log.warning("certificates not reloaded, the old ones stay in use: %s", exc)
             return None
         log.info("certificates reloaded", extra={"cert": str(self._tls.cert)})
-        return configuration
+        return made
+
+
+def _server_configuration(tls: MutualTls) -> grpc.ServerCertificateConfiguration:
+    pair, authority = [(_read(tls.key), _read(tls.cert))], _read(tls.ca)
+    tls.load_identity(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # gRPC would take a key that is not the certificate's
+    return grpc.ssl_server_certificate_configuration(pair, authority)
 
 
 def _version(paths: Iterable[Path]) -> Version | None:

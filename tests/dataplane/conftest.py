@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from stations import BACKENDS, Net, ShmBackend, TcpBackend
+from stations import BACKENDS, Net, ShmBackend, TcpBackend, TlsBackend
 
 
 @pytest.fixture
@@ -26,6 +26,20 @@ def net(request, directory):
 @pytest.fixture
 def tcp_net(directory):
     net = Net(TcpBackend(directory))
+    yield net
+    net.close()
+
+
+@pytest.fixture
+def tls_net(directory):
+    net = Net(TlsBackend(directory))
+    yield net
+    net.close()
+
+
+@pytest.fixture(params=["tcp", "tls"])
+def stream_net(request, directory):
+    net = Net(BACKENDS[request.param](directory))
     yield net
     net.close()
 

@@ -6,12 +6,15 @@ To add a backend: write a class with ``new`` and ``nowhere`` and enter it in ``B
 import socket
 import time
 
+from authority import Authority, mutual_tls
+
 from services.dataplane.composite import CompositeTransport
 from services.dataplane.link import EmulatedLink
 from services.dataplane.link_spec import LinkSpec
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
 from services.dataplane.shm import ShmTransport
 from services.dataplane.tcp import TcpTransport
+from services.dataplane.tcp_tls import TlsTcpTransport
 from services.dataplane.transport import Accepted, Connected, Limits, Lost, Received
 
 DEADLINE_S = 20.0
@@ -59,6 +62,20 @@ class TcpBackend:
         return "tcp:127.0.0.1:0"
 
 
+class TlsBackend(TcpBackend):
+    """All stations have a daemon's identity, which may listen and connect."""
+
+    def __init__(self, directory):
+        self.directory = directory / "tls"
+        self.tls = mutual_tls(self.directory, Authority(), "kvdaemon.infinite-llm")
+
+    def new(self, name):
+        return TlsTcpTransport(self.tls, "127.0.0.1:0")
+
+    def listen_at(self, name):
+        return f"tls:{self.directory}"
+
+
 class CompositeBackend:
     """Two transports at once; all connections are of the first one's kind."""
 
@@ -85,10 +102,13 @@ BACKENDS = {
     "loopback": LoopbackBackend,
     "shm": ShmBackend,
     "tcp": TcpBackend,
+    "tls": TlsBackend,
     "composite-shm": lambda directory: CompositeBackend(ShmBackend(directory), TcpBackend(directory)),
     "composite-tcp": lambda directory: CompositeBackend(TcpBackend(directory), ShmBackend(directory)),
+    "composite-tls": lambda directory: CompositeBackend(TlsBackend(directory), ShmBackend(directory)),
     "emulated": lambda directory: EmulatedBackend(LoopbackBackend(directory)),
     "emulated-tcp": lambda directory: EmulatedBackend(TcpBackend(directory)),
+    "emulated-tls": lambda directory: EmulatedBackend(TlsBackend(directory)),
 }
 
 

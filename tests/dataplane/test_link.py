@@ -23,7 +23,7 @@ class SlowBackend(EmulatedBackend):
         return EmulatedLink(self.inner.new(name), LinkSpec(SIZE / TRANSFER_S, LATENCY_S))
 
 
-@pytest.fixture(params=["loopback", "shm", "tcp", "composite-tcp"])
+@pytest.fixture(params=["loopback", "shm", "tcp", "tls", "composite-tcp"])
 def net(request, directory):
     net = Net(SlowBackend(BACKENDS[request.param](directory)))
     yield net

@@ -1,4 +1,4 @@
-"""The tcp transport: its ring, hostile peers, what it leaves behind, and where it may listen."""
+"""The tcp transport: its ring, hostile peers, what it leaves behind, and where it may listen. With TLS: test_tls.py."""
 
 import contextlib
 import os
@@ -208,49 +208,49 @@ def test_a_listener_of_another_protocol_is_no_peer(tcp_net):
     assert client.of(Connected) == []
 
 
-def test_more_parts_than_one_system_call_takes(tcp_net):
-    client, server = tcp_net.station("client"), tcp_net.station("server")
-    near, far = tcp_net.link(client, server)
+def test_more_parts_than_one_system_call_takes(stream_net):
+    client, server = stream_net.station("client"), stream_net.station("server")
+    near, far = stream_net.link(client, server)
     near.send([b"%04d" % i for i in range(5000)])
-    tcp_net.arrive(server, far, 1)
+    stream_net.arrive(server, far, 1)
     assert server.take(far) == [b"".join(b"%04d" % i for i in range(5000))]
 
 
-def test_a_long_message_waits_for_nobody_else(tcp_net):
+def test_a_long_message_waits_for_nobody_else(stream_net):
     """The long one takes many turns; the short ones sent after it overtake it on another connection."""
-    client, server = tcp_net.station("client"), tcp_net.station("server")
+    client, server = stream_net.station("client"), stream_net.station("server")
     long = Limits(32 << 20, 32 << 20)
-    near, far = tcp_net.link(client, server, long)
-    near2, far2 = tcp_net.link(client, server)
+    near, far = stream_net.link(client, server, long)
+    near2, far2 = stream_net.link(client, server)
     content = random.Random(1).randbytes(long.max_message_bytes)
     near.send([content])
     near2.send([b"short"])
-    tcp_net.pump(server.messages)
+    stream_net.pump(server.messages)
     assert server.take(far2) == [b"short"]
-    tcp_net.arrive(server, far, 1)
+    stream_net.arrive(server, far, 1)
     assert server.take(far) == [content]
 
 
-def test_what_the_kernel_does_not_take_is_copied(tcp_net):
+def test_what_the_kernel_does_not_take_is_copied(stream_net):
     """A message larger than the socket's buffers: its parts may be reused at once, and close sends the rest of it."""
-    client, server = tcp_net.station("client"), tcp_net.station("server")
+    client, server = stream_net.station("client"), stream_net.station("server")
     size = 24 << 20
-    near, far = tcp_net.link(client, server, Limits(size, size))
+    near, far = stream_net.link(client, server, Limits(size, size))
     content = bytearray(random.Random(2).randbytes(size))
     expected = bytes(content)
     far.send([b"unread"])
     near.send([memoryview(content)[: size // 2], memoryview(content)[size // 2 :]])
     content[:] = bytes(size)
     near.close()
-    tcp_net.lost(server, far)
+    stream_net.lost(server, far)
     assert server.take(far) == [expected]
 
 
-def test_views_outlive_the_connection(tcp_net):
-    client, server = tcp_net.station("client"), tcp_net.station("server")
-    near, far = tcp_net.link(client, server)
+def test_views_outlive_the_connection(stream_net):
+    client, server = stream_net.station("client"), stream_net.station("server")
+    near, far = stream_net.link(client, server)
     near.send([np.arange(1000, dtype=np.float32).data])
-    tcp_net.arrive(server, far, 1)
+    stream_net.arrive(server, far, 1)
     message = server.messages(far)[0]
     tensor = torch.frombuffer(message.data, dtype=torch.float32)
     assert tensor.data_ptr() % 64 == 0
@@ -261,24 +261,24 @@ def test_views_outlive_the_connection(tcp_net):
     assert tensor[999] == 999.0
 
 
-def test_nothing_is_left_after_close(tcp_net, monkeypatch):
+def test_nothing_is_left_after_close(stream_net, monkeypatch):
     monkeypatch.setattr(tcp, "FAREWELL_S", 0.1)
-    server = tcp_net.station("server")
+    server = stream_net.station("server")
     before = descriptors()
     for turn in range(4):
-        client = tcp_net.station("client")
-        near, far = tcp_net.link(client, server)
+        client = stream_net.station("client")
+        near, far = stream_net.link(client, server)
         near.send([b"held"])
         far.send([b"held"])
         client.transport.connect(server.address, b"", LIMITS)
-        tcp_net.pump(lambda client=client, far=far: client.messages() and server.messages(far))
+        stream_net.pump(lambda client=client, far=far: client.messages() and server.messages(far))
         if turn % 2:
             near.close()
-            tcp_net.lost(server, far)
+            stream_net.lost(server, far)
         client.transport.close()
-        tcp_net.stations.remove(client)
+        stream_net.stations.remove(client)
         far.close()
-        tcp_net.pump(lambda: descriptors() == before)
+        stream_net.pump(lambda: descriptors() == before)
         server.events.clear()
 
 
@@ -294,9 +294,9 @@ def test_a_peer_that_ignores_a_farewell_is_left_alone(tcp_net, monkeypatch):
         tcp_net.pump(lambda: descriptors() == before + 1)  # the guest's own end
 
 
-def test_running_out_of_file_descriptors_pauses_the_listener(tcp_net, monkeypatch):
+def test_running_out_of_file_descriptors_pauses_the_listener(stream_net, monkeypatch):
     monkeypatch.setattr(reception, "_ACCEPT_PAUSE_S", 0.05)
-    server, client = tcp_net.station("server"), tcp_net.station("client")
+    server, client = stream_net.station("server"), stream_net.station("client")
     near = client.transport.connect(server.address, b"", LIMITS)
     spare = []
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -314,7 +314,7 @@ def test_running_out_of_file_descriptors_pauses_the_listener(tcp_net, monkeypatc
         for fd in spare:
             os.close(fd)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    tcp_net.pump(lambda: client.of(Connected, near))
+    stream_net.pump(lambda: client.of(Connected, near))
 
 
 @pytest.mark.parametrize(
@@ -345,8 +345,8 @@ def test_where_it_listens():
         transport.close()
 
 
-def test_addresses_that_nobody_can_connect_to(tcp_net):
-    client = tcp_net.station("client")
+def test_addresses_that_nobody_can_connect_to(stream_net):
+    client = stream_net.station("client")
     before = descriptors()
     for address in ("tcp:", "tcp:127.0.0.1", "tcp:somewhere:1", "shm:/path"):
         with pytest.raises(ConfigError):
@@ -356,12 +356,12 @@ def test_addresses_that_nobody_can_connect_to(tcp_net):
     assert descriptors() == before
 
 
-def test_a_window_is_reported_without_messages_the_other_way(tcp_net):
+def test_a_window_is_reported_without_messages_the_other_way(stream_net):
     """Only frames without messages tell the sender of the room; it goes on for many windows."""
-    client, server = tcp_net.station("client"), tcp_net.station("server")
-    near, far = tcp_net.link(client, server)
+    client, server = stream_net.station("client"), stream_net.station("server")
+    near, far = stream_net.link(client, server)
     for _ in range(200):
         near.send([bytes(LIMITS.max_message_bytes)])
-        tcp_net.arrive(server, far, 1)
+        stream_net.arrive(server, far, 1)
         server.take(far)
     assert [event for event in client.events if isinstance(event, Received)] == []

@@ -1,6 +1,7 @@
 """A process at the other end of a connection: ``transport_peer.py LISTEN_AT MODE [PEER_TIMEOUT_S]``.
 
-LISTEN_AT is ``shm:/path/of/socket`` or ``tcp:HOST:PORT``.
+LISTEN_AT is ``shm:/path/of/socket``, ``tcp:HOST:PORT``, or ``tls:/directory/of/its/identity`` for tcp with TLS, at a
+free port of this host.
 
 It prints its address once it listens. ``echo`` sends every message back; ``flood`` sends to everyone who connects until
 that breaks the window.
@@ -13,13 +14,18 @@ from pathlib import Path
 from services.core.errors import PeerLostError
 from services.dataplane.shm import ShmTransport
 from services.dataplane.tcp import TcpTransport
+from services.dataplane.tcp_tls import TlsTcpTransport
 from services.dataplane.transport import Accepted, Received
+from services.runtime.tls import MutualTls
 
 
 def main(listen_at, mode, peer_timeout_s="10"):
     scheme, _, place = listen_at.partition(":")
     if scheme == "shm":
         transport = ShmTransport(Path(place))
+    elif scheme == "tls":
+        identity = (Path(place) / name for name in ("ca.crt", "tls.crt", "tls.key"))
+        transport = TlsTcpTransport(MutualTls(*identity), "127.0.0.1:0", peer_timeout_s=float(peer_timeout_s))
     else:
         transport = TcpTransport(place, allow_insecure=True, peer_timeout_s=float(peer_timeout_s))
     print(transport.listen(), flush=True)
