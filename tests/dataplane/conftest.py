@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from stations import BACKENDS, Net, ShmBackend, TcpBackend, TlsBackend
+from stations import BACKENDS, Net, ShmBackend, TcpBackend
 
 
 @pytest.fixture
@@ -31,8 +31,9 @@ def tcp_net(directory):
 
 
 @pytest.fixture
-def tls_net(directory):
-    net = Net(TlsBackend(directory))
+def any_net():
+    """Of stations that the test makes itself."""
+    net = Net(None)
     yield net
     net.close()
 
