@@ -101,6 +101,7 @@ async def serve(config: InstanceConfig, model: Model) -> None:
         tracing.tracer,
         grammars,
     )
+    parts.rmanager.moves.leader_token = lambda: locator.fencing_token
     registry.register(InstanceState(config.member_id, parts.board, parts.peers, local))
     served = with_vllm_names(registry, model.shape.name) if config.vllm_metric_names else registry
     metrics = MetricsPort(config.metrics_listen, served, config.allow_insecure)

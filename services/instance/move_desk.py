@@ -68,6 +68,10 @@ class MoveDesk:
             daemon gives none.
         post: puts an event into the engine's inbox.
         tracer: makes the moves' spans.
+
+    Attributes:
+        leader_token: answers the fencing token of the newest leader that the election has told of. Who has got no order
+            of that leader yet refuses those of the one before all the same.
     """
 
     def __init__(
@@ -82,7 +86,8 @@ class MoveDesk:
         self._tracer = tracer or NoOpTracer()
         self._spans: dict[str, Span] = {}  # of traced moves that are active
         self._offer_ttl_s = offer_ttl_s
-        self._highest_token = 0
+        self.leader_token: Callable[[], int] = lambda: 0
+        self._highest_token = 0  # of an order
         self._active: dict[str, _Known] = {}  # until the engine ends them, which it does once with each
         self._ended: OrderedDict[str, _Known] = OrderedDict()
         self._reports: deque[MoveReport] = deque(maxlen=_REPORTED)
@@ -94,7 +99,7 @@ class MoveDesk:
 
     async def instruct(self, instruction: MoveInstruction) -> MoveAnswer:
         """Begins a move, unless it is known already. Answers when it is decided whether it takes place."""
-        if instruction.fencing_token < self._highest_token:
+        if instruction.fencing_token < max(self._highest_token, self.leader_token()):
             return MoveAnswer(0, MoveEnd.STALE_LEADER)
         self._highest_token = instruction.fencing_token
         known = self._active.get(instruction.move_id) or self._ended.get(instruction.move_id)

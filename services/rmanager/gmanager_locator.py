@@ -20,10 +20,15 @@ class GManagerLocation(Protocol):
 
 
 class GManagerLocator:
-    """Follows the election; answers without asking anybody at that moment."""
+    """Follows the election; answers without asking anybody at that moment.
+
+    Attributes:
+        fencing_token: of the newest leader that it has heard of; 0 before any.
+    """
 
     def __init__(self, membership: Membership) -> None:
         self._election = membership.gmanager_election()
+        self.fencing_token = 0
         self._address: str | None = None
         self._moved = asyncio.Event()
         self._task = asyncio.create_task(self._watch(), name="gmanager locator")
@@ -44,7 +49,10 @@ class GManagerLocator:
 
     async def _watch(self) -> None:
         async for leader in self._election.observe():
-            member = None if leader is None else decode_member("the gManager's election", leader.value)
+            if leader is None:
+                continue
+            self.fencing_token = max(self.fencing_token, leader.fencing_token)
+            member = decode_member("the gManager's election", leader.value)
             if member is not None and member.address != self._address:
                 self._address = member.address
                 self._moved.set()

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from kvdaemon_rig import GEOMETRY, LIMITS, Rig, attend, key
 from torch import Tensor
 
-import kernels
 from kernels import LayerParams
 from kernels.cpu import CpuKernels, find_library
 from kernels.cpu.answering import Watched
@@ -40,8 +39,10 @@ class Asked:
     """Two daemons over shared memory, and what asks them: rows 0 and 2 of the first, rows 0 to 2 of the second."""
 
     def __init__(self, directory: Path, stack: ExitStack, limits: Limits = LIMITS, timeout_s: float = 20.0) -> None:
-        cpu = kernels.load("cpu")
-        self.rigs = [stack.enter_context(Rig(name=name, kernels=cpu, shm=directory)) for name in ("a", "b")]
+        self.rigs = [
+            stack.enter_context(Rig(name=name, kernels=CpuKernels(1), shm=directory))  # one for each thread
+            for name in ("a", "b")
+        ]
         self.sessions = [rig.open() for rig in self.rigs]
         self.blocks = [rig.sealed(session, range(5)) for rig, session in zip(self.rigs, self.sessions, strict=True)]
         self.rows = [torch.tensor([0, 2]), torch.arange(ROWS)]

@@ -96,6 +96,9 @@ def test_a_leader_of_the_past_is_refused() -> None:
             assert (await reserve(r, KEYS[:1], move_id="b", token=7))[0] == MoveAnswer(1)
             assert (await reserve(r, KEYS[:1], move_id="c", token=8))[0] == MoveAnswer(1)
             assert await r.rmanager.moves.instruct(instruction(r, "d", token=7)) == stale
+            r.rmanager.moves.leader_token = lambda: 9  # elected, and has given no order yet
+            assert await r.rmanager.moves.instruct(instruction(r, "e", token=8)) == stale
+            assert (await reserve(r, KEYS[:1], move_id="f", token=9))[0] == MoveAnswer(1)
 
     asyncio.run(run())
 
