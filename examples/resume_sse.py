@@ -23,7 +23,7 @@ class Stream:
 
     def read(self, gateway: str, method: str, path: str, body: bytes | None, most: int | None) -> None:
         """Prints text until the stream ends, or so many events have come."""
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}  # which brings the events' ids
         if self.last_event_id:
             headers["Last-Event-ID"] = self.last_event_id
         connection = http.client.HTTPConnection(urlsplit(gateway).netloc, timeout=60)

@@ -36,7 +36,7 @@ from services.gateway.rendering import whole_answer
 from services.gateway.request_span import CallersTrace
 from services.gateway.requests import Finished, NewTokens, Operation, Prompt, PromptLogprobs, Sampling
 from services.gateway.resume_api import KEY_NAME, Resumption
-from services.gateway.sse import generation_headers, send_stream
+from services.gateway.sse import asks_for_ids, generation_headers, send_stream
 from services.gateway.tokenize_api import answer_detokenize, answer_tokenize
 from services.runtime.api_keys import ApiKeys
 
@@ -192,8 +192,8 @@ class _Endpoint(ABC):
             # An error before the first event still gets its own status.
             first = await anext(events)
             if asked.body.stream:
-                places = EventId().of_choices(count)
-                await send_stream(first, events, renderers, generations, send, service.resumable, places)
+                has_ids, places = service.resumable and asks_for_ids(scope), EventId().of_choices(count)
+                await send_stream(first, events, renderers, generations, send, has_ids, places)
             else:
                 response = await _collect(first, events, renderers, generation_headers(generations))
                 await response(scope, receive, send)

@@ -1,6 +1,8 @@
 """An answer as server-sent events.
 
-Where there is a journal, every event has an ``id``, behind which the stream can be resumed at any gateway.
+Where there is a journal, every event has an ``id``, behind which the stream can be resumed at any gateway. Only those
+who ask for ``text/event-stream`` by name get them: OpenAI's events are one line of data each, and some of its clients
+take whatever else stands there for data, too.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 
-from starlette.types import Send
+from starlette.datastructures import Headers
+from starlette.types import Scope, Send
 
 from services.core.errors import InfiniteLLMError
 from services.gateway.choices import ChoiceEvent
@@ -70,18 +73,24 @@ class _Stream:
         await self._send_message({"type": "http.response.body", "body": body, "more_body": True})
 
 
+def asks_for_ids(scope: Scope) -> bool:
+    """Whether a request's Accept header names ``text/event-stream``."""
+    return any("text/event-stream" in value for value in Headers(scope=scope).getlist("accept"))
+
+
 async def send_stream(
     first: ChoiceEvent,
     rest: AsyncGenerator[ChoiceEvent, None],
     renderers: Renderers,
     generations: Sequence[Generation],
     send: Send,
-    resumable: bool,
+    has_ids: bool,
     places: Sequence[Place],
 ) -> None:
     """Sends a whole ASGI response. An error in the middle becomes an event of its own, and no [DONE] follows it.
 
     Args:
+        has_ids: whether the events have ids.
         places: what the client has of each choice.
     """
     headers = generation_headers(generations) | {
@@ -91,7 +100,7 @@ async def send_stream(
     }
     raw_headers = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
-    stream = _Stream(send, places, resumable)
+    stream = _Stream(send, places, has_ids)
     ends: dict[int, Finished] = {}
     index, event = first
     try:

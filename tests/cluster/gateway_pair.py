@@ -16,6 +16,8 @@ from redis_process import RedisProcess
 
 from services.runtime.etcd import EtcdClient
 
+EVENTS = {"Accept": "text/event-stream"}  # brings their ids
+
 
 @dataclass
 class Stream:
@@ -100,7 +102,7 @@ class Pair:
         stream = Stream()
         async with (
             httpx.AsyncClient(timeout=20) as client,
-            client.stream("POST", self.first.http + path, json=body, headers=headers) as response,
+            client.stream("POST", self.first.http + path, json=body, headers=EVENTS | headers) as response,
         ):
             await stream.read(response, stop_after)
         return stream

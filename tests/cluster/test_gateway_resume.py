@@ -95,6 +95,21 @@ def test_from_any_event_of_a_stream_the_rest_comes(pair: Pair) -> None:
     asyncio.run(scenario())
 
 
+def test_who_does_not_ask_for_ids_gets_one_line_of_data_for_each_event(pair: Pair) -> None:
+    async def scenario() -> None:
+        async with pair.instance(), httpx.AsyncClient(timeout=20) as client:
+            response = await client.post(f"{pair.first.http}/v1/completions", json=BODY)
+            lines = [line for line in response.text.split("\n") if line]
+            assert len(lines) > TOKENS / 2
+            assert all(line.startswith("data: ") for line in lines)
+            resumed = Stream(request_id=response.headers["x-request-id"])
+            assert await resumed.resume(pair.second) == 200
+            assert resumed.tokens == expected_tokens(TOKENS)
+            assert resumed.last_event_id, "who resumes needs them"
+
+    asyncio.run(scenario())
+
+
 def test_two_gateways_never_go_on_with_one_request(pair: Pair) -> None:
     async def scenario() -> None:
         async with pair.instance(delay_s=0.03) as played:

@@ -85,7 +85,8 @@ class SseStream:
         return self.choices[0]
 
     async def begin(self, gateway: str, body: dict[str, object]) -> None:
-        await self._read("POST", f"{gateway}/v1/completions", json=body)
+        events = {"Accept": "text/event-stream"}  # with their ids
+        await self._read("POST", f"{gateway}/v1/completions", json=body, headers=events)
 
     async def resume(self, gateway: str) -> None:
         headers = {"Last-Event-ID": self.last_event_id}
