@@ -91,7 +91,7 @@ def test_sixteen_requests_at_once_and_one_alone(name: str, transport: str, model
         prompts.append(random.Random(99).choices(range(VOCAB_SIZE), k=700))
         counts.append(60)
         answers.append(complete(prompts[-1], counts[-1]))
-        scored = cluster.complete(prompts[-1], max_tokens=0, echo=True, logprobs=1)
+        scored = cluster.complete(prompts[-1], max_tokens=0, echo=True, logprobs=1, ignore_eos=True)
         cluster.wait_until_no_block_is_held()
         logs = "".join(log.read_text() for log in cluster.run_dir.rglob("*.log"))
         assert "request preempted" in logs, "memory was meant to be short"
