@@ -91,7 +91,7 @@ class Watched(IntEnum):
     TAKEN = 4  # the answer has come, and has been merged
 
 
-_ENDINGS = tuple(Watched)
+ENDINGS = tuple(Watched)  # by the number that compiled code answers
 
 
 class CounterWatch:
@@ -129,4 +129,4 @@ class CounterWatch:
         self._answering[:] = [None if one is None else one.address for one in queries]
         self._call.spin_ns = int(1e9 * spin_s)
         ending: int = self._watch_counters(self._by_reference)
-        return _ENDINGS[ending]
+        return ENDINGS[ending]

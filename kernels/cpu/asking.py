@@ -11,12 +11,9 @@ from ctypes import byref
 import torch
 from torch import Tensor
 
-from kernels.cpu.answering import Watched
-from kernels.cpu.library import Asking, RingView, load_library
+from kernels.cpu.answering import ENDINGS, Watched
+from kernels.cpu.library import DTYPES, Asking, RingView, load_library
 from kernels.interface import LayerParams
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ENDINGS = tuple(Watched)
 
 
 class CompiledAsker:
@@ -40,7 +37,7 @@ class CompiledAsker:
             count=batch_rows if rows is None else len(rows),
             batch_rows=batch_rows,
             step=step,
-            out_dtype=_DTYPES[out_dtype],
+            out_dtype=DTYPES[out_dtype],
         )
         self.queries: RingView = self._asking.queries
         self.answers: RingView = self._asking.answers
@@ -89,7 +86,7 @@ class CompiledAsker:
         """
         self._asking.spin_ns = int(1e9 * spin_s)
         ending: int = self._take_answer(self._by_reference)
-        return _ENDINGS[ending]
+        return ENDINGS[ending]
 
     @property
     def answer_bytes(self) -> int:
@@ -119,5 +116,5 @@ class CompiledAsker:
                 f"q must be [{self._asking.batch_rows}, q_heads, head_dim], contiguous in the last two dimensions, "
                 f"got {list(q.shape)} with strides {q.stride()}"
             )
-        self._asking.q_heads, self._asking.head_dim, self._asking.dtype = heads, dim, _DTYPES[q.dtype]
+        self._asking.q_heads, self._asking.head_dim, self._asking.dtype = heads, dim, DTYPES[q.dtype]
         self._asking.q_stride_bytes = q.stride(0) * q.element_size()

@@ -13,10 +13,18 @@ from torch import Tensor
 from kernels.checks import check_attention, check_merge, check_pool, check_store
 from kernels.cpu.answering import CompiledQueries
 from kernels.cpu.asking import CompiledAsker
-from kernels.cpu.library import AttentionCall, MergeCall, PoolView, ReadCall, StoreCall, check_status, load_library
+from kernels.cpu.library import (
+    DTYPES,
+    AttentionCall,
+    MergeCall,
+    PoolView,
+    ReadCall,
+    StoreCall,
+    check_status,
+    load_library,
+)
 from kernels.interface import AttentionKernels, AttentionPlan, LayerParams
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MOST_PLANS = 16  # prepared at a time: a daemon serves the steps of several instances in turn
 
 
@@ -129,7 +137,7 @@ class CpuKernels(AttentionKernels):
             count=part_lse.shape[0],
             heads=out.shape[1],
             head_dim=out.shape[2],
-            part_dtype=_DTYPES[part_out.dtype],
+            part_dtype=DTYPES[part_out.dtype],
         )
         check_status(self._library.kernels_merge_partials(self._context, ctypes.byref(call)))
 
@@ -185,7 +193,7 @@ class CpuKernels(AttentionKernels):
             num_listed_blocks=plan.block_ids.numel(),
             segments=plan.segments,
             q_heads=q.shape[1],
-            out_dtype=_DTYPES[out.dtype],
+            out_dtype=DTYPES[out.dtype],
         )
 
     def _prepare_store(self, k: Tensor, v: Tensor, pool: Tensor, slots: Tensor, layer: int) -> _Prepared:
@@ -203,7 +211,7 @@ class CpuKernels(AttentionKernels):
                 k_stride=k.stride(0),
                 v_stride=v.stride(0),
                 rows=slots.numel(),
-                dtype=_DTYPES[k.dtype],
+                dtype=DTYPES[k.dtype],
             )
             prepared = self._store = _Prepared(new, new.pool, ctypes.byref(new), weakref.ref(pool), layout)
         call = prepared.call
@@ -221,7 +229,7 @@ def _pool_view(pool: Tensor) -> PoolView:
         kv_heads=pool.shape[2],
         block_tokens=pool.shape[4],
         head_dim=pool.shape[5],
-        dtype=_DTYPES[pool.dtype],
+        dtype=DTYPES[pool.dtype],
     )
 
 

@@ -9,6 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
+import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STATUS_MESSAGES = {
     1: "no memory for scratch space",
     2: "plan.query_start must ascend and end at most at the number of rows of q",

@@ -73,7 +73,7 @@ class Connection(ABC):
     limits: Limits
     peer: str  # for messages and logs
     can_answer = False  # whether ``answer_with`` does anything
-    can_ask = False  # whether there are ``ask_with``, ``ask`` and ``take_answer``
+    can_ask = False  # whether ``ask_with`` does anything, and ``ask`` and ``take_answer`` may succeed
 
     @abstractmethod
     def send(self, parts: Sequence[Buffer]) -> None:
@@ -90,15 +90,15 @@ class Connection(ABC):
 
     def ask_with(self, asker: CompiledAsker) -> None:
         """Lets compiled code send queries and take their answers: ``ask`` and ``take_answer`` may follow."""
-        raise NotImplementedError
+        assert self.can_ask, "this transport leaves all queries to its owner"
 
     def ask(self, asker: CompiledAsker, sequence: int) -> int:
-        """Sends its query as message number ``sequence``; answers its bytes, or 0 where ``send`` would say why not."""
-        raise NotImplementedError
+        """Sends its query as message number ``sequence``; answers its bytes, or 0 where that is left to ``send``."""
+        return 0
 
     def take_answer(self, asker: CompiledAsker) -> bool:
         """Merges the answer to the last query, if it is there or comes in a moment; else ``poll`` receives it."""
-        raise NotImplementedError
+        return False
 
     @abstractmethod
     def close(self) -> None:

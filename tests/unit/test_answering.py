@@ -15,6 +15,7 @@ from fuzzing import cases
 from hypothesis import given
 from hypothesis import strategies as st
 from kvdaemon_rig import GEOMETRY, Rig, attend, segment
+from ring_scribbler import RingScribbler
 
 import kernels
 from kernels import AttentionPlan, LayerParams
@@ -170,30 +171,17 @@ def compiled_setup(cpu: CpuKernels, pool: torch.Tensor, ended: c_uint64):  # typ
 @given(st.integers(0, 1 << 30))
 def test_garbage_in_shared_memory_leads_nowhere(seed: int) -> None:
     """Counters, lengths and headers are anything: nothing outside the outgoing ring and two counters is written."""
-    choose = random.Random(seed)
     cpu = CpuKernels(1)
     pool = torch.randn(4, *GEOMETRY.block_shape, generator=torch.Generator().manual_seed(seed))
     before = pool.clone()
     ended = c_uint64(0)
     layout, memory, reader, writer, queries = compiled_setup(cpu, pool, ended)
-    words = memoryview(memory).cast("Q")
     incoming, outgoing = layout.data_at(0), layout.data_at(1)
-    peer = RingWriter(memory, layout, 0)
+    peer = RingScribbler(random.Random(seed), memory, layout, 0, 2 * 4 * GEOMETRY.head_dim * 4)
     header = Header(Kind.QUERY, step=1, rows=2, q_heads=4, head_dim=GEOMETRY.head_dim, scale=0.25)
     for _ in range(30):
-        match choose.randrange(4):
-            case 0 | 1:  # a query that fits
-                try:
-                    peer.write([header.pack(), choose.randbytes(2 * 4 * GEOMETRY.head_dim * 4)], 64 + 512)
-                except Exception:  # noqa: S112: the ring that it scribbled over
-                    continue
-            case 2:  # a counter
-                near = choose.choice([0, 64, layout.capacity, 1 << 63, choose.randrange(1 << 64)])
-                words[choose.choice([0, 16, 32, 128, 144, 160])] = near
-            case _:  # a word of what it sends
-                words[(incoming + 8 * choose.randrange(layout.capacity // 8)) // 8] = choose.choice(
-                    [0, 64, 575, 576, 577, 1 << 20, (1 << 64) - 1, choose.randrange(1 << 64)]
-                )
+        if not peer.act(header.pack()):
+            continue
         kept = bytes(memory[:incoming]), bytes(memory[outgoing + layout.capacity :])
         if reader.held == 0:
             reader.lend(queries.incoming)

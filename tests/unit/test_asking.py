@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from fuzzing import cases
 from hypothesis import given
 from hypothesis import strategies as st
 from kvdaemon_rig import GEOMETRY, LIMITS, Rig, attend, key
+from ring_scribbler import RingScribbler
 from torch import Tensor
 
 from kernels import LayerParams
@@ -187,17 +189,15 @@ def test_a_daemon_that_does_not_answer_is_given_up(tmp_path: Path, stack: ExitSt
 @given(st.integers(0, 1 << 30))
 def test_garbage_in_shared_memory_leads_nowhere(seed: int) -> None:
     """Counters, lengths and answers are anything: nothing outside the queries' ring and two counters is written."""
-    choose = random.Random(seed)
     layout = RingLayout(Limits(2 << 10, 8 << 10), 0)
     memory = mmap.mmap(-1, layout.total_bytes + 4096)
     writer, reader = RingWriter(memory, layout, 0), RingReader(memory, layout, 1)
-    words = memoryview(memory).cast("Q")
     outgoing, incoming = layout.data_at(0), layout.data_at(1)
     asker = CpuKernels(1).compiled_asker(torch.tensor([0, 2]), 3, 1, torch.float32)
     asker.set_connection(layout.limits.max_message_bytes, -1)
     writer.bind(asker.queries)
     reader.bind(asker.answers)
-    peer = RingWriter(memory, layout, 1)
+    peer = RingScribbler(random.Random(seed), memory, layout, 1, 2 * HEADS * 17 * 4)
     q = torch.randn(3, HEADS, 16, generator=torch.Generator().manual_seed(seed))
     margin = torch.full((3, 3, HEADS, 16), 7.0)  # what is merged into lies in its middle
     out, lse = margin[1], torch.zeros(3, HEADS)
@@ -205,20 +205,8 @@ def test_garbage_in_shared_memory_leads_nowhere(seed: int) -> None:
     asker.set_target(out, lse)
     answer = Header(Kind.PARTIAL, step=1, rows=2, q_heads=HEADS, head_dim=16)
     for sequence in range(1, 30):
-        match choose.randrange(4):
-            case 0 | 1:  # an answer that fits
-                header = Header(**{**{f: getattr(answer, f) for f in answer.__slots__}, "sequence": sequence})
-                try:
-                    peer.write([header.pack(), choose.randbytes(2 * HEADS * 17 * 4)], 64 + 2 * HEADS * 17 * 4)
-                except PeerLostError:  # the ring that it scribbled over
-                    continue
-            case 2:  # a counter
-                near = choose.choice([0, 64, layout.capacity, 1 << 63, choose.randrange(1 << 64)])
-                words[choose.choice([0, 16, 32, 128, 144, 160])] = near
-            case _:  # a word of what it sends
-                words[(incoming + 8 * choose.randrange(layout.capacity // 8)) // 8] = choose.choice(
-                    [0, 64, 607, 608, 609, 1 << 20, (1 << 64) - 1, choose.randrange(1 << 64)]
-                )
+        if not peer.act(replace(answer, sequence=sequence).pack()):
+            continue
         page, behind = bytes(memory[:outgoing]), bytes(memory[outgoing + layout.capacity : incoming])
         theirs = bytes(memory[incoming:])
         writer.lend(asker.queries)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from engine_rig import EngineRig
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_llama import write_small_llama
+from transformers import LlamaForCausalLM
 
 from services.core.shaping import LogitShaping
 from services.instance.engine import FailOutput
@@ -17,21 +18,7 @@ from services.instance.engine import FailOutput
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "llama"
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=4096,
-        eos_token_id=None,
-        bos_token_id=None,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    write_small_llama(path, seed=5)
     return path
 
 

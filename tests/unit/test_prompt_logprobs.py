@@ -10,35 +10,21 @@ import torch
 from engine_rig import EngineRig
 from reference import TOLERANCE
 from scraped import scraped
+from small_llama import VOCAB, write_small_llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from services.core.sequence import Request, SamplingParams, Sequence
 from services.instance.logprobs import TokenLogprobs
 from services.instance.scheduler import Scheduler
 
-VOCAB = 256
 TOP = 3
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "llama"
-    torch.manual_seed(6)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=4096,
-        eos_token_id=None,
-        bos_token_id=None,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    write_small_llama(path, seed=6)
     return path
 
 
