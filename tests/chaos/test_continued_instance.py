@@ -29,7 +29,9 @@ FIRST, SECOND = range(100, 108), range(108, 116)
 def test_a_continued_instance_writes_nothing_into_blocks_of_others(clusters, known: KnownRequests) -> None:
     cluster: DisturbedCluster = clusters.take()
     sound, pid = False, cluster.cluster.pid(STOPPED)
-    first = [Stream(cluster.cluster, known.request(number)) for number in FIRST]
+    # Making a request takes longer than answering it: all are made before the first one is sent.
+    requests = {number: known.request(number) for number in (*FIRST, *SECOND)}
+    first = [Stream(cluster.cluster, requests[number]) for number in FIRST]
     try:
         # It decodes, and has blocks on daemons that it does not map.
         wait_for("the instance has blocks elsewhere", lambda: lent_blocks(cluster) > 0 and tokens(first) > 20)
@@ -45,14 +47,14 @@ def test_a_continued_instance_writes_nothing_into_blocks_of_others(clusters, kno
         assert pool(cluster, OWN_DAEMON).sessions <= 1, "its own session is over as well"
 
         # Others fill the pools, and it goes on in the middle of that.
-        second = [Stream(cluster.cluster, known.request(number)) for number in SECOND]
+        second = [Stream(cluster.cluster, requests[number]) for number in SECOND]
         wait_for("others use the blocks", lambda: tokens(second) > 50)
         assert pool(cluster, OWN_DAEMON).stats.workspace == kept.workspace, "kept as long as the process lives"
         os.kill(pid, signal.SIGCONT)
         cluster.check_answers(second)
 
         # What is cached now was written before, while or after it went on.
-        again = [Stream(cluster.cluster, known.request(number)) for number in SECOND]
+        again = [Stream(cluster.cluster, requests[number]) for number in SECOND]
         cluster.check_answers(again)
         cluster.check_sound(known.request(SECOND.stop), everything_lives=True)
         assert cluster.cluster.pid(STOPPED) != pid, "it ended when it found its sessions over, and was started anew"
