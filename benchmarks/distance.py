@@ -45,6 +45,7 @@ from benchmarks.placements import run_clusters
 from infinitellm import AsyncClient
 from services.core.blocks import block_keys
 from services.core.errors import InfiniteLLMError
+from services.dataplane.select import Scheme
 from services.launcher.cluster import LocalCluster
 from services.launcher.console import Console
 
@@ -52,7 +53,8 @@ QUESTION = "what is a step worth whose KV cache lies partly on another machine?"
 CONTEXTS = (8192, 65536, 262144)
 SHORT = 8192  # up to here distance may cost something; beyond it must pay
 SHARES = (0.0, 0.5, 0.75, 0.95)  # of the blocks, elsewhere
-LINKS = ("none", "25gbit,50us", "10gbit,200us")
+NONE, TCP = "none", "tcp"  # shared memory, and TCP within this machine; others are emulated over shared memory
+LINKS = (NONE, TCP, "25gbit,50us", "10gbit,200us")
 _PASSES = 16
 
 
@@ -109,14 +111,15 @@ async def _measure_context(run: Run, model: FilledModel, cores: tuple[int, int],
     draw = random.Random(context)
     placements = [Placed(share, random_prompt(SHAPE, context, draw)) for share in SHARES]
     kernels = Kernels()
-    emulated = None if link == "none" else link
+    emulated = None if link in (NONE, TCP) else link
+    transport: Scheme = "tcp" if link == TCP else "shm"
     label = f"{context:,} tokens, link {link}"
 
     async def body(clusters: Sequence[LocalCluster]) -> int:
         pin(*cores)
         async with AsyncClient(clusters[0].grpc_address) as client:
             daemons = (await client.cluster_status()).kvdaemons
-            async with CacheFiller(daemons, model.geometry, emulated) as filler:
+            async with CacheFiller(daemons, model.geometry, emulated, transport) as filler:
                 await _borrow_once(client, filler, draw)
                 for placed in placements:
                     run.progress.update(f"{label}: filling, {placed.share:.0%} elsewhere")
@@ -140,7 +143,7 @@ async def _measure_context(run: Run, model: FilledModel, cores: tuple[int, int],
     blocks = model.geometry.blocks_for(context)
     far = [round(share * blocks) for share in SHARES]
     filled = max(sum(far), sum(blocks - count for count in far))
-    code = await run_clusters([cluster_options(model, filled, 1, emulated)], Console(sys.stderr), body)
+    code = await run_clusters([cluster_options(model, filled, 1, emulated, transport)], Console(sys.stderr), body)
     if not code:
         _record(run, context, link, placements, kernels, ROWS * least_wire_bytes(model))
     return code

@@ -18,7 +18,7 @@ from infinitellm.types import KvDaemonStatus
 from services.core.blocks import BlockHandle, PoolGeometry
 from services.core.errors import PeerLostError, PoolExhaustedError
 from services.dataplane.peers import PeerSet
-from services.dataplane.select import connecting_transport
+from services.dataplane.select import Scheme, connecting_transport
 from services.dataplane.transport import Limits
 from services.rmanager.daemon_client import DaemonSession
 
@@ -34,11 +34,19 @@ class CacheFiller:
         daemons: what the cluster's status says of them.
         geometry: of the cluster's pools.
         link: that the daemons emulate, if they do.
+        transport: that they offer.
     """
 
-    def __init__(self, daemons: Sequence[KvDaemonStatus], geometry: PoolGeometry, link: str | None) -> None:
+    def __init__(
+        self,
+        daemons: Sequence[KvDaemonStatus],
+        geometry: PoolGeometry,
+        link: str | None,
+        transport: Scheme = "shm",
+    ) -> None:
         self._geometry = geometry
-        self._peers = PeerSet(connecting_transport("shm", link), _LIMITS, query_room=0)
+        self._transport = transport
+        self._peers = PeerSet(connecting_transport(transport, link), _LIMITS, query_room=0)
         self._sessions = {
             daemon.kvdaemon_id: DaemonSession(
                 daemon.kvdaemon_id,
@@ -55,8 +63,8 @@ class CacheFiller:
     async def __aenter__(self) -> Self:
         for kvdaemon_id, session in self._sessions.items():
             opened = await session.open()
-            address = opened.data_address("shm")
-            assert address is not None, "clusters of benchmarks offer shared memory"
+            address = opened.data_address(self._transport)
+            assert address is not None, f"the cluster was told to offer {self._transport}"
             self._peers.connect(kvdaemon_id, address, opened.session_id)
         return self
 

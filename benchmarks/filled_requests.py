@@ -25,6 +25,7 @@ from benchmarks.long_request import VoidMeasurementError
 from benchmarks.peers.processes import family
 from infinitellm import AsyncClient, Finished, Tokens
 from services.core.blocks import DTYPE_BYTES, BlockKeySpace, PoolGeometry
+from services.dataplane.select import Scheme
 from services.instance.model import load_model
 from services.launcher.options import ClusterOptions
 
@@ -78,7 +79,9 @@ def write_model(directory: Path) -> FilledModel:
     return FilledModel(path, geometry, BlockKeySpace(shape.fingerprint, _DTYPE, (0, geometry.kv_heads)))
 
 
-def cluster_options(model: FilledModel, filled_blocks: int, kvdaemons: int, link: str | None) -> ClusterOptions:
+def cluster_options(
+    model: FilledModel, filled_blocks: int, kvdaemons: int, link: str | None, transport: Scheme = "shm"
+) -> ClusterOptions:
     """One instance; every pool has room for so many filled blocks, the workspace, and some answers."""
     workspace = 2 + 2 * (_BATCH_TOKENS // BLOCK_TOKENS + 1)
     answers = 32 * model.geometry.blocks_for(_TAIL + _WARM_STEPS + _STEPS)
@@ -91,6 +94,7 @@ def cluster_options(model: FilledModel, filled_blocks: int, kvdaemons: int, link
         http_port=0,
         grpc_port=0,
         link=link,
+        transport=transport,
         overlay={
             "instance": {
                 "num_threads": 1,

@@ -1,4 +1,4 @@
-"""Queries that compiled code answers from ring to ring: ``answering`` of ``src/abi.h``, and watching for them.
+"""Queries that compiled code answers: ``answering`` of ``src/abi.h``, and watching for them.
 
 The loop that waits for messages and the one that answers them are one, so that a query of a decode step costs its
 attention and little else.
@@ -12,7 +12,7 @@ from ctypes import addressof, byref, c_uint64, c_void_p
 from enum import IntEnum
 from typing import NamedTuple
 
-from kernels.cpu.library import Answering, AttentionCall, RingView, WatchCall, load_library
+from kernels.cpu.library import Answering, AttentionCall, Channel, WatchCall, load_library
 
 
 class Answered(NamedTuple):
@@ -29,7 +29,7 @@ class Answered(NamedTuple):
 
 
 class CompiledQueries:
-    """The queries of one plan, which compiled code may answer once a transport has set the rings.
+    """The queries of one plan, which compiled code may answer once a transport has set the channel.
 
     Args:
         context: of the kernels, which must be kept.
@@ -43,8 +43,7 @@ class CompiledQueries:
     ) -> None:
         self._kept = kept
         self._answering = Answering(kernels=context, attention=call, layers=layers, layer_stride=layer_stride)
-        self.incoming: RingView = self._answering.in_
-        self.outgoing: RingView = self._answering.out
+        self.channel: Channel = self._answering.channel
         self._told = Answered(0, 0.0, 0, 0, 0.0)
 
     @property
@@ -62,10 +61,6 @@ class CompiledQueries:
         answering = self._answering
         self._ended = ended
         answering.step, answering.ended, answering.ended_before = step, addressof(ended), ended_before
-
-    def set_connection(self, max_message: int, bell_fd: int) -> None:
-        """The longest message, and the socket for doorbells."""
-        self._answering.max_message, self._answering.bell_fd = max_message, bell_fd
 
     def take_answered(self) -> Answered:
         """What has been done since the last call."""
@@ -85,7 +80,7 @@ class Watched(IntEnum):
     """How a watch ended."""
 
     TIMEOUT = 0
-    CHANGED = 1  # a counter has, and not by a query that has been answered
+    CHANGED = 1  # something has come that is no query to be answered here
     READY = 2  # the descriptor is readable
     CONTENDED = 3  # others want this core
     TAKEN = 4  # the answer has come, and has been merged
@@ -94,18 +89,19 @@ class Watched(IntEnum):
 ENDINGS = tuple(Watched)  # by the number that compiled code answers
 
 
-class CounterWatch:
-    """Looks at counters that other processes write to, without sleep and without the GIL.
+class ConnectionWatch:
+    """Looks at connections, without sleep and without the GIL.
 
     Args:
-        counters: in shared memory, which stays mapped for as long as they live.
+        counters: of each connection what its peer writes to, in shared memory that stays mapped for as long as they
+            live; None: it is a stream.
         fd: a descriptor that ends a watch, too, once it is readable.
     """
 
-    def __init__(self, counters: Sequence[c_uint64], fd: int) -> None:
+    def __init__(self, counters: Sequence[c_uint64 | None], fd: int) -> None:
         count = len(counters)
         self._counters = tuple(counters)
-        self._addresses = (c_void_p * count)(*map(addressof, counters))
+        self._addresses = (c_void_p * count)(*(None if one is None else addressof(one) for one in counters))
         self._seen = (c_uint64 * count)()
         self._answering = (c_void_p * count)()
         self._call = WatchCall(
@@ -117,16 +113,18 @@ class CounterWatch:
             fd=fd,
         )
         self._by_reference = byref(self._call)
-        self._watch_counters = load_library().watch_counters
+        self._watch_connections = load_library().watch_connections
 
     def watch(self, seen: Sequence[int], queries: Sequence[CompiledQueries | None], spin_s: float) -> Watched:
-        """Looks until a counter is not what it was in ``seen``, for ``spin_s`` at most.
+        """Looks until something has come that is no query to be answered here, for ``spin_s`` at most after the last
+        one that was.
 
         Args:
-            queries: for each counter, what is answered right here, with the present state of both rings.
+            seen: what each counter was; anything for streams.
+            queries: for each connection, what is answered right here, with the channel's present state.
         """
         self._seen[:] = [*seen]
         self._answering[:] = [None if one is None else one.address for one in queries]
         self._call.spin_ns = int(1e9 * spin_s)
-        ending: int = self._watch_counters(self._by_reference)
+        ending: int = self._watch_connections(self._by_reference)
         return ENDINGS[ending]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.answering import ENDINGS, Watched
-from kernels.cpu.library import DTYPES, Asking, RingView, load_library
+from kernels.cpu.library import DTYPES, Asking, Channel, load_library
 from kernels.interface import LayerParams
 
 
 class CompiledAsker:
-    """One daemon's part of a step, to be asked layer by layer, once a transport has set the rings.
+    """One daemon's part of a step, to be asked layer by layer, once a transport has set the channel.
 
     Args:
         context: of the kernels, which must be kept.
@@ -39,16 +39,11 @@ class CompiledAsker:
             step=step,
             out_dtype=DTYPES[out_dtype],
         )
-        self.queries: RingView = self._asking.queries
-        self.answers: RingView = self._asking.answers
+        self.channel: Channel = self._asking.channel
         self._by_reference = byref(self._asking)
         self._q_layout: object = None
         library = load_library()
         self._ask, self._take_answer = library.ask, library.take_answer
-
-    def set_connection(self, max_message: int, bell_fd: int) -> None:
-        """The longest message, and the socket for doorbells."""
-        self._asking.max_message, self._asking.bell_fd = max_message, bell_fd
 
     def set_query(self, q: Tensor, params: LayerParams) -> None:
         """What a layer asks.
@@ -74,7 +69,7 @@ class CompiledAsker:
         self._asking.out, self._asking.lse = out.data_ptr(), lse.data_ptr()
 
     def ask(self, sequence: int) -> int:
-        """Writes the query into the ring as message number ``sequence`` and answers its bytes; 0: it does not fit."""
+        """Sends the query as message number ``sequence`` and answers its bytes; 0: it does not fit."""
         self._asking.sequence = sequence
         return self._asking.query_bytes if self._ask(self._by_reference) else 0
 
@@ -82,7 +77,7 @@ class CompiledAsker:
         """Merges the answer, for which it waits up to ``spin_s`` seconds without sleep.
 
         Returns:
-            TAKEN, or why it has not been; CHANGED: something else lies in the ring before it.
+            TAKEN, or why it has not been; CHANGED: something else has come before it.
         """
         self._asking.spin_ns = int(1e9 * spin_s)
         ending: int = self._take_answer(self._by_reference)

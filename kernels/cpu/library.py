@@ -106,11 +106,37 @@ class RingView(Structure):
     ]
 
 
-class Answering(Structure):
+class StreamView(Structure):
+    _fields_: ClassVar = [
+        ("in_", c_void_p),
+        ("out", c_void_p),
+        ("capacity", c_uint64),
+        ("at", c_uint64),
+        ("filled", c_uint64),
+        ("freed", c_uint64),
+        ("reported", c_uint64),
+        ("sent", c_uint64),
+        ("freed_by_peer", c_uint64),
+        ("most_outstanding", c_uint64),
+        ("unsent_at", c_uint64),
+        ("unsent", c_uint64),
+    ]
+
+
+class Channel(Structure):
     _fields_: ClassVar = [
         ("in_", RingView),
         ("out", RingView),
+        ("stream", StreamView),
         ("max_message", c_uint64),
+        ("fd", c_int32),
+        ("is_stream", c_int32),
+    ]
+
+
+class Answering(Structure):
+    _fields_: ClassVar = [
+        ("channel", Channel),
         ("kernels", c_void_p),
         ("attention", AttentionCall),
         ("step", c_uint64),
@@ -118,8 +144,6 @@ class Answering(Structure):
         ("layer_stride", c_int64),
         ("ended", c_void_p),
         ("ended_before", c_uint64),
-        ("bell_fd", c_int32),
-        ("unused", c_int32),
         ("answered", c_int64),
         ("computed_ns", c_int64),
         ("received_bytes", c_int64),
@@ -130,9 +154,7 @@ class Answering(Structure):
 
 class Asking(Structure):
     _fields_: ClassVar = [
-        ("queries", RingView),
-        ("answers", RingView),
-        ("max_message", c_uint64),
+        ("channel", Channel),
         ("kernels", c_void_p),
         ("rows", c_void_p),
         ("count", c_int64),
@@ -142,8 +164,8 @@ class Asking(Structure):
         ("head_dim", c_int32),
         ("dtype", c_int32),
         ("out_dtype", c_int32),
-        ("bell_fd", c_int32),
         ("layer", c_int32),
+        ("unused", c_int32),
         ("sequence", c_uint64),
         ("q", c_void_p),
         ("q_stride_bytes", c_uint64),
@@ -201,8 +223,8 @@ def load_library() -> ctypes.CDLL:
     library.kernels_store_kv.restype = c_int32
     library.kernels_read.argtypes = [c_void_p, POINTER(ReadCall)]
     library.kernels_read.restype = c_uint32
-    library.watch_counters.argtypes = [POINTER(WatchCall)]
-    library.watch_counters.restype = c_int32
+    library.watch_connections.argtypes = [POINTER(WatchCall)]
+    library.watch_connections.restype = c_int32
     for function in (library.ask, library.take_answer):
         function.argtypes = [POINTER(Asking)]
         function.restype = c_int32

@@ -38,7 +38,7 @@ class Patience:
 
     def arrived(self, times: int = 1) -> None:
         """Something has come, so many times since the wait began, which is over."""
-        if self._since is not None:
+        if times and self._since is not None:
             waited_s = (self._clock() - self._since) / times
             for _ in range(min(times, _MOST_TIMES)):
                 self._average_s += _WEIGHT * (min(waited_s, self._longest_s) - self._average_s)

@@ -18,9 +18,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kernels.cpu.answering import CompiledQueries, CounterWatch, Watched
+from kernels.cpu.answering import CompiledQueries, ConnectionWatch, Watched
 from kernels.cpu.asking import CompiledAsker
-from kernels.cpu.library import find_library
+from kernels.cpu.library import Channel, find_library
 from services.core.errors import ConfigError, PeerLostError
 from services.dataplane.patience import Patience
 from services.dataplane.reception import Reception
@@ -67,24 +67,25 @@ class ShmConnection(SocketConnection):
 
     def answer_with(self, queries: CompiledQueries | None) -> None:
         self._queries = queries
-        if queries is not None and self._writer is not None:
-            self.reader.bind(queries.incoming)
-            self._writer.bind(queries.outgoing)
-            queries.set_connection(self.limits.max_message_bytes, self.fd)
+        if queries is not None:
+            self._bind(queries.channel)
 
     def ask_with(self, asker: CompiledAsker) -> None:
+        self._bind(asker.channel)
+
+    def _bind(self, channel: Channel) -> None:
         if self._writer is not None:
-            self._writer.bind(asker.queries)
-            self.reader.bind(asker.answers)
-            asker.set_connection(self.limits.max_message_bytes, self.fd)
+            self.reader.bind(channel.in_)
+            self._writer.bind(channel.out)
+            channel.max_message, channel.fd = self.limits.max_message_bytes, self.fd
 
     def ask(self, asker: CompiledAsker, sequence: int) -> int:
         writer = self._writer
         if writer is None:
             return 0
-        writer.lend(asker.queries)
+        writer.lend(asker.channel.out)
         sent = asker.ask(sequence)
-        writer.take_back(asker.queries)
+        writer.take_back(asker.channel.out)
         return sent
 
     def take_answer(self, asker: CompiledAsker) -> bool:
@@ -102,14 +103,14 @@ class ShmConnection(SocketConnection):
         queries = self._queries
         if queries is None or self._writer is None or self.reader.held:
             return None
-        self.reader.lend(queries.incoming)
-        self._writer.lend(queries.outgoing)
+        self.reader.lend(queries.channel.in_)
+        self._writer.lend(queries.channel.out)
         return queries
 
     def take_rings_back(self, queries: CompiledQueries) -> None:
         if self._writer is not None:
-            self.reader.take_back(queries.incoming)
-            self._writer.take_back(queries.outgoing)
+            self.reader.take_back(queries.channel.in_)
+            self._writer.take_back(queries.channel.out)
 
     def end(self) -> None:
         self._writer = self._queries = None
@@ -165,9 +166,9 @@ class ShmTransport(SocketTransport[ShmConnection]):
         if connection not in self._awake:
             connection.reader.wake_up()
             self._awake.add(connection)
-        connection.reader.lend(asker.answers)
+        connection.reader.lend(asker.channel.in_)
         ending = asker.take_answer(self._patience.awake_s())
-        connection.reader.take_back(asker.answers)
+        connection.reader.take_back(asker.channel.in_)
         if ending is Watched.TAKEN:
             self._patience.arrived()
         elif ending is Watched.CONTENDED:
@@ -192,8 +193,9 @@ class ShmTransport(SocketTransport[ShmConnection]):
 
     def _read_rings(self, events: list[Event]) -> None:
         """Reads the rings of all awake connections, but for what compiled code answers."""
-        if any(connection.answers for connection in self._awake):
-            self._look(0.0, self._loop.fileno())
+        answering = any(connection.answers for connection in self._awake)
+        if answering and self._look(0.0, self._loop.fileno()) is not Watched.CHANGED:
+            return  # what has come since then is looked at next time
         broken: list[tuple[ShmConnection, str]] = []
         for connection in self._awake:
             reason = self._read_ring(connection, events)
@@ -245,8 +247,9 @@ class ShmTransport(SocketTransport[ShmConnection]):
         elif bells and connection not in self._awake:
             connection.reader.wake_up()
             self._awake.add(connection)
-            if connection.answers:
-                self._look(0.0, self._loop.fileno())
+        if bells and any(awake.answers for awake in self._awake):
+            self._read_rings(events)
+            return
         # What the peer sent before it hung up still counts.
         reason = self._read_ring(connection, events)
         if reason or not bells:
@@ -271,7 +274,7 @@ class _RingWatch:
     def __init__(self) -> None:
         self._connections: list[ShmConnection] = []
         self._also = -1
-        self._counters: CounterWatch | None = None  # of these connections, where it is compiled
+        self._compiled_watch: ConnectionWatch | None = None  # of these connections, where it is compiled
 
     def look(self, connections: list[ShmConnection], also: int, awake_s: float) -> tuple[int, Watched]:
         """Answers how many queries have been answered meanwhile, and why it looks no more.
@@ -290,12 +293,12 @@ class _RingWatch:
         return 0, Watched.TIMEOUT
 
     def _look(self, connections: list[ShmConnection], also: int, awake_s: float) -> tuple[int, Watched]:
-        if self._counters is None or also != self._also or connections != self._connections:
+        if self._compiled_watch is None or also != self._also or connections != self._connections:
             self._connections, self._also = connections, also
-            self._counters = CounterWatch([connection.reader.published for connection in connections], also)
+            self._compiled_watch = ConnectionWatch([connection.reader.published for connection in connections], also)
         lent = [connection.lend_rings() for connection in connections]
         before = [0 if queries is None else queries.answered for queries in lent]
-        ending = self._counters.watch([connection.reader.taken for connection in connections], lent, awake_s)
+        ending = self._compiled_watch.watch([connection.reader.taken for connection in connections], lent, awake_s)
         answered = 0
         for connection, queries, count in zip(connections, lent, before, strict=True):
             if queries is not None:

@@ -2,7 +2,9 @@
 
 A message goes out in one ``sendmsg``, straight from the caller's buffers; only what the kernel does not take is copied
 and follows when the socket is writable. It comes in straight into the connection's ring (``tcp_frames``). One ``poll``
-takes a bounded number of bytes from each connection in turn, so that a long message holds up nobody else's.
+takes a bounded number of bytes from each connection in turn, so that a long message holds up nobody else's. Queries of
+decode steps are asked and answered in compiled code (``kernels/cpu/src/stream.h``), which reads and writes the same
+frames; a wait for one begins awake (``Patience``).
 
 The receiver checks every message against the window. The sender knows what has been freed only by the peer's frames,
 which may lie behind; it gives up on a connection only when no delay explains what is outstanding, so that what waits
@@ -18,172 +20,23 @@ import contextlib
 import select
 import socket
 import time
-from collections.abc import Sequence
 
-from services.core.errors import ConfigError, PeerLostError
+from kernels.cpu.answering import ConnectionWatch, Watched
+from kernels.cpu.asking import CompiledAsker
+from services.core.errors import ConfigError
+from services.dataplane.patience import Patience
 from services.dataplane.reception import Reception
-from services.dataplane.socket_transport import SocketConnection, SocketTransport
+from services.dataplane.socket_transport import SocketTransport
 from services.dataplane.stream import Stream
+from services.dataplane.tcp_connection import TcpConnection, TcpOwner
 from services.dataplane.tcp_farewell import FAREWELL_S, Farewell
-from services.dataplane.tcp_frames import FrameMessage, FrameReader, charge_of, frame, report
-from services.dataplane.tcp_greeting import ANSWER, TcpGreeting, TcpGuest, pack_greeting, why_no_answer
+from services.dataplane.tcp_frames import FrameReader
+from services.dataplane.tcp_greeting import ANSWER, TcpGreeting, TcpGuest, pack_greeting
 from services.dataplane.tcp_socket import advertised_address, open_connection, open_listener, peer_of, tune
-from services.dataplane.transport import (
-    Accepted,
-    Buffer,
-    Connected,
-    Connection,
-    Event,
-    Limits,
-    Message,
-    Received,
-    ReleaseHook,
-    message_bytes,
-)
-
-_MOST_OUTSTANDING = 4  # windows that may seem to be outstanding before the sender calls the promise broken
-_REPORT_PART = 4  # a report is due when this part of the window has been freed and not told
-_MOST_BUFFERS = 1024  # of one sendmsg, IOV_MAX
+from services.dataplane.transport import Accepted, Connection, Event, Limits
 
 
-class TcpConnection(SocketConnection, ReleaseHook):
-    """One end of a TCP connection; as a hook it takes its own received messages back.
-
-    Args:
-        answer_bytes: what is to come before the first frame, from the side that accepts.
-    """
-
-    def __init__(
-        self,
-        transport: TcpTransport,
-        sock: Stream,
-        reader: FrameReader,
-        limits: Limits,
-        peer: str,
-        answer_bytes: int,
-    ) -> None:
-        self.limits = limits
-        self.peer = peer
-        self.sock = sock
-        self.fd = sock.fileno()
-        self.reader = reader
-        self.unsent = bytearray()  # what the kernel has not taken
-        self._transport = transport
-        self._ended = False
-        self._answer = b""
-        self._answer_bytes = answer_bytes
-        self._sent = 0  # charges of all messages
-        self._reported = 0  # charges freed that the peer has been told of
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the other side has taken the connection; nothing but its answer comes before."""
-        return len(self._answer) == self._answer_bytes
-
-    def send(self, parts: Sequence[Buffer]) -> None:
-        size = message_bytes(parts, self.limits, self.peer)
-        if self._ended:
-            raise PeerLostError(f"the connection to {self.peer} has ended")
-        self._sent += charge_of(size)
-        if self._sent - self.reader.freed_by_peer > _MOST_OUTSTANDING * self.limits.window_bytes:
-            reason = f"a message of {size} bytes does not fit the peer's window"
-            self._transport.lose(self, reason)
-            raise PeerLostError(reason)
-        self._reported = self.reader.freed
-        self.transmit(frame(parts, size, self._reported))
-
-    def transmit(self, buffers: Sequence[Buffer]) -> None:
-        """Hands bytes to the kernel and keeps a copy of those that it does not take."""
-        sent = 0
-        if not self.unsent:
-            if len(buffers) > _MOST_BUFFERS:
-                buffers = [b"".join(buffers)]
-            try:
-                sent = self.sock.sendmsg(buffers)
-            except BlockingIOError:
-                pass
-            except OSError:
-                return  # hung up: poll says so, after what the peer has sent before
-        for part in buffers:
-            size = memoryview(part).nbytes
-            if sent < size:
-                self.unsent += memoryview(part).cast("B")[sent:] if sent else part
-            sent = max(0, sent - size)
-        if self.unsent:
-            self._transport.await_output(self)
-
-    def flush(self) -> None:
-        """Hands on what the kernel has not taken before."""
-        try:
-            while self.unsent:
-                del self.unsent[: self.sock.send(self.unsent)]
-        except BlockingIOError:
-            return
-        except OSError:
-            self.unsent.clear()  # as in transmit
-
-    def receive(self, events: list[Event]) -> str:
-        """Takes what has arrived. Answers why the connection must end, or nothing."""
-        try:
-            if not self.accepted and not self._receive_answer(events):
-                return ""
-            if not self.reader.receive(self.sock):
-                return "the peer hung up"
-            while (message := self.reader.next(self)) is not None:
-                events.append(Received(self, message))
-        except BlockingIOError:
-            return ""
-        except PeerLostError as error:
-            return str(error)
-        except OSError as error:
-            return f"{'the connection broke' if self.accepted else 'not connected'}: {error.strerror}"
-        if self.reader.freed_by_peer > self._sent:
-            return f"the peer sent an impossible count of freed bytes: {self.reader.freed_by_peer}"
-        return ""
-
-    def report(self) -> None:
-        """Tells the peer what has been freed, unless a message has done so."""
-        if not self._ended and self.reader.freed > self._reported:
-            self._reported = self.reader.freed
-            self.transmit(report(self._reported))
-
-    def end(self) -> None:
-        self.leave().close()
-        self.unsent.clear()
-        if not self.reader.held:
-            self.reader.discard()
-
-    def leave(self) -> Stream:
-        """Ends the connection but for its socket, which the caller takes over with ``unsent``."""
-        self._ended = True
-        return self.sock
-
-    def close(self) -> None:
-        self._transport.forget(self)
-        self.reader.discard()
-
-    def __call__(self, message: Message) -> None:
-        assert isinstance(message, FrameMessage)
-        self.reader.free(message)
-        unreported = self.reader.freed - self._reported
-        if unreported * _REPORT_PART >= self.limits.window_bytes and not self._ended:
-            self._transport.await_report(self)
-
-    def _receive_answer(self, events: list[Event]) -> bool:
-        """Whether the other side's answer is complete; then the connection is."""
-        data = self.sock.recv(self._answer_bytes - len(self._answer))
-        self._answer += data
-        if not data:
-            raise PeerLostError("the peer ended before it accepted the connection")
-        if not ANSWER.startswith(self._answer):
-            raise PeerLostError(why_no_answer(self._answer))
-        if not self.accepted:
-            return False
-        events.append(Connected(self))
-        return True
-
-
-class TcpTransport(SocketTransport[TcpConnection]):
+class TcpTransport(SocketTransport[TcpConnection], TcpOwner):
     """Data plane over TCP; addresses are ``tcp:HOST:PORT`` with a numeric host.
 
     Args:
@@ -191,6 +44,7 @@ class TcpTransport(SocketTransport[TcpConnection]):
         advertise: the host that ``listen`` answers, where it is another than that of ``listen_at``.
         allow_insecure: whether ``listen_at`` may be reachable from other hosts.
         peer_timeout_s: silence of a peer's host after which a connection ends.
+        awake_s: how long to look for queries and answers before sleep: at least, and where they come soon.
     """
 
     scheme = "tcp"
@@ -202,6 +56,7 @@ class TcpTransport(SocketTransport[TcpConnection]):
         advertise: str | None = None,
         allow_insecure: bool = False,
         peer_timeout_s: float = 10.0,
+        awake_s: tuple[float, float] = (20e-6, 1e-3),
     ) -> None:
         super().__init__()
         self._listen_at = listen_at
@@ -212,6 +67,8 @@ class TcpTransport(SocketTransport[TcpConnection]):
         self._address = ""
         self._reception: Reception[Stream, TcpGreeting] | None = None
         self._to_report: set[TcpConnection] = set()
+        self._patience = Patience(*awake_s)
+        self._watch = _StreamWatch()
         self._leaving: dict[Farewell, float] = {}  # until when (time.monotonic)
 
     def listen(self) -> str:
@@ -238,12 +95,23 @@ class TcpTransport(SocketTransport[TcpConnection]):
         return connection
 
     def await_output(self, connection: TcpConnection) -> None:
-        """The connection has bytes that its socket does not take."""
         self._loop.change(connection.fd, select.EPOLLIN | select.EPOLLOUT)
 
     def await_report(self, connection: TcpConnection) -> None:
-        """The connection has freed much. The next poll tells the peer, unless a message does so before."""
         self._to_report.add(connection)
+
+    def take_answer(self, asker: CompiledAsker) -> bool:
+        ending = asker.take_answer(self._patience.awake_s())
+        if ending is Watched.TAKEN:
+            self._patience.arrived()
+        elif ending is Watched.CONTENDED:
+            self._patience.contended()
+        return ending is Watched.TAKEN
+
+    def take_rest(self, connection: TcpConnection) -> None:
+        reason = connection.take_messages(self._pending)
+        if reason:
+            self.lose(connection, reason)
 
     # ------------------------------------------------------------ what TLS does in another way
 
@@ -269,9 +137,33 @@ class TcpTransport(SocketTransport[TcpConnection]):
             if not connection.unsent:
                 self._loop.change(connection.fd, select.EPOLLIN)
         if mask & ~select.EPOLLOUT:
+            if connection.answers and self._look([connection], 0.0, -1, events):
+                return  # what has come since then makes the socket ready again
+            before = len(events)
             reason = connection.receive(events)
+            self._patience.arrived(len(events) - before)
             if reason:
                 self._end(connection, reason, events)
+
+    def _before_wait(self, events: list[Event], also: int) -> None:
+        """Looks for queries for a while."""
+        answering = [connection for connection in self._connections if connection.answers]
+        if answering and not events:
+            self._look(answering, self._patience.awake_s(), also, events)
+
+    def _look(self, connections: list[TcpConnection], awake_s: float, also: int, events: list[Event]) -> bool:
+        """Answers queries in compiled code, and takes what it leaves. Answers whether there was any of both."""
+        before = len(events)
+        answered, ending = self._watch.look(connections, also, awake_s)
+        self._patience.arrived(answered)
+        if ending is Watched.CONTENDED:
+            self._patience.contended()
+        elif ending is Watched.CHANGED:
+            for connection in connections:
+                reason = connection.take_messages(events)
+                if reason:
+                    self._end(connection, reason, events)
+        return answered > 0 or len(events) > before
 
     def _admit(self, stream: Stream, greeting: TcpGreeting, events: list[Event]) -> None:
         with contextlib.suppress(OSError):  # gone already; what it has sent still counts
@@ -319,3 +211,32 @@ class TcpTransport(SocketTransport[TcpConnection]):
         if self._listener is not None and self._reception is not None:
             self._reception.close()
             self._listener.close()
+
+
+class _StreamWatch:
+    """Looks at connections until one of them has something that compiled code does not answer."""
+
+    def __init__(self) -> None:
+        self._watches: dict[tuple[int, int], ConnectionWatch] = {}  # of so many streams, and this descriptor
+
+    def look(self, connections: list[TcpConnection], also: int, awake_s: float) -> tuple[int, Watched]:
+        """Answers how many queries have been answered meanwhile, and why it looks no more.
+
+        Args:
+            also: as in ``arm``; -1 for nothing.
+            awake_s: for how long at most, after the last such query.
+        """
+        lent = [(connection, queries) for connection in connections if (queries := connection.lend_stream())]
+        if not lent:
+            return 0, Watched.TIMEOUT
+        key = (len(lent), also)
+        watch = self._watches.get(key)
+        if watch is None:
+            watch = self._watches[key] = ConnectionWatch([None] * len(lent), also)
+        before = [queries.answered for _, queries in lent]
+        ending = watch.watch([0] * len(lent), [queries for _, queries in lent], awake_s)
+        answered = 0
+        for (connection, queries), count in zip(lent, before, strict=True):
+            connection.take_stream_back(queries)
+            answered += queries.answered - count
+        return answered, ending

@@ -20,7 +20,9 @@ import mmap
 import struct
 from collections import deque
 from collections.abc import Sequence
+from ctypes import addressof, c_char
 
+from kernels.cpu.library import StreamView
 from services.core.errors import ConfigError, PeerLostError
 from services.dataplane.memfd import available_bytes
 from services.dataplane.stream import Stream
@@ -85,8 +87,7 @@ class FrameReader:
         messages = -(-limits.window_bytes // SMALLEST_CHARGE_BYTES) * frame_bytes(SMALLEST_CHARGE_BYTES)
         self._capacity = messages + 2 * frame_bytes(limits.max_message_bytes)
         self._limits = limits
-        memory = _receive_memory(self._capacity + _LINE)
-        self._data = memory[_LINE - HEADER.size :][: self._capacity]
+        self._data = frame_memory(self._capacity)
         self._held: deque[FrameMessage] = deque()  # handed out and not freed, in order
         self._charged = 0  # by what is held
         self._tail = 0
@@ -163,6 +164,24 @@ class FrameReader:
             self._charged -= first.charge
             self.freed += first.charge
 
+    def bind(self, view: StreamView) -> None:
+        """Says where the ring is."""
+        view.in_, view.capacity = addressof(c_char.from_buffer(self._data)), self._capacity
+
+    def lend(self, view: StreamView) -> None:
+        """Compiled code receives now; nothing may be held."""
+        have = self._filled - self._read
+        offset = self._read % self._capacity
+        if have and offset:
+            self._data[:have] = self._data[offset : offset + have]
+        view.at, view.filled = 0, have
+
+    def take_back(self, view: StreamView) -> None:
+        """Compiled code has received; ``next`` answers what it has left."""
+        self._tail = self._read = view.at
+        self._filled = view.filled
+        self.freed, self.freed_by_peer = view.freed, view.freed_by_peer
+
     def discard(self) -> None:
         """Invalidates all messages and lets go of the memory. Nothing but releases may follow."""
         for message in self._held:
@@ -177,14 +196,19 @@ class FrameReader:
             raise PeerLostError(f"the peer sent a message of {size} bytes that does not fit the window")
 
 
-def _receive_memory(size: int) -> memoryview:
-    """Zeroed pages. Never unmapped by hand: views and tensors keep them alive."""
+def frame_memory(size: int) -> memoryview:
+    """Zeroed pages for frames: what lies behind a header at its beginning is aligned. Never unmapped by hand: views and
+    tensors keep it alive.
+
+    Raises:
+        PeerLostError: there is not enough memory.
+    """
     try:
         available = available_bytes()
-        if size <= available:
-            return memoryview(mmap.mmap(-1, size))
+        if size + _LINE <= available:
+            return memoryview(mmap.mmap(-1, size + _LINE))[_LINE - HEADER.size :][:size]
     except (ConfigError, OSError, ValueError) as error:
-        raise PeerLostError(f"no memory to receive into: {error}") from error
+        raise PeerLostError(f"no memory for messages: {error}") from error
     raise PeerLostError(
-        f"no memory to receive into: {size >> 20} MiB are needed, {available >> 20} MiB of memory are available"
+        f"no memory for messages: {size >> 20} MiB are needed, {available >> 20} MiB of memory are available"
     )

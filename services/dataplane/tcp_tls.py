@@ -16,7 +16,8 @@ import time
 
 from services.core.errors import PeerLostError, PermissionDeniedError
 from services.dataplane.stream import Stream
-from services.dataplane.tcp import TcpConnection, TcpTransport
+from services.dataplane.tcp import TcpTransport
+from services.dataplane.tcp_connection import TcpConnection
 from services.dataplane.tcp_farewell import Farewell
 from services.dataplane.tcp_greeting import REFUSAL, TcpGreeting, TcpGuest
 from services.dataplane.tcp_socket import peer_of

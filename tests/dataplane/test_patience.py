@@ -10,7 +10,7 @@ from ctypes import c_uint64
 import pytest
 
 from kernels.cpu import find_library
-from kernels.cpu.answering import CounterWatch, Watched
+from kernels.cpu.answering import ConnectionWatch, Watched
 from services.dataplane.patience import Patience
 
 LEAST, MOST = 20e-6, 1e-3
@@ -68,12 +68,12 @@ def test_a_core_that_others_want_is_left_to_them() -> None:
 
 
 @pytest.mark.skipif(find_library() is None, reason="the CPU kernels are not built")
-class TestCounterWatch:
+class TestConnectionWatch:
     def test_a_change_ends_it(self) -> None:
         counters = [c_uint64(5), c_uint64(7)]
         read, write = os.pipe()
         try:
-            watch = CounterWatch(counters, read)
+            watch = ConnectionWatch(counters, read)
             assert watch.watch([5, 8], [None, None], LONG_S) is Watched.CHANGED
             changer = threading.Timer(0.05, lambda: setattr(counters[1], "value", 8))
             changer.start()
@@ -90,7 +90,7 @@ class TestCounterWatch:
     def test_a_descriptor_or_the_time_ends_it(self) -> None:
         read, write = os.pipe()
         try:
-            watch = CounterWatch([c_uint64(0)], read)
+            watch = ConnectionWatch([c_uint64(0)], read)
             assert watch.watch([0], [None], 1e-6) in (Watched.TIMEOUT, Watched.CONTENDED)
             os.write(write, b"x")
             assert watch.watch([0], [None], LONG_S) in (Watched.READY, Watched.CONTENDED)

@@ -19,6 +19,7 @@ from services.dataplane import wire
 from services.dataplane.kv_pool import KvPool
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
 from services.dataplane.shm import ShmTransport
+from services.dataplane.tcp import TcpTransport
 from services.dataplane.transport import Accepted, Buffer, Connection, Limits, Lost, Received, Transport
 from services.dataplane.wire import Header, Kind, PlanSegment, Role
 from services.kvdaemon.hosted_traces import HostedTraces
@@ -40,7 +41,7 @@ def key(number: int) -> bytes:
 class Rig:
     """Use as a context manager; ``failure`` is what ended the worker, if anything did. Daemons of one hub meet.
 
-    ``shm``: a directory; the data plane is in shared memory and not the loopback transport.
+    ``scheme``: of the data plane, "shm" or "tcp", in place of the loopback transport.
     """
 
     def __init__(
@@ -50,18 +51,26 @@ class Rig:
         kernels: AttentionKernels | None = None,
         hub: LoopbackHub | None = None,
         name: str = "daemon",
-        shm: Path | None = None,
+        scheme: str = "loopback",
+        directory: Path | None = None,
         traces: HostedTraces | None = None,
     ):
         self.geometry = geometry
         self.pool = KvPool(blocks * geometry.block_bytes)
         self.shared = SharedLedger(Ledger(self.pool.pool_bytes, itertools.count(100).__next__))
         self.hub = hub or LoopbackHub()
-        server = LoopbackTransport(self.hub, name) if shm is None else ShmTransport(shm / name)
+        self._scheme = scheme
+        server: Transport
+        if scheme == "tcp":
+            server = TcpTransport("127.0.0.1:0")
+        elif scheme == "shm":
+            assert directory is not None, "for the socket"
+            server = ShmTransport(directory / name)
+        else:
+            server = LoopbackTransport(self.hub, name)
         self.address = server.listen()
         self.worker = Worker(server, self.shared, PoolView(self.pool, kernels or ReferenceKernels()), traces)
         self.sessions = Sessions(self.shared, self.worker.sessions_ended)
-        self._over_shm = shm is not None
         self.transport = self.another_client("client")
         self.failure: BaseException | None = None
         self._inbox: dict[Connection, list[tuple[Header, bytes]]] = {}
@@ -89,7 +98,9 @@ class Rig:
             self.failure = error
 
     def another_client(self, name: str = "another") -> Transport:
-        return ShmTransport() if self._over_shm else LoopbackTransport(self.hub, name)
+        if self._scheme == "loopback":
+            return LoopbackTransport(self.hub, name)
+        return TcpTransport() if self._scheme == "tcp" else ShmTransport()
 
     # Control plane.
 

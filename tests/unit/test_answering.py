@@ -1,4 +1,4 @@
-"""Queries that compiled code answers from ring to ring: the same answers, and the same distrust."""
+"""Queries that compiled code answers, from rings and streams: the same answers, and the same distrust."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvdaemon_rig import GEOMETRY, Rig, attend, segment
 from ring_scribbler import RingScribbler
+from stream_scribbler import StreamScribbler
 
 import kernels
 from kernels import AttentionPlan, LayerParams
 from kernels.cpu import CpuKernels, find_library
-from kernels.cpu.answering import CounterWatch
+from kernels.cpu.answering import CompiledQueries, ConnectionWatch
 from services.core.blocks import BlockHandle
 from services.dataplane.shm_ring import RingLayout, RingReader, RingWriter
-from services.dataplane.transport import Limits
+from services.dataplane.transport import SMALLEST_CHARGE_BYTES, Limits, Lost, Received
 from services.dataplane.wire import Header, Kind
 
 pytestmark = pytest.mark.skipif(find_library() is None, reason="the CPU kernels are not built")
@@ -36,8 +37,8 @@ class CountingRig(Rig):
 
     by_python = 0
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__(kernels=kernels.load("cpu"), shm=directory)
+    def __init__(self, scheme: str, directory: Path) -> None:
+        super().__init__(kernels=kernels.load("cpu"), scheme=scheme, directory=directory)
         query = self.worker._query
 
         def counted(client: object, header: Header, *args: object) -> None:
@@ -47,9 +48,9 @@ class CountingRig(Rig):
         self.worker._query = counted  # type: ignore[method-assign]
 
 
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[CountingRig]:
-    with CountingRig(tmp_path) as rig:
+@pytest.fixture(params=["shm", "tcp"])
+def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CountingRig]:
+    with CountingRig(request.param, tmp_path) as rig:
         yield rig
 
 
@@ -149,11 +150,8 @@ def test_other_messages_between_the_queries_keep_their_order(rig: CountingRig) -
 # A peer that writes anything anywhere.
 
 
-def compiled_setup(cpu: CpuKernels, pool: torch.Tensor, ended: c_uint64):  # type: ignore[no-untyped-def]
-    """Rings in memory with a margin around them, and queries of two rows over all blocks."""
-    layout = RingLayout(Limits(2 << 10, 8 << 10), 0)
-    memory = mmap.mmap(-1, layout.total_bytes + 4096)
-    reader, writer = RingReader(memory, layout, 0), RingWriter(memory, layout, 1)
+def compiled_queries(cpu: CpuKernels, pool: torch.Tensor, ended: c_uint64) -> CompiledQueries:
+    """Queries of two rows over all blocks."""
 
     def ints(*values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32)
@@ -161,10 +159,7 @@ def compiled_setup(cpu: CpuKernels, pool: torch.Tensor, ended: c_uint64):  # typ
     plan = AttentionPlan(ints(0, 1, 2), ints(90, 90), ints(0, 2, 4), ints(0, 1, 2, 3), ints(0, 8, 0, 8), 1)
     queries = cpu.compiled_queries(pool, plan, 4, torch.float32)
     queries.allow(1, ended, 0)
-    queries.set_connection(layout.limits.max_message_bytes, -1)
-    reader.bind(queries.incoming)
-    writer.bind(queries.outgoing)
-    return layout, memory, reader, writer, queries
+    return queries
 
 
 @cases(150)
@@ -175,7 +170,13 @@ def test_garbage_in_shared_memory_leads_nowhere(seed: int) -> None:
     pool = torch.randn(4, *GEOMETRY.block_shape, generator=torch.Generator().manual_seed(seed))
     before = pool.clone()
     ended = c_uint64(0)
-    layout, memory, reader, writer, queries = compiled_setup(cpu, pool, ended)
+    queries = compiled_queries(cpu, pool, ended)
+    layout = RingLayout(Limits(2 << 10, 8 << 10), 0)
+    memory = mmap.mmap(-1, layout.total_bytes + 4096)  # with a margin
+    reader, writer = RingReader(memory, layout, 0), RingWriter(memory, layout, 1)
+    queries.channel.max_message, queries.channel.fd = layout.limits.max_message_bytes, -1
+    reader.bind(queries.channel.in_)
+    writer.bind(queries.channel.out)
     incoming, outgoing = layout.data_at(0), layout.data_at(1)
     peer = RingScribbler(random.Random(seed), memory, layout, 0, 2 * 4 * GEOMETRY.head_dim * 4)
     header = Header(Kind.QUERY, step=1, rows=2, q_heads=4, head_dim=GEOMETRY.head_dim, scale=0.25)
@@ -184,13 +185,41 @@ def test_garbage_in_shared_memory_leads_nowhere(seed: int) -> None:
             continue
         kept = bytes(memory[:incoming]), bytes(memory[outgoing + layout.capacity :])
         if reader.held == 0:
-            reader.lend(queries.incoming)
-            writer.lend(queries.outgoing)
-            CounterWatch([reader.published], -1).watch([reader.taken], [queries], 1e-6)
-            reader.take_back(queries.incoming)
-            writer.take_back(queries.outgoing)
+            reader.lend(queries.channel.in_)
+            writer.lend(queries.channel.out)
+            ConnectionWatch([reader.published], -1).watch([reader.taken], [queries], 1e-6)
+            reader.take_back(queries.channel.in_)
+            writer.take_back(queries.channel.out)
         page, margin = kept
         changed = {at // 8 for at in range(len(page)) if page[at] != memory[at]}
         assert changed <= {16, 128}, "what it has read, and what it has published"
         assert margin == memory[outgoing + layout.capacity :]
     assert torch.equal(pool, before)
+
+
+@cases(150)
+@given(st.integers(0, 1 << 30))
+def test_garbage_in_a_stream_leads_nowhere(seed: int) -> None:
+    """Frames and headers are anything, and come in pieces: only queries of the plan are answered."""
+    pool = torch.randn(4, *GEOMETRY.block_shape, generator=torch.Generator().manual_seed(seed))
+    before = pool.clone()
+    queries = compiled_queries(CpuKernels(1), pool, c_uint64(0))
+    peer = StreamScribbler(random.Random(seed), Limits(2 << 10, 8 << 10), 2 * 4 * GEOMETRY.head_dim * 4)
+    header = Header(Kind.QUERY, step=1, rows=2, q_heads=4, head_dim=GEOMETRY.head_dim, scale=0.25)
+    peer.connection.answer_with(queries)
+    around, charges, lost = peer.margins(), 0, False
+    for _ in range(30):
+        peer.act(header.pack())
+        answered = queries.answered
+        for event in peer.transport.poll(0):
+            lost = lost or isinstance(event, Lost)
+            if isinstance(event, Received):
+                charges += max(SMALLEST_CHARGE_BYTES, len(event.message.data))
+                event.message.release()
+        if lost:
+            break
+        charges += (queries.answered - answered) * (64 + 2 * 4 * GEOMETRY.head_dim * 4)
+        assert peer.reader.freed == charges
+        assert peer.margins() == around
+    assert torch.equal(pool, before)
+    peer.close()

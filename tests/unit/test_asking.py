@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import random
+import select
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvdaemon_rig import GEOMETRY, LIMITS, Rig, attend, key
 from ring_scribbler import RingScribbler
+from stream_scribbler import StreamScribbler
 from torch import Tensor
 
 from kernels import LayerParams
@@ -27,9 +29,10 @@ from kernels.reference import ReferenceKernels
 from services.core.errors import PeerLostError, TransferTimeoutError
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import PeerShare, RemoteAttention
-from services.dataplane.shm import ShmConnection, ShmTransport
+from services.dataplane.shm import ShmConnection
 from services.dataplane.shm_ring import RingLayout, RingReader, RingWriter
-from services.dataplane.transport import Limits
+from services.dataplane.tcp_connection import TcpConnection
+from services.dataplane.transport import SMALLEST_CHARGE_BYTES, Limits, Lost, Received
 from services.dataplane.wire import Header, Kind, PlanSegment
 
 pytestmark = pytest.mark.skipif(find_library() is None, reason="the CPU kernels are not built")
@@ -38,17 +41,19 @@ HEADS, ROWS = 4, 3
 
 
 class Asked:
-    """Two daemons over shared memory, and what asks them: rows 0 and 2 of the first, rows 0 to 2 of the second."""
+    """Two daemons, and what asks them: rows 0 and 2 of the first, rows 0 to 2 of the second."""
 
-    def __init__(self, directory: Path, stack: ExitStack, limits: Limits = LIMITS, timeout_s: float = 20.0) -> None:
+    def __init__(
+        self, scheme: str, directory: Path, stack: ExitStack, limits: Limits = LIMITS, timeout_s: float = 20.0
+    ) -> None:
         self.rigs = [
-            stack.enter_context(Rig(name=name, kernels=CpuKernels(1), shm=directory))  # one for each thread
-            for name in ("a", "b")
+            stack.enter_context(Rig(name=name, kernels=CpuKernels(1), scheme=scheme, directory=directory))
+            for name in ("a", "b")  # kernels of their own: one for each thread
         ]
         self.sessions = [rig.open() for rig in self.rigs]
         self.blocks = [rig.sealed(session, range(5)) for rig, session in zip(self.rigs, self.sessions, strict=True)]
         self.rows = [torch.tensor([0, 2]), torch.arange(ROWS)]
-        self.peers = PeerSet(ShmTransport(), limits, query_room=0)
+        self.peers = PeerSet(self.rigs[0].another_client(), limits, query_room=0)
         stack.callback(self.peers.close)
         for name, rig, session in zip("ab", self.rigs, self.sessions, strict=True):
             self.peers.connect(name, rig.address, session)
@@ -91,8 +96,8 @@ class Asked:
         deadline = time.monotonic() + 20
         for name in "ab":
             connection = self.peers.get(name).connection
-            assert isinstance(connection, ShmConnection)
-            while not connection.reader.pending():
+            assert isinstance(connection, ShmConnection | TcpConnection)
+            while not has_come(connection):
                 assert time.monotonic() < deadline, "no answer"
                 time.sleep(1e-4)
 
@@ -107,14 +112,26 @@ class Asked:
         return out, lse
 
 
+def has_come(connection: ShmConnection | TcpConnection) -> bool:
+    """Whether there is something to read."""
+    if isinstance(connection, ShmConnection):
+        return connection.reader.pending()
+    return bool(select.select([connection.fd], [], [], 0)[0])
+
+
+@pytest.fixture(params=["shm", "tcp"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
 
 
-def test_hardly_an_answer_passes_through_python(tmp_path: Path, stack: ExitStack) -> None:
-    asked = Asked(tmp_path, stack, SMALL)
+def test_hardly_an_answer_passes_through_python(scheme: str, tmp_path: Path, stack: ExitStack) -> None:
+    asked = Asked(scheme, tmp_path, stack, SMALL)
     for number in range(100):
         asked.step(number, between=asked.until_all_have_come)
     assert asked.by_python <= 2, "the first layer's, while the daemons accept"
@@ -127,17 +144,17 @@ def test_hardly_an_answer_passes_through_python(tmp_path: Path, stack: ExitStack
     assert asked.remote.merge_s > 0
 
 
-def test_both_sides_sleep_and_wake_whatever_the_pauses(tmp_path: Path, stack: ExitStack) -> None:
+def test_both_sides_sleep_and_wake_whatever_the_pauses(scheme: str, tmp_path: Path, stack: ExitStack) -> None:
     """A doorbell that is missed costs a whole deadline."""
-    asked, choose = Asked(tmp_path, stack, SMALL), random.Random(1)
+    asked, choose = Asked(scheme, tmp_path, stack, SMALL), random.Random(1)
     for number in range(200):
         if number % 3 == 0:
             asked.peers.poll(3e-3 * choose.random())
         asked.step(number, between=lambda: time.sleep(3e-3 * choose.random()))
 
 
-def test_other_messages_come_in_between(tmp_path: Path, stack: ExitStack) -> None:
-    asked = Asked(tmp_path, stack)
+def test_other_messages_come_in_between(scheme: str, tmp_path: Path, stack: ExitStack) -> None:
+    asked = Asked(scheme, tmp_path, stack)
     asked.step(0)
     taken = []
     for number in range(1, 5):
@@ -149,8 +166,8 @@ def test_other_messages_come_in_between(tmp_path: Path, stack: ExitStack) -> Non
     assert [sealed.tag for sealed in taken] == [1, 2, 3, 4]
 
 
-def test_a_step_that_was_given_up_leaves_no_answer_behind(tmp_path: Path, stack: ExitStack) -> None:
-    asked = Asked(tmp_path, stack)
+def test_a_step_that_was_given_up_leaves_no_answer_behind(scheme: str, tmp_path: Path, stack: ExitStack) -> None:
+    asked = Asked(scheme, tmp_path, stack)
     asked.step(0)
 
     def give_up() -> None:
@@ -162,8 +179,8 @@ def test_a_step_that_was_given_up_leaves_no_answer_behind(tmp_path: Path, stack:
         asked.step(100 + number)
 
 
-def test_a_daemon_that_ends_the_session_is_a_lost_peer(tmp_path: Path, stack: ExitStack) -> None:
-    asked = Asked(tmp_path, stack)
+def test_a_daemon_that_ends_the_session_is_a_lost_peer(scheme: str, tmp_path: Path, stack: ExitStack) -> None:
+    asked = Asked(scheme, tmp_path, stack)
     asked.step(0)
     asked.rigs[0].sessions.close(asked.sessions[0])
 
@@ -175,8 +192,8 @@ def test_a_daemon_that_ends_the_session_is_a_lost_peer(tmp_path: Path, stack: Ex
         steps()
 
 
-def test_a_daemon_that_does_not_answer_is_given_up(tmp_path: Path, stack: ExitStack) -> None:
-    asked = Asked(tmp_path, stack, timeout_s=0.3)
+def test_a_daemon_that_does_not_answer_is_given_up(scheme: str, tmp_path: Path, stack: ExitStack) -> None:
+    asked = Asked(scheme, tmp_path, stack, timeout_s=0.3)
     asked.step(0)
     with asked.rigs[1].shared, pytest.raises(TransferTimeoutError, match="kvdaemon b"):  # nobody enters the ledger
         asked.step(1)
@@ -194,9 +211,10 @@ def test_garbage_in_shared_memory_leads_nowhere(seed: int) -> None:
     writer, reader = RingWriter(memory, layout, 0), RingReader(memory, layout, 1)
     outgoing, incoming = layout.data_at(0), layout.data_at(1)
     asker = CpuKernels(1).compiled_asker(torch.tensor([0, 2]), 3, 1, torch.float32)
-    asker.set_connection(layout.limits.max_message_bytes, -1)
-    writer.bind(asker.queries)
-    reader.bind(asker.answers)
+    channel = asker.channel
+    channel.max_message, channel.fd = layout.limits.max_message_bytes, -1
+    writer.bind(channel.out)
+    reader.bind(channel.in_)
     peer = RingScribbler(random.Random(seed), memory, layout, 1, 2 * HEADS * 17 * 4)
     q = torch.randn(3, HEADS, 16, generator=torch.Generator().manual_seed(seed))
     margin = torch.full((3, 3, HEADS, 16), 7.0)  # what is merged into lies in its middle
@@ -209,12 +227,12 @@ def test_garbage_in_shared_memory_leads_nowhere(seed: int) -> None:
             continue
         page, behind = bytes(memory[:outgoing]), bytes(memory[outgoing + layout.capacity : incoming])
         theirs = bytes(memory[incoming:])
-        writer.lend(asker.queries)
+        writer.lend(channel.out)
         asker.ask(sequence)
-        writer.take_back(asker.queries)
-        reader.lend(asker.answers)
+        writer.take_back(channel.out)
+        reader.lend(channel.in_)
         ending = asker.take_answer(1e-6)
-        reader.take_back(asker.answers)
+        reader.take_back(channel.in_)
         assert ending in (Watched.TAKEN, Watched.TIMEOUT, Watched.CHANGED, Watched.CONTENDED)
         changed = {at // 8 for at in range(len(page)) if page[at] != memory[at]}
         assert changed <= {0, 128 + 16}, "what it has published, and what it has read"
@@ -224,15 +242,52 @@ def test_garbage_in_shared_memory_leads_nowhere(seed: int) -> None:
     assert (margin[2] == 7).all()
 
 
+@cases(150)
+@given(st.integers(0, 1 << 30))
+def test_garbage_in_a_stream_leads_nowhere(seed: int) -> None:
+    """Frames and answers are anything, and come in pieces: only what has been asked for is merged, and each end counts
+    what it has freed as ever."""
+    limits = Limits(2 << 10, 8 << 10)
+    peer = StreamScribbler(random.Random(seed), limits, 2 * HEADS * 17 * 4)
+    asker = CpuKernels(1).compiled_asker(torch.tensor([0, 2]), 3, 1, torch.float32)
+    q = torch.randn(3, HEADS, 16, generator=torch.Generator().manual_seed(seed))
+    margin = torch.full((3, 3, HEADS, 16), 7.0)  # what is merged into lies in its middle
+    out, lse = margin[1], torch.zeros(3, HEADS)
+    asker.set_query(q, LayerParams(0, 0.25))
+    asker.set_target(out, lse)
+    answer = Header(Kind.PARTIAL, step=1, rows=2, q_heads=HEADS, head_dim=16)
+    peer.connection.ask_with(asker)
+    around, charges, lost = peer.margins(), 0, False
+    for sequence in range(1, 30):
+        if not peer.connection.ask(asker, sequence):
+            break
+        peer.act(replace(answer, sequence=sequence).pack())
+        if peer.connection.take_answer(asker):
+            charges += asker.answer_bytes
+        for event in peer.transport.poll(0):
+            lost = lost or isinstance(event, Lost)
+            if isinstance(event, Received):
+                charges += max(SMALLEST_CHARGE_BYTES, len(event.message.data))
+                event.message.release()
+        if lost:
+            break
+        assert peer.reader.freed == charges
+        assert peer.margins() == around
+    assert (margin[0] == 7).all()
+    assert (margin[2] == 7).all()
+    peer.close()
+
+
 def test_rows_outside_the_batch_are_not_asked_about() -> None:
     layout = RingLayout(LIMITS, 0)
     memory = mmap.mmap(-1, layout.total_bytes)
     writer = RingWriter(memory, layout, 0)
     for rows in ([0, 3], [-1, 0]):
         asker = CpuKernels(1).compiled_asker(torch.tensor(rows), 3, 1, torch.float32)
-        asker.set_connection(LIMITS.max_message_bytes, -1)
-        writer.bind(asker.queries)
-        writer.lend(asker.queries)
+        channel = asker.channel
+        channel.max_message, channel.fd = LIMITS.max_message_bytes, -1
+        writer.bind(channel.out)
+        writer.lend(channel.out)
         asker.set_query(torch.zeros(3, HEADS, 16), LayerParams(0, 0.25))
         assert asker.ask(1) == 0
     with pytest.raises(ValueError, match="contiguous in the last two"):

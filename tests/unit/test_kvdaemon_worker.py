@@ -24,11 +24,11 @@ from services.dataplane.wire import Header, Kind, PlanSegment
 BF16 = replace(GEOMETRY, dtype="bfloat16")
 
 
-@pytest.fixture(params=["loopback", "shm"])
+@pytest.fixture(params=["loopback", "shm", "tcp"])
 def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
-    """Over shared memory with the best kernels, queries are answered in compiled code where that is built."""
-    over_shm = request.param == "shm"
-    with Rig(kernels=kernels.load("cpu") if over_shm else None, shm=tmp_path if over_shm else None) as rig:
+    """Over shared memory and TCP with the best kernels, queries are answered in compiled code where that is built."""
+    best = None if request.param == "loopback" else kernels.load("cpu")
+    with Rig(kernels=best, scheme=request.param, directory=tmp_path) as rig:
         yield rig
 
 

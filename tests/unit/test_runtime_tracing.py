@@ -139,7 +139,8 @@ def test_a_target_that_is_away_costs_spans_and_nothing_else(caplog: pytest.LogCa
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
             _close(tracing.close)
-            assert len([span for span in collector.spans if span.name == "early"]) <= otlp._QUEUED_SPANS
+            most = otlp._QUEUED_SPANS + otlp._BATCH_SPANS  # waiting, and in the exporter's hands
+            assert len([span for span in collector.spans if span.name == "early"]) <= most
             assert {(span.service, span.member) for span in collector.spans} == {("gateway", "g")}
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 

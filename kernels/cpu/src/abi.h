@@ -81,31 +81,47 @@ typedef struct {
     uint64_t capacity, head, tail, at;
 } ring_view;
 
-/* The queries of one plan that compiled code may answer, and what it has done (answering.c). */
+/* One end of a stream of frames (services/dataplane/tcp_frames.py, stream.h). What has been received lies in `in`, from
+ * `at` up to `filled`; `out` has room for one frame, of which `unsent` bytes from `unsent_at` on have not gone out. The
+ * counts are of charges since the connection began. */
+typedef struct {
+    char *in, *out;
+    uint64_t capacity, at, filled;
+    uint64_t freed, reported; /* here; as last told to the peer */
+    uint64_t sent, freed_by_peer, most_outstanding;
+    uint64_t unsent_at, unsent;
+} stream_view;
+
+/* One end of a connection (channel.h): a stream, or two rings and a socket for doorbells. */
 typedef struct {
     ring_view in, out;
+    stream_view stream;
     uint64_t max_message;
+    int32_t fd, is_stream;
+} channel;
+
+/* The queries of one plan that compiled code may answer, and what it has done (answering.c). */
+typedef struct {
+    channel channel;
     kernel_context *kernels;
     attention_call attention; /* what a query brings is filled in for each */
     uint64_t step;
     int64_t layers, layer_stride;
     const uint64_t *ended; /* counts sessions that have ended; another value than before: no more answers */
     uint64_t ended_before;
-    int32_t bell_fd, unused;
     int64_t answered, computed_ns, received_bytes, sent_bytes;
     int64_t answered_at_ns; /* the last one, of the monotonic clock */
 } answering;
 
 /* One daemon's part of a step, and what one layer asks of it (asking.c). */
 typedef struct {
-    ring_view queries, answers;
-    uint64_t max_message;
+    channel channel;
     const kernel_context *kernels;
     const int64_t *rows; /* of the batch, [count]; NULL: all of them */
     int64_t count, batch_rows;
     uint64_t step;
     int32_t q_heads, head_dim, dtype, out_dtype;
-    int32_t bell_fd, layer; /* the fields from here on, and those of the heads, are a layer's */
+    int32_t layer, unused; /* the fields from here on, and those of the heads, are a layer's */
     uint64_t sequence;
     const void *q; /* [batch_rows, q_heads, head_dim] in dtype */
     uint64_t q_stride_bytes;
@@ -117,11 +133,12 @@ typedef struct {
     int64_t query_bytes, answer_bytes;
 } asking;
 
-/* Counters in memory that others write to, what each was when it was read last, and a descriptor. */
+/* Connections to look at: of rings the counters that others write to, and what each was when it was read last; of
+ * streams what is to be answered; and a descriptor. */
 typedef struct {
-    const uint64_t *const *counters;
+    const uint64_t *const *counters; /* NULL: of a stream */
     uint64_t *seen;
-    answering *const *answering; /* of the ring that a counter belongs to, or NULL */
+    answering *const *answering; /* of that connection, or NULL */
     int64_t spin_ns;
     int32_t count, fd;
 } watch_call;
@@ -141,17 +158,17 @@ EXPORT uint32_t kernels_read(kernel_context *context, const read_call *call);
 
 enum watched {
     WATCH_TIMEOUT = 0,
-    WATCH_CHANGED = 1,   /* a counter */
+    WATCH_CHANGED = 1,   /* something has come that is left to the caller */
     WATCH_READY = 2,     /* the descriptor is readable */
     WATCH_CONTENDED = 3, /* somebody else runs on this core, and may be whom we wait for */
     WATCH_TAKEN = 4,     /* the answer, by take_answer */
 };
 
-/* Looks at the counters for up to spin_ns after the last query that it has answered; it offers the core to others now
+/* Looks at the connections for up to spin_ns after the last query that it has answered; it offers the core to others now
  * and then. */
-EXPORT int32_t watch_counters(const watch_call *call);
+EXPORT int32_t watch_connections(const watch_call *call);
 
-/* Sends a layer's query; 0: it does not fit the ring or the batch, and nothing has been sent. */
+/* Sends a layer's query; 0: it does not fit the connection or the batch, and nothing has been sent. */
 EXPORT int32_t ask(asking *asking);
 /* Merges its answer, for which it stays awake for spin_ns. WATCH_CHANGED: something else has come. */
 EXPORT int32_t take_answer(asking *asking);

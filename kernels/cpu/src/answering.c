@@ -1,12 +1,11 @@
-/* Answers the queries of decode steps without Python between them: reads QUERY messages from a ring, computes, and
- * writes PARTIAL messages into the other one. The messages are services/dataplane/wire.py's. Whatever is not a query of
- * the present plan, in every field, is left in the ring for the caller. */
+/* Answers the queries of decode steps without Python between them: receives QUERY messages, computes, and sends PARTIAL
+ * messages. The messages are services/dataplane/wire.py's. Whatever is not a query of the present plan, in every field,
+ * is left to the caller. */
 #include <math.h>
 #include <stddef.h>
-#include <sys/socket.h>
 
 #include "awake.h"
-#include "ring.h"
+#include "channel.h"
 #include "wire.h"
 
 /* For how long at most the caller is away while one query follows the other. */
@@ -22,19 +21,23 @@ static int fits(const answering *a, const wire_header *query, uint64_t size) {
            size == sizeof *query + vectors_bytes(call->rows, call->q_heads, call->pool.head_dim, call->pool.dtype);
 }
 
-/* Answers the next message of the ring. 0: it is left to the caller, or nothing is there. */
-static int answer_one(answering *a) {
+enum outcome { ANSWERED, NOTHING, LEFT };
+
+/* Answers the next message, unless it is LEFT to the caller. */
+static enum outcome answer_one(answering *a) {
     ring_message message;
     wire_header header;
-    if (ring_peek(&a->in, a->max_message, &message) != RING_MESSAGE || message.size < sizeof header) return 0;
+    const enum ring_state state = channel_peek(&a->channel, &message);
+    if (state == RING_EMPTY) return NOTHING;
+    if (state == RING_BROKEN || message.size < sizeof header) return LEFT;
     memcpy(&header, message.data, sizeof header);
-    if (!fits(a, &header, message.size)) return 0;
+    if (!fits(a, &header, message.size)) return LEFT;
     attention_call *call = &a->attention;
     const uint64_t out_bytes = vectors_bytes(call->rows, call->q_heads, call->pool.head_dim, call->out_dtype);
     const uint64_t size = sizeof header + out_bytes + vectors_bytes(call->rows, call->q_heads, 1, FLOAT32);
-    uint64_t end;
-    char *answer = size <= a->max_message ? ring_reserve(&a->out, size, &end) : NULL;
-    if (!answer) return 0;
+    uint64_t end = 0;
+    char *answer = channel_reserve(&a->channel, size, &end);
+    if (!answer) return LEFT;
     call->q = message.data + sizeof header;
     call->out = answer + sizeof header;
     call->lse = (float *)(answer + sizeof header + out_bytes);
@@ -43,11 +46,11 @@ static int answer_one(answering *a) {
     call->scale = header.scale;
     call->softcap = header.softcap;
     const int64_t begun = now_ns();
-    if (kernels_micro_attention(a->kernels, call) != STATUS_OK) return 0;
+    if (kernels_micro_attention(a->kernels, call) != STATUS_OK) return LEFT;
     const int64_t ended = now_ns();
     /* A session that has ended may have had its blocks given away while they were read: look at that after them. */
     __atomic_thread_fence(__ATOMIC_ACQUIRE);
-    if (__atomic_load_n(a->ended, __ATOMIC_RELAXED) != a->ended_before) return 0;
+    if (__atomic_load_n(a->ended, __ATOMIC_RELAXED) != a->ended_before) return LEFT;
     const wire_header reply = {
         .version = WIRE_VERSION,
         .kind = WIRE_PARTIAL,
@@ -60,27 +63,30 @@ static int answer_one(answering *a) {
         .dtype = header.out_dtype,
     };
     memcpy(answer, &reply, sizeof reply);
-    ring_release(&a->in, &message); /* before the answer, which says so */
-    if (ring_publish(&a->out, answer, size, end)) send(a->bell_fd, "!", 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+    channel_release(&a->channel, &message); /* before the answer, which says so */
+    channel_publish(&a->channel, answer, size, end);
     a->answered++;
     a->computed_ns += ended - begun;
     a->answered_at_ns = ended;
     a->received_bytes += (int64_t)message.size;
     a->sent_bytes += (int64_t)size;
-    return 1;
+    return ANSWERED;
 }
 
-int32_t watch_counters(const watch_call *call) {
+int32_t watch_connections(const watch_call *call) {
     awake awake = stay_awake(call->spin_ns);
     const int64_t latest = awake.until + MOST_NS;
     int32_t ending;
     do {
         for (int look = 0; look < LOOKS; look++) {
             for (int32_t i = 0; i < call->count; i++) {
-                if (__atomic_load_n(call->counters[i], __ATOMIC_ACQUIRE) == call->seen[i]) continue;
+                const uint64_t *counter = call->counters[i];
+                if (counter && __atomic_load_n(counter, __ATOMIC_ACQUIRE) == call->seen[i]) continue;
                 answering *answering = call->answering[i];
-                if (!answering || !answer_one(answering)) return WATCH_CHANGED;
-                call->seen[i] = answering->in.at;
+                const enum outcome outcome = answering ? answer_one(answering) : LEFT;
+                if (outcome == NOTHING) continue;
+                if (outcome == LEFT) return WATCH_CHANGED;
+                call->seen[i] = answering->channel.in.at;
                 awake.now = now_ns();
                 awake.until = awake.now + call->spin_ns < latest ? awake.now + call->spin_ns : latest;
             }

@@ -1,9 +1,7 @@
-/* Asks a daemon for attention without Python between the layers: writes a QUERY into a ring, and merges the PARTIAL that
- * comes back in the other one where it lies. Whatever else comes is left in the ring for the caller. */
-#include <sys/socket.h>
-
+/* Asks a daemon for attention without Python between the layers: sends a QUERY, and merges the PARTIAL that comes back
+ * where it lies. Whatever else comes is left to the caller. */
 #include "awake.h"
-#include "ring.h"
+#include "channel.h"
 #include "wire.h"
 
 static uint64_t out_bytes(const asking *a) { return vectors_bytes(a->count, a->q_heads, a->head_dim, a->out_dtype); }
@@ -11,10 +9,10 @@ static uint64_t out_bytes(const asking *a) { return vectors_bytes(a->count, a->q
 int32_t ask(asking *a) {
     const uint64_t row = vectors_bytes(1, a->q_heads, a->head_dim, a->dtype);
     const uint64_t size = sizeof(wire_header) + (uint64_t)a->count * row;
-    uint64_t end;
+    uint64_t end = 0;
     for (int64_t i = 0; a->rows && i < a->count; i++)
         if (a->rows[i] < 0 || a->rows[i] >= a->batch_rows) return 0;
-    char *query = size <= a->max_message ? ring_reserve(&a->queries, size, &end) : NULL;
+    char *query = channel_reserve(&a->channel, size, &end);
     if (!query) return 0;
     const wire_header header = {
         .version = WIRE_VERSION,
@@ -35,7 +33,7 @@ int32_t ask(asking *a) {
     char *to = query + sizeof header;
     for (int64_t i = 0; i < a->count; i++, to += row)
         memcpy(to, (const char *)a->q + (uint64_t)(a->rows ? a->rows[i] : i) * a->q_stride_bytes, row);
-    if (ring_publish(&a->queries, query, size, end)) send(a->bell_fd, "!", 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+    channel_publish(&a->channel, query, size, end);
     a->query_bytes = (int64_t)size;
     return 1;
 }
@@ -63,7 +61,7 @@ static int take(asking *a, const ring_message *message) {
     };
     a->taken_at_ns = now_ns();
     if (kernels_merge_partials(a->kernels, &merge) != STATUS_OK) return 0;
-    ring_release(&a->answers, message);
+    channel_release(&a->channel, message);
     a->merged_ns = now_ns() - a->taken_at_ns;
     a->answer_bytes = (int64_t)size;
     return 1;
@@ -71,7 +69,7 @@ static int take(asking *a, const ring_message *message) {
 
 int32_t take_answer(asking *a) {
     ring_message message;
-    enum ring_state state = ring_peek(&a->answers, a->max_message, &message);
+    enum ring_state state = channel_peek(&a->channel, &message);
     a->late = state == RING_EMPTY;
     if (a->late) {
         awake awake = stay_awake(a->spin_ns);
@@ -79,7 +77,7 @@ int32_t take_answer(asking *a) {
         do {
             for (int look = 0; look < LOOKS && state == RING_EMPTY; look++) {
                 pause_core();
-                state = ring_peek(&a->answers, a->max_message, &message);
+                state = channel_peek(&a->channel, &message);
             }
             if (state == RING_EMPTY && glance(&awake, -1, &ending)) return ending;
         } while (state == RING_EMPTY);
