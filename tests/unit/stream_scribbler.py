@@ -8,8 +8,8 @@ import socket
 
 from services.dataplane.tcp import TcpTransport
 from services.dataplane.tcp_connection import TcpConnection
-from services.dataplane.tcp_frames import HEADER, REPORT, FrameReader, frame, report
-from services.dataplane.transport import Limits
+from services.dataplane.tcp_frames import HEADER, REPORT, FrameReader, charge_of, frame, report
+from services.dataplane.transport import Limits, Lost, Received
 
 
 class StreamScribbler:
@@ -29,6 +29,7 @@ class StreamScribbler:
         self.transport._adopt(self.connection)
         self._choose, self._payload_bytes = choose, payload_bytes
         self._unsent = b""
+        self.lost = False
 
     def act(self, header: bytes) -> None:
         """Sends one of these, or all but its end, which then goes before the next."""
@@ -55,6 +56,21 @@ class StreamScribbler:
         self._unsent = data[end:]
         with contextlib.suppress(OSError):
             self._sock.recv(1 << 20)
+
+    def read_into(self, reader: FrameReader) -> None:
+        """Takes what has been sent to it."""
+        with contextlib.suppress(BlockingIOError):
+            reader.receive(self._sock)
+
+    def receive(self) -> int:
+        """Takes and releases what compiled code has left; answers the charges of it."""
+        charges = 0
+        for event in self.transport.poll(0):
+            self.lost = self.lost or isinstance(event, Lost)
+            if isinstance(event, Received):
+                charges += charge_of(len(event.message.data))
+                event.message.release()
+        return charges
 
     def margins(self) -> bytes:
         """What lies around the memory that frames are received into."""

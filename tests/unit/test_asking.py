@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import random
 import select
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -27,17 +28,27 @@ from kernels.cpu import CpuKernels, find_library
 from kernels.cpu.answering import Watched
 from kernels.reference import ReferenceKernels
 from services.core.errors import PeerLostError, TransferTimeoutError
+from services.dataplane import wire
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import PeerShare, RemoteAttention
 from services.dataplane.shm import ShmConnection
 from services.dataplane.shm_ring import RingLayout, RingReader, RingWriter
 from services.dataplane.tcp_connection import TcpConnection
-from services.dataplane.transport import SMALLEST_CHARGE_BYTES, Limits, Lost, Received
+from services.dataplane.tcp_frames import FrameReader
+from services.dataplane.transport import Limits, Message, ReleaseHook
 from services.dataplane.wire import Header, Kind, PlanSegment
 
 pytestmark = pytest.mark.skipif(find_library() is None, reason="the CPU kernels are not built")
 SMALL = Limits(max_message_bytes=4 << 10, window_bytes=16 << 10)  # its rings wrap every few messages
 HEADS, ROWS = 4, 3
+
+
+class _Ignore(ReleaseHook):
+    def __call__(self, message: Message) -> None:
+        """Who reads by hand frees by hand."""
+
+
+IGNORE = _Ignore()
 
 
 class Asked:
@@ -257,24 +268,45 @@ def test_garbage_in_a_stream_leads_nowhere(seed: int) -> None:
     asker.set_target(out, lse)
     answer = Header(Kind.PARTIAL, step=1, rows=2, q_heads=HEADS, head_dim=16)
     peer.connection.ask_with(asker)
-    around, charges, lost = peer.margins(), 0, False
+    around, charges = peer.margins(), 0
     for sequence in range(1, 30):
         if not peer.connection.ask(asker, sequence):
             break
         peer.act(replace(answer, sequence=sequence).pack())
         if peer.connection.take_answer(asker):
             charges += asker.answer_bytes
-        for event in peer.transport.poll(0):
-            lost = lost or isinstance(event, Lost)
-            if isinstance(event, Received):
-                charges += max(SMALLEST_CHARGE_BYTES, len(event.message.data))
-                event.message.release()
-        if lost:
+        charges += peer.receive()
+        if peer.lost:
             break
         assert peer.reader.freed == charges
         assert peer.margins() == around
     assert (margin[0] == 7).all()
     assert (margin[2] == 7).all()
+    peer.close()
+
+
+def test_what_a_full_socket_does_not_take_follows_later() -> None:
+    limits, rows = Limits(64 << 10, 256 << 10), 200
+    peer = StreamScribbler(random.Random(1), limits, 0)
+    peer.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel's least, about 4 KiB
+    q = torch.randn(rows, HEADS, 16)
+    asker = CpuKernels(1).compiled_asker(None, rows, 1, torch.float32)
+    asker.set_query(q, LayerParams(0, 0.25))
+    peer.connection.ask_with(asker)
+    reader, ours = FrameReader(limits), peer.connection
+    for sequence in range(1, 20):
+        assert ours.ask(asker, sequence) == 64 + q.numel() * 4
+        assert ours.unsent, "it is larger than what the socket holds"
+        assert ours.ask(asker, sequence + 1) == 0, "nothing overtakes it"
+        while (message := reader.next(IGNORE)) is None:
+            peer.read_into(reader)
+            peer.transport.poll(0)
+        header, payload = wire.unpack(message.data)
+        assert (header.kind, header.sequence, header.rows) == (Kind.QUERY, sequence, rows)
+        assert torch.equal(torch.frombuffer(payload, dtype=torch.float32).view(q.shape), q)
+        reader.free(message)
+        while ours.unsent:  # the padding
+            peer.transport.poll(0)
     peer.close()
 
 
