@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sysconfig
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -123,11 +123,17 @@ class StreamView(Structure):
     ]
 
 
+class EmulatedLinkState(Structure):
+    _fields_: ClassVar = [("bytes_per_s", c_double), ("latency_s", c_double), ("free_at", c_double)]
+
+
 class Channel(Structure):
     _fields_: ClassVar = [
         ("in_", RingView),
         ("out", RingView),
         ("stream", StreamView),
+        ("link", c_void_p),
+        ("left_at", c_double),
         ("max_message", c_uint64),
         ("fd", c_int32),
         ("is_stream", c_int32),

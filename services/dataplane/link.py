@@ -9,7 +9,8 @@ bytes' time at the link's bandwidth, and arrives one latency later:
 **The receiving side alone delays**, so that nothing counts twice; both sides must be configured. The sending side only
 writes the time into a prefix of 64 bytes (which keeps messages aligned): the clock is the machine's, the same in all
 its processes. So a message that nobody looked for while it was under way is not late, as on a real link. A message that
-is not due yet lies in the receive window, as it would on the wire.
+is not due yet lies in the receive window, as it would on the wire. Compiled code does the same for the queries that it
+asks and answers (``kernels/cpu/src/channel.h``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ import struct
 import time
 from collections import deque
 from collections.abc import Sequence
+from ctypes import addressof
 
+from kernels.cpu.answering import CompiledQueries
+from kernels.cpu.asking import CompiledAsker
+from kernels.cpu.library import Channel, EmulatedLinkState
 from services.dataplane.link_spec import LinkSpec
 from services.dataplane.transport import (
     SMALLEST_CHARGE_BYTES,
@@ -62,25 +67,53 @@ class EmulatedConnection(Connection):
         self.inner = inner
         self.waiting: deque[tuple[float, Received | Lost]] = deque()  # with the time they are due, ascending
         self._link = link
-        self.free_at = 0.0  # when the last message that has arrived had left the sender
+        self._state = EmulatedLinkState(link.spec.bytes_per_s, link.spec.latency_s, 0.0)
+        self.can_ask, self.can_answer = inner.can_ask, inner.can_answer
+
+    @property
+    def free_at(self) -> float:
+        """When the last message that has arrived had left the sender."""
+        at: float = self._state.free_at
+        return at
 
     def send(self, parts: Sequence[Buffer]) -> None:
         message_bytes(parts, self.limits, self.peer)
         self.inner.send([_STAMP.pack(_MAGIC, time.monotonic()), *parts])
 
+    # What is held back has not been released, and compiled code looks at nothing behind what is held.
+
+    def answer_with(self, queries: CompiledQueries | None) -> None:
+        if queries is not None:
+            self._bind(queries.channel)
+        self.inner.answer_with(queries)
+
+    def ask_with(self, asker: CompiledAsker) -> None:
+        self._bind(asker.channel)
+        self.inner.ask_with(asker)
+
+    def ask(self, asker: CompiledAsker, sequence: int) -> int:
+        return self.inner.ask(asker, sequence)
+
+    def take_answer(self, asker: CompiledAsker) -> bool:
+        return self.inner.take_answer(asker)
+
     def close(self) -> None:
         self.inner.close()
         self._link.forget(self)
 
-    def take(self, event: Received, spec: LinkSpec) -> str:
+    def _bind(self, channel: Channel) -> None:
+        channel.link = addressof(self._state)
+
+    def take(self, event: Received) -> str:
         """Holds a message back until it is due. Answers why it cannot be taken, or nothing."""
         message = event.message
         if len(message.data) < _STAMP.size or message.data[: len(_MAGIC)] != _MAGIC:
             return "the peer emulates no link: configure the same link for all processes"
         sent_at = min(_STAMP.unpack_from(message.data)[1], time.monotonic())
         message.data = message.data[_STAMP.size :]
-        self.free_at = max(sent_at, self.free_at) + len(message.data) / spec.bytes_per_s
-        self.waiting.append((self.free_at + spec.latency_s, Received(self, message)))
+        state = self._state
+        state.free_at = max(sent_at, state.free_at) + len(message.data) / state.bytes_per_s
+        self.waiting.append((state.free_at + state.latency_s, Received(self, message)))
         return ""
 
     def take_end(self, reason: str) -> None:
@@ -95,7 +128,7 @@ class EmulatedLink(Transport):
     def __init__(self, inner: Transport, spec: LinkSpec) -> None:
         self.scheme = inner.scheme
         self._inner = inner
-        self._spec = spec
+        self.spec = spec
         self._connections: dict[Connection, EmulatedConnection] = {}  # by the connection below
         self._woken = False
 
@@ -149,7 +182,7 @@ class EmulatedLink(Transport):
             case Connected(inner):
                 events.append(Connected(self._connections[inner]))
             case Received(inner, message):
-                reason = self._connections[inner].take(event, self._spec)
+                reason = self._connections[inner].take(event)
                 if reason:
                     message.release()
                     inner.close()  # which makes what still waits invalid

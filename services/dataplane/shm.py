@@ -98,6 +98,11 @@ class ShmConnection(SocketConnection):
         """Whether there is anything that compiled code may answer."""
         return self._queries is not None
 
+    @property
+    def delayed(self) -> bool:
+        """Whether compiled code lets messages wait until they are due."""
+        return self._queries is not None and bool(self._queries.channel.link)
+
     def lend_rings(self) -> CompiledQueries | None:
         """What compiled code may answer until ``take_rings_back``."""
         queries = self._queries
@@ -196,6 +201,9 @@ class ShmTransport(SocketTransport[ShmConnection]):
         answering = any(connection.answers for connection in self._awake)
         if answering and self._look(0.0, self._loop.fileno()) is not Watched.CHANGED:
             return  # what has come since then is looked at next time
+        self._read_all(events)
+
+    def _read_all(self, events: list[Event]) -> None:
         broken: list[tuple[ShmConnection, str]] = []
         for connection in self._awake:
             reason = self._read_ring(connection, events)
@@ -213,6 +221,8 @@ class ShmTransport(SocketTransport[ShmConnection]):
                 self._patience.contended()
             if ending is not Watched.CHANGED:
                 self._awake = {connection for connection in self._awake if not connection.reader.fall_asleep()}
+                if any(connection.delayed for connection in self._awake):
+                    self._read_all(events)  # what is not due yet is the link's to wait for
             self._read_rings(events)
 
     def _look(self, awake_s: float, also: int) -> Watched:

@@ -158,11 +158,10 @@ class TcpTransport(SocketTransport[TcpConnection], TcpOwner):
         self._patience.arrived(answered)
         if ending is Watched.CONTENDED:
             self._patience.contended()
-        elif ending is Watched.CHANGED:
-            for connection in connections:
-                reason = connection.take_messages(events)
-                if reason:
-                    self._end(connection, reason, events)
+        for connection in connections:  # also what an emulated link holds back: no socket tells of it
+            reason = connection.take_messages(events)
+            if reason:
+                self._end(connection, reason, events)
         return answered > 0 or len(events) > before
 
     def _admit(self, stream: Stream, greeting: TcpGreeting, events: list[Event]) -> None:

@@ -17,6 +17,8 @@ from kernels.reference import ReferenceKernels
 from services.core.blocks import BlockHandle, PoolGeometry
 from services.dataplane import wire
 from services.dataplane.kv_pool import KvPool
+from services.dataplane.link import EmulatedLink
+from services.dataplane.link_spec import parse_link
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
 from services.dataplane.shm import ShmTransport
 from services.dataplane.tcp import TcpTransport
@@ -32,6 +34,7 @@ GEOMETRY = PoolGeometry(layers=2, kv_heads=2, block_tokens=8, head_dim=16, dtype
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LIMITS = Limits(max_message_bytes=1 << 20, window_bytes=1 << 22)
 DEADLINE_S = 20.0
+WAYS = (("shm", None), ("tcp", None), ("shm", "25gbit,50us"), ("tcp", "25gbit,50us"))  # schemes and links
 
 
 def key(number: int) -> bytes:
@@ -41,7 +44,7 @@ def key(number: int) -> bytes:
 class Rig:
     """Use as a context manager; ``failure`` is what ended the worker, if anything did. Daemons of one hub meet.
 
-    ``scheme``: of the data plane, "shm" or "tcp", in place of the loopback transport.
+    ``scheme``: of the data plane, "shm" or "tcp", in place of the loopback transport; ``link``: emulated over it.
     """
 
     def __init__(
@@ -53,13 +56,14 @@ class Rig:
         name: str = "daemon",
         scheme: str = "loopback",
         directory: Path | None = None,
+        link: str | None = None,
         traces: HostedTraces | None = None,
     ):
         self.geometry = geometry
         self.pool = KvPool(blocks * geometry.block_bytes)
         self.shared = SharedLedger(Ledger(self.pool.pool_bytes, itertools.count(100).__next__))
         self.hub = hub or LoopbackHub()
-        self._scheme = scheme
+        self._scheme, self._link = scheme, link
         server: Transport
         if scheme == "tcp":
             server = TcpTransport("127.0.0.1:0")
@@ -68,6 +72,7 @@ class Rig:
             server = ShmTransport(directory / name)
         else:
             server = LoopbackTransport(self.hub, name)
+        server = self._over_link(server)
         self.address = server.listen()
         self.worker = Worker(server, self.shared, PoolView(self.pool, kernels or ReferenceKernels()), traces)
         self.sessions = Sessions(self.shared, self.worker.sessions_ended)
@@ -100,7 +105,10 @@ class Rig:
     def another_client(self, name: str = "another") -> Transport:
         if self._scheme == "loopback":
             return LoopbackTransport(self.hub, name)
-        return TcpTransport() if self._scheme == "tcp" else ShmTransport()
+        return self._over_link(TcpTransport() if self._scheme == "tcp" else ShmTransport())
+
+    def _over_link(self, transport: Transport) -> Transport:
+        return transport if self._link is None else EmulatedLink(transport, parse_link(self._link))
 
     # Control plane.
 

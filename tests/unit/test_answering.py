@@ -14,7 +14,7 @@ import torch
 from fuzzing import cases
 from hypothesis import given
 from hypothesis import strategies as st
-from kvdaemon_rig import GEOMETRY, Rig, attend, segment
+from kvdaemon_rig import GEOMETRY, WAYS, Rig, attend, segment
 from ring_scribbler import RingScribbler
 from stream_scribbler import StreamScribbler
 
@@ -37,8 +37,8 @@ class CountingRig(Rig):
 
     by_python = 0
 
-    def __init__(self, scheme: str, directory: Path) -> None:
-        super().__init__(kernels=kernels.load("cpu"), scheme=scheme, directory=directory)
+    def __init__(self, scheme: str, link: str | None, directory: Path) -> None:
+        super().__init__(kernels=kernels.load("cpu"), scheme=scheme, link=link, directory=directory)
         query = self.worker._query
 
         def counted(client: object, header: Header, *args: object) -> None:
@@ -48,9 +48,9 @@ class CountingRig(Rig):
         self.worker._query = counted  # type: ignore[method-assign]
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=WAYS, ids=str)
 def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CountingRig]:
-    with CountingRig(request.param, tmp_path) as rig:
+    with CountingRig(*request.param, tmp_path) as rig:
         yield rig
 
 

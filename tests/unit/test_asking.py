@@ -18,7 +18,7 @@ import torch
 from fuzzing import cases
 from hypothesis import given
 from hypothesis import strategies as st
-from kvdaemon_rig import GEOMETRY, LIMITS, Rig, attend, key
+from kvdaemon_rig import GEOMETRY, LIMITS, WAYS, Rig, attend, key
 from ring_scribbler import RingScribbler
 from stream_scribbler import StreamScribbler
 from torch import Tensor
@@ -29,6 +29,7 @@ from kernels.cpu.answering import Watched
 from kernels.reference import ReferenceKernels
 from services.core.errors import PeerLostError, TransferTimeoutError
 from services.dataplane import wire
+from services.dataplane.link import EmulatedConnection
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import PeerShare, RemoteAttention
 from services.dataplane.shm import ShmConnection
@@ -41,6 +42,7 @@ from services.dataplane.wire import Header, Kind, PlanSegment
 pytestmark = pytest.mark.skipif(find_library() is None, reason="the CPU kernels are not built")
 SMALL = Limits(max_message_bytes=4 << 10, window_bytes=16 << 10)  # its rings wrap every few messages
 HEADS, ROWS = 4, 3
+Way = tuple[str, str | None]  # scheme and link
 
 
 class _Ignore(ReleaseHook):
@@ -55,10 +57,11 @@ class Asked:
     """Two daemons, and what asks them: rows 0 and 2 of the first, rows 0 to 2 of the second."""
 
     def __init__(
-        self, scheme: str, directory: Path, stack: ExitStack, limits: Limits = LIMITS, timeout_s: float = 20.0
+        self, way: Way, directory: Path, stack: ExitStack, limits: Limits = LIMITS, timeout_s: float = 20.0
     ) -> None:
+        scheme, link = way
         self.rigs = [
-            stack.enter_context(Rig(name=name, kernels=CpuKernels(1), scheme=scheme, directory=directory))
+            stack.enter_context(Rig(name=name, kernels=CpuKernels(1), scheme=scheme, link=link, directory=directory))
             for name in ("a", "b")  # kernels of their own: one for each thread
         ]
         self.sessions = [rig.open() for rig in self.rigs]
@@ -107,6 +110,8 @@ class Asked:
         deadline = time.monotonic() + 20
         for name in "ab":
             connection = self.peers.get(name).connection
+            if isinstance(connection, EmulatedConnection):
+                connection = connection.inner
             assert isinstance(connection, ShmConnection | TcpConnection)
             while not has_come(connection):
                 assert time.monotonic() < deadline, "no answer"
@@ -130,9 +135,9 @@ def has_come(connection: ShmConnection | TcpConnection) -> bool:
     return bool(select.select([connection.fd], [], [], 0)[0])
 
 
-@pytest.fixture(params=["shm", "tcp"])
-def scheme(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=WAYS, ids=str)
+def way(request: pytest.FixtureRequest) -> Way:
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -141,8 +146,8 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def test_hardly_an_answer_passes_through_python(scheme: str, tmp_path: Path, stack: ExitStack) -> None:
-    asked = Asked(scheme, tmp_path, stack, SMALL)
+def test_hardly_an_answer_passes_through_python(way: Way, tmp_path: Path, stack: ExitStack) -> None:
+    asked = Asked(way, tmp_path, stack, SMALL)
     for number in range(100):
         asked.step(number, between=asked.until_all_have_come)
     assert asked.by_python <= 2, "the first layer's, while the daemons accept"
@@ -155,17 +160,17 @@ def test_hardly_an_answer_passes_through_python(scheme: str, tmp_path: Path, sta
     assert asked.remote.merge_s > 0
 
 
-def test_both_sides_sleep_and_wake_whatever_the_pauses(scheme: str, tmp_path: Path, stack: ExitStack) -> None:
+def test_both_sides_sleep_and_wake_whatever_the_pauses(way: Way, tmp_path: Path, stack: ExitStack) -> None:
     """A doorbell that is missed costs a whole deadline."""
-    asked, choose = Asked(scheme, tmp_path, stack, SMALL), random.Random(1)
+    asked, choose = Asked(way, tmp_path, stack, SMALL), random.Random(1)
     for number in range(200):
         if number % 3 == 0:
             asked.peers.poll(3e-3 * choose.random())
         asked.step(number, between=lambda: time.sleep(3e-3 * choose.random()))
 
 
-def test_other_messages_come_in_between(scheme: str, tmp_path: Path, stack: ExitStack) -> None:
-    asked = Asked(scheme, tmp_path, stack)
+def test_other_messages_come_in_between(way: Way, tmp_path: Path, stack: ExitStack) -> None:
+    asked = Asked(way, tmp_path, stack)
     asked.step(0)
     taken = []
     for number in range(1, 5):
@@ -177,8 +182,8 @@ def test_other_messages_come_in_between(scheme: str, tmp_path: Path, stack: Exit
     assert [sealed.tag for sealed in taken] == [1, 2, 3, 4]
 
 
-def test_a_step_that_was_given_up_leaves_no_answer_behind(scheme: str, tmp_path: Path, stack: ExitStack) -> None:
-    asked = Asked(scheme, tmp_path, stack)
+def test_a_step_that_was_given_up_leaves_no_answer_behind(way: Way, tmp_path: Path, stack: ExitStack) -> None:
+    asked = Asked(way, tmp_path, stack)
     asked.step(0)
 
     def give_up() -> None:
@@ -190,8 +195,8 @@ def test_a_step_that_was_given_up_leaves_no_answer_behind(scheme: str, tmp_path:
         asked.step(100 + number)
 
 
-def test_a_daemon_that_ends_the_session_is_a_lost_peer(scheme: str, tmp_path: Path, stack: ExitStack) -> None:
-    asked = Asked(scheme, tmp_path, stack)
+def test_a_daemon_that_ends_the_session_is_a_lost_peer(way: Way, tmp_path: Path, stack: ExitStack) -> None:
+    asked = Asked(way, tmp_path, stack)
     asked.step(0)
     asked.rigs[0].sessions.close(asked.sessions[0])
 
@@ -203,8 +208,8 @@ def test_a_daemon_that_ends_the_session_is_a_lost_peer(scheme: str, tmp_path: Pa
         steps()
 
 
-def test_a_daemon_that_does_not_answer_is_given_up(scheme: str, tmp_path: Path, stack: ExitStack) -> None:
-    asked = Asked(scheme, tmp_path, stack, timeout_s=0.3)
+def test_a_daemon_that_does_not_answer_is_given_up(way: Way, tmp_path: Path, stack: ExitStack) -> None:
+    asked = Asked(way, tmp_path, stack, timeout_s=0.3)
     asked.step(0)
     with asked.rigs[1].shared, pytest.raises(TransferTimeoutError, match="kvdaemon b"):  # nobody enters the ledger
         asked.step(1)

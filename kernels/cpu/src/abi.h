@@ -92,11 +92,20 @@ typedef struct {
     uint64_t unsent_at, unsent;
 } stream_view;
 
-/* One end of a connection (channel.h): a stream, or two rings and a socket for doorbells. */
+/* An emulated link, as services/dataplane/link.py describes it; times are seconds of the monotonic clock. */
+typedef struct {
+    double bytes_per_s, latency_s;
+    double free_at; /* when the last message that has been taken had left the sender */
+} emulated_link;
+
+/* One end of a connection (channel.h): a stream, or two rings and a socket for doorbells; over an emulated link if there
+ * is one. */
 typedef struct {
     ring_view in, out;
     stream_view stream;
-    uint64_t max_message;
+    emulated_link *link;
+    double left_at; /* the sender: the message that has been peeked at */
+    uint64_t max_message; /* with its stamp, over an emulated link */
     int32_t fd, is_stream;
 } channel;
 

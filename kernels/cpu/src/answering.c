@@ -25,7 +25,7 @@ enum outcome { ANSWERED, NOTHING, LEFT };
 
 /* Answers the next message, unless it is LEFT to the caller. */
 static enum outcome answer_one(answering *a) {
-    ring_message message;
+    ring_message message = {0};
     wire_header header;
     const enum ring_state state = channel_peek(&a->channel, &message);
     if (state == RING_EMPTY) return NOTHING;

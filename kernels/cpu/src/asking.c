@@ -68,7 +68,7 @@ static int take(asking *a, const ring_message *message) {
 }
 
 int32_t take_answer(asking *a) {
-    ring_message message;
+    ring_message message = {0};
     enum ring_state state = channel_peek(&a->channel, &message);
     a->late = state == RING_EMPTY;
     if (a->late) {

@@ -52,8 +52,8 @@ static inline enum ring_state ring_peek(ring_view *ring, uint64_t max_message, r
 }
 
 /* Gives the room of a message back, and that of all before it. */
-static inline void ring_release(ring_view *ring, const ring_message *message) {
-    ring->at = ring->tail = message->end;
+static inline void ring_release(ring_view *ring, uint64_t end) {
+    ring->at = ring->tail = end;
     __atomic_store_n(&ring->counters[RING_TAIL], ring->tail, __ATOMIC_RELEASE);
 }
 

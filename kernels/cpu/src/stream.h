@@ -58,9 +58,9 @@ static inline enum ring_state stream_peek(stream_view *stream, int32_t fd, uint6
     return stream_parse(stream, max_message, message);
 }
 
-static inline void stream_release(stream_view *stream, const ring_message *message) {
-    stream->at = message->end;
-    stream->freed += charge_of(message->size);
+static inline void stream_release(stream_view *stream, uint64_t end, uint64_t size) {
+    stream->at = end;
+    stream->freed += charge_of(size);
 }
 
 /* Room for a message that is to be sent, or NULL: what was sent before has not gone out, or the peer does not keep up. */
