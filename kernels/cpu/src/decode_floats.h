@@ -52,7 +52,7 @@ INLINE void decode_head(
                 dtype, s->scores + r * KEYS + j, r == 0 ? ahead : 0
             );
     hide_and_cap(call, s->scores, rows, keys, key_pos, masked, s->pos);
-    for (int r = 0; r < rows; r++) online_softmax(&states[r], s->scores + r * KEYS, keys);
+    for (int r = 0; r < rows; r++) online_softmax(&states[r], s->scores + r * KEYS, keys, 1.0f);
     const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS, most = (rows + tiles - 1) / tiles;
     for (int r = 0; r < rows; r += most) {
         int n = rows - r < most ? rows - r : most;

@@ -105,7 +105,7 @@ INLINE void decode_head_pairs(
     row_state *states = s->states + (int64_t)head * rows;
     score_run(q, rows, k, count, dim, query_factor(call), s->scores, after_k);
     hide_and_cap(call, s->scores, rows, keys, key_pos, masked, s->pos);
-    for (int r = 0; r < rows; r++) online_softmax(&states[r], s->scores + r * KEYS, keys);
+    for (int r = 0; r < rows; r++) online_softmax(&states[r], s->scores + r * KEYS, keys, 1.0f);
     const int tiles = (rows + MOST_ROWS - 1) / MOST_ROWS, most = (rows + tiles - 1) / tiles;
     for (int r = 0; r < rows; r += most) {
         int n = rows - r < most ? rows - r : most;

@@ -127,13 +127,16 @@ INLINE void attend_tile(const attention_call *call, row_tile *rows, int row, int
     const int keys = (int)round_up(tile->count, WIDTH), dim = rows->padded_dim;
     const int paired = keeps_pairs(&call->pool, dtype);
     score_rows(rows->q + (paired ? row * dim / 2 : row * dim), dim, tile, keys, scores, paired);
-    const vf factor = splat(query_factor(call));
-    for (int i = 0; paired && i < MAX_ROWS * KEYS; i += WIDTH) store(scores + i, load(scores + i) * factor);
+    float factor = paired ? query_factor(call) : 1.0f; /* pairs of queries are kept as they came */
+    if (paired && (call->softcap > 0 || factor <= 0)) { /* cannot be left to the softmax */
+        for (int i = 0; i < MAX_ROWS * KEYS; i += WIDTH) store(scores + i, load(scores + i) * splat(factor));
+        factor = 1.0f;
+    }
     int masked = keys != tile->count || last_key > first_pos ||
                  (call->window > 0 && (int64_t)tile->pos[0] + call->window <= last_pos);
     hide_and_cap(call, scores, MAX_ROWS, keys, tile->pos, masked, pos);
     for (int r = 0; r < MAX_ROWS; r++) {
-        online_softmax(&rows->states[row + r], scores + r * KEYS, keys);
+        online_softmax(&rows->states[row + r], scores + r * KEYS, keys, factor);
         rescale[r] = rows->states[row + r].rescale;
     }
     float *acc = rows->acc + row * dim;

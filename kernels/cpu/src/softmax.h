@@ -83,11 +83,12 @@ INLINE void row_reset(row_state *row) {
     *row = (row_state){.maximum = -INFINITY, .rescale = 1.0f};
 }
 
-/* Replaces a row's scores by weights relative to its new maximum. keys is a multiple of WIDTH. */
-INLINE void online_softmax(row_state *row, float *scores, int keys) {
+/* Replaces a row's scores, times a factor greater than 0, by weights relative to its new maximum. keys is a multiple of
+ * WIDTH. */
+INLINE void online_softmax(row_state *row, float *scores, int keys, float factor) {
     vf largest = load(scores);
     for (int j = WIDTH; j < keys; j += WIDTH) largest = maximum(largest, load(scores + j));
-    float tile_maximum = max_lanes(largest);
+    float tile_maximum = max_lanes(largest) * factor;
     row->rescale = 1.0f;
     if (tile_maximum > row->maximum) {
         row->rescale = exp2_not_positive(splat(row->maximum - tile_maximum))[0];
@@ -97,7 +98,7 @@ INLINE void online_softmax(row_state *row, float *scores, int keys) {
     vf reference = splat(row->maximum == -INFINITY ? 0.0f : row->maximum);
     vf sum = load(row->sum) * splat(row->rescale);
     for (int j = 0; j < keys; j += WIDTH) {
-        vf weight = exp2_not_positive(load(scores + j) - reference);
+        vf weight = exp2_not_positive(load(scores + j) * splat(factor) - reference);
         store(scores + j, weight);
         sum += weight;
     }
