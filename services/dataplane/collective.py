@@ -1,6 +1,6 @@
 """Transport over torch.distributed: between GPUs with NCCL, between CPUs with gloo.
 
-A connection is two groups of two members, one for each direction (``collective_group``), and a tcp connection beside
+A connection is two groups of two members, one for each direction (``collective_meeting``), and a tcp connection beside
 them, by which the peers meet, announce messages, tell what they have freed, and notice each other's end
 (``collective_control``). Threads of their own join groups and wait for transfers (``collective_lane``): the
 owner's thread never waits for a peer. A connection that ends takes its groups with it and nothing else.
@@ -22,8 +22,9 @@ from functools import partial
 from services.core.errors import ConfigError, PeerLostError
 from services.dataplane.collective_connection import CollectiveConnection, CollectiveOwner
 from services.dataplane.collective_control import Terms, control_limits, pack_terms, unpack_terms
-from services.dataplane.collective_group import Meeting, PairBackend, local_host, open_store_server
+from services.dataplane.collective_group import PairBackend
 from services.dataplane.collective_lane import Lane, Lanes
+from services.dataplane.collective_meeting import Meeting
 from services.dataplane.socket_transport import WaitableTransport
 from services.dataplane.tcp import TcpTransport
 from services.dataplane.transport import Accepted, Connected, Connection, Event, Limits, Lost, Message, Received
@@ -85,18 +86,13 @@ class CollectiveTransport(WaitableTransport, CollectiveOwner):
         side = self._side.connect(f"{self._side.scheme}:{place}", hello, control_limits(limits))
         host, port = split_address(place)
         try:
-            own = local_host(host.strip("[]"), port)
-            server = open_store_server(own)
-        except (OSError, RuntimeError) as error:
+            meeting = Meeting.called(host.strip("[]"), port, next(self._generations))
+        except OSError as error:
             side.close()
-            raise PeerLostError(f"cannot open a store to meet {address}: {error}") from error
-        terms = Terms(self._backend.name, limits, next(self._generations), own, server.port)
-        outgoing, incoming = (
-            Meeting(own, server.port, _key(terms, sender), rank=0, server=server) for sender in (0, 1)
-        )
-        connection = CollectiveConnection(self, side, limits, address, outgoing, incoming)
+            raise PeerLostError(f"cannot listen to meet {address}: {error.strerror}") from error
+        connection = CollectiveConnection(self, side, limits, address, meeting)
         self._connections[side] = connection
-        side.send([pack_terms(terms)])
+        side.send([pack_terms(Terms(self._backend.name, limits, meeting.generation, meeting.host, meeting.port))])
         return connection
 
     def poll(self, timeout: float) -> list[Event]:
@@ -177,7 +173,7 @@ class CollectiveTransport(WaitableTransport, CollectiveOwner):
             case Lost(side, reason):
                 self._guests.pop(side, None)
                 if connection is not None:
-                    connection.take_hang_up(reason)
+                    connection.hang_up(reason)
 
     def _admit(self, side: Connection, message: Message) -> None:
         guest = self._guests.pop(side)
@@ -186,11 +182,9 @@ class CollectiveTransport(WaitableTransport, CollectiveOwner):
         except PeerLostError as error:
             self._dismiss(side, str(error))
             return
-        outgoing, incoming = (
-            Meeting(terms.store_host, terms.store_port, _key(terms, sender), rank=1, server=None) for sender in (1, 0)
-        )
+        meeting = Meeting(1, terms.store_host, terms.store_port, terms.generation)
         peer = self.scheme + side.peer.removeprefix(self._side.scheme)
-        connection = CollectiveConnection(self, side, terms.limits, peer, outgoing, incoming)
+        connection = CollectiveConnection(self, side, terms.limits, peer, meeting)
         self._connections[side] = connection
         self.post(Accepted(connection, guest.hello))
 
@@ -213,8 +207,3 @@ class CollectiveTransport(WaitableTransport, CollectiveOwner):
         """Called by a lane's thread."""
         self._advanced.append(connection)
         self._side.wake()
-
-
-def _key(terms: Terms, sender: int) -> str:
-    """The prefix of the group that the member of this rank sends to."""
-    return f"pair/{terms.generation}/{sender}"

@@ -16,8 +16,8 @@ import torch
 
 from services.core.errors import PeerLostError
 from services.dataplane.collective_control import Notice, pack_notice, unpack_notice
-from services.dataplane.collective_group import Meeting
 from services.dataplane.collective_lane import Lane
+from services.dataplane.collective_meeting import Meeting
 from services.dataplane.tcp_frames import charge_of
 from services.dataplane.transport import (
     Buffer,
@@ -77,19 +77,10 @@ class CollectiveConnection(Connection, ReleaseHook):
 
     Args:
         side: the tcp connection.
-        outgoing: where the group meets that this side sends to.
-        incoming: where the group meets that this side receives from.
+        meeting: where its groups are formed.
     """
 
-    def __init__(
-        self,
-        owner: CollectiveOwner,
-        side: Connection,
-        limits: Limits,
-        peer: str,
-        outgoing: Meeting,
-        incoming: Meeting,
-    ) -> None:
+    def __init__(self, owner: CollectiveOwner, side: Connection, limits: Limits, peer: str, meeting: Meeting) -> None:
         self.limits = limits
         self.peer = peer
         self.side = side
@@ -106,8 +97,8 @@ class CollectiveConnection(Connection, ReleaseHook):
         self._reported = 0  # of those, what the peer has been told of
         self._sent = 0  # charges of all messages sent
         self._freed_by_peer = 0  # of those, as last told
-        self._outgoing = owner.new_lane(self, outgoing, is_send=True)
-        self._incoming = owner.new_lane(self, incoming, is_send=False)
+        self._outgoing = owner.new_lane(self, meeting, is_send=True)
+        self._incoming = owner.new_lane(self, meeting, is_send=False)
 
     def send(self, parts: Sequence[Buffer]) -> None:
         size = message_bytes(parts, self.limits, self.peer)
@@ -116,10 +107,11 @@ class CollectiveConnection(Connection, ReleaseHook):
         self._sent += charge_of(size)
         if self._sent - self._freed_by_peer > _MOST_OUTSTANDING * self.limits.window_bytes:
             reason = f"a message of {size} bytes does not fit the peer's window"
+            self._outgoing.finish(FAREWELL_S)
             self._lose(reason)
             raise PeerLostError(reason)
         data = torch.empty(size, dtype=torch.uint8)
-        view, at = memoryview(data.numpy()), 0
+        view, at = _view(data), 0
         for part in parts:
             taken = memoryview(part).cast("B") if memoryview(part).nbytes else _RELEASED
             view[at : at + len(taken)] = taken
@@ -146,6 +138,8 @@ class CollectiveConnection(Connection, ReleaseHook):
 
     def take_notice(self, data: memoryview) -> None:
         """The peer has told something."""
+        if self._hung_up:
+            return
         try:
             notice = unpack_notice(data)
             if not self._freed_by_peer <= notice.freed <= self._sent:
@@ -154,10 +148,12 @@ class CollectiveConnection(Connection, ReleaseHook):
             if notice.length is not None:
                 self._expect(notice.length)
         except PeerLostError as error:
-            self._lose(str(error))
+            self.hang_up(str(error))
 
-    def take_hang_up(self, reason: str) -> None:
-        """The tcp connection has ended: what has been announced may still arrive."""
+    def hang_up(self, reason: str) -> None:
+        """The peer is gone, or has broken its promise: what has been announced before may still arrive."""
+        if self._hung_up:
+            return
         self._hung_up = True
         self._outgoing.abort()
         self._incoming.finish(FAREWELL_S)
@@ -183,6 +179,7 @@ class CollectiveConnection(Connection, ReleaseHook):
 
     def give_up(self) -> None:
         """``ends_at`` is over."""
+        self._outgoing.abort()
         self._lose(self._reason)
 
     def __call__(self, message: Message) -> None:
@@ -205,7 +202,7 @@ class CollectiveConnection(Connection, ReleaseHook):
         if self._held and self._charged + charge > self.limits.window_bytes:
             raise PeerLostError(f"the peer sent a message of {size} bytes that does not fit the window")
         data = torch.empty(size, dtype=torch.uint8)
-        message = CollectiveMessage(memoryview(data.numpy()), self, charge)
+        message = CollectiveMessage(_view(data), self, charge)
         self._held.append(message)
         self._charged += charge
         self._arriving.append(message)
@@ -217,7 +214,6 @@ class CollectiveConnection(Connection, ReleaseHook):
 
     def _lose(self, reason: str) -> None:
         """Ends the connection with an event."""
-        self._outgoing.abort()
         self._end()
         self._owner.post(Lost(self, reason))
 
@@ -227,3 +223,9 @@ class CollectiveConnection(Connection, ReleaseHook):
         self._incoming.abort()
         self.side.close()
         self._owner.forget(self)
+
+
+def _view(data: torch.Tensor) -> memoryview:
+    """The bytes of a tensor [bytes] uint8, which they keep alive."""
+    array: Buffer = data.numpy()  # type: ignore[assignment]  # a buffer, too
+    return memoryview(array)

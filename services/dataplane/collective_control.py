@@ -4,8 +4,8 @@ The connecting side's first message says what the connection can hold and where 
 of the connection is announced here with its length, and then sent through the group. So the receiving side posts a
 receive only for what is on its way, and of the right size.
 
-    terms, little-endian: magic [8], backend [8], max_message_bytes u64, window_bytes u64, generation u64, store port u16,
-                          store host [46]
+    terms, little-endian: magic [8], backend [8], max_message_bytes u64, window_bytes u64, generation u64,
+                          store port u16, store host [46]
     after them: length u64 (REPORT for none), freed u64
 
 ``freed`` counts what the sender of the message has freed of the messages that it has received, each with its charge.

@@ -1,8 +1,4 @@
-"""Groups of torch.distributed with two members, made without a default group: one for each direction of a connection.
-
-Two directions are two groups, because NCCL runs the operations of a group in order: two members that both send first
-would wait for each other for ever. The members meet in a store, under a key that holds the connection's generation, so
-a member that comes late, for a connection that has ended, finds nobody.
+"""Groups of torch.distributed with two members, made without a default group, and transfers in one direction.
 
 Everything here but ``abort`` blocks; it is for a thread of its own.
 """
@@ -11,21 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol, cast
 
 import torch
-from torch.distributed import Backend, PrefixStore, Store, TCPStore, Work
-from torch.distributed.distributed_c10d import ProcessGroupGloo, is_nccl_available
+from torch._C._distributed_c10d import ProcessGroupGloo, Store, Work
+from torch.distributed import is_nccl_available
 
 from services.core.errors import ConfigError
 
 FORM_TIMEOUT_S = 30.0
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 1e-3, 0.05  # between two looks for the other member
 # A transfer waits for a peer that is stopped or busy until the connection is closed; this only bounds a forgotten one.
 _TRANSFER_TIMEOUT = timedelta(hours=1)
 _AT_ONCE = timedelta(milliseconds=1)
@@ -33,23 +27,14 @@ _NCCL_GLANCES = 200  # looks at a transfer before the thread begins to sleep bet
 _NCCL_NAP_S = 50e-6
 
 
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """Where and as whom a member joins a group.
+class TorchGroup(Protocol):
+    """What is used of a process group; torch's stubs do not know all of it."""
 
-    Attributes:
-        store_host: numeric address of the store's server.
-        store_port: its port.
-        key: the group's prefix in the store.
-        rank: 0 for the side that has connected, 1 for the one that has accepted.
-        server: keeps the store's server alive where it is this process's; else None.
-    """
+    def send(self, tensors: list[torch.Tensor], rank: int, tag: int, /) -> Work: ...
 
-    store_host: str
-    store_port: int
-    key: str
-    rank: int
-    server: TCPStore | None
+    def recv(self, tensors: list[torch.Tensor], rank: int, tag: int, /) -> Work: ...
+
+    def abort(self) -> None: ...
 
 
 class PairGroup(ABC):
@@ -82,12 +67,15 @@ class PairBackend(ABC):
     name: str
 
     @abstractmethod
-    def join(self, meeting: Meeting, aborted: threading.Event) -> PairGroup:
-        """Waits for the other member until that is aborted.
+    def join(self, store: Store, rank: int, host: str) -> PairGroup:
+        """Joins the group of two that meets in this store. The other member is about to do the same.
+
+        Args:
+            rank: 0 or 1.
+            host: numeric address of this machine on the way to the other member.
 
         Raises:
-            RuntimeError: it did not come, or the store is gone.
-            OSError: there is no way to it.
+            RuntimeError: the other member did not come, or the store is gone.
         """
 
 
@@ -96,21 +84,20 @@ class GlooBackend(PairBackend):
 
     name = "gloo"
 
-    def join(self, meeting: Meeting, aborted: threading.Event) -> PairGroup:
-        store = _meet(meeting, aborted)
+    def join(self, store: Store, rank: int, host: str) -> PairGroup:
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # the stubs know it by another name
         options._timeout = timedelta(seconds=FORM_TIMEOUT_S)
         # On the interface that leads to the peer, and on no other.
-        options._devices = [ProcessGroupGloo.create_device(hostname=local_host(meeting.store_host, meeting.store_port))]
+        options._devices = [ProcessGroupGloo.create_device(hostname=host)]
         options._threads = 1  # for collectives, which there are none of
-        group = ProcessGroupGloo(store, meeting.rank, 2, options)
-        return GlooGroup(group, 1 - meeting.rank)
+        group = ProcessGroupGloo(store, rank, 2, options)
+        return GlooGroup(cast(TorchGroup, group), 1 - rank)
 
 
 class GlooGroup(PairGroup):
     """Gloo closes a pair when a wait for one of its transfers times out; this is how one is aborted."""
 
-    def __init__(self, group: Backend, peer: int) -> None:
+    def __init__(self, group: TorchGroup, peer: int) -> None:
         self._group = group
         self._peer = peer
         self._lock = threading.Lock()
@@ -165,20 +152,19 @@ class NcclBackend(PairBackend):
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "2"
         os.environ["TORCH_NCCL_ENABLE_MONITORING"] = "0"
 
-    def join(self, meeting: Meeting, aborted: threading.Event) -> PairGroup:
-        from torch.distributed.distributed_c10d import ProcessGroupNCCL  # a torch for CPUs has none
+    def join(self, store: Store, rank: int, host: str) -> PairGroup:
+        from torch._C._distributed_c10d import ProcessGroupNCCL  # a torch for CPUs has none
 
-        store = _meet(meeting, aborted)
         options = ProcessGroupNCCL.Options()
         options._timeout = _TRANSFER_TIMEOUT
-        group = ProcessGroupNCCL(store, meeting.rank, 2, options)
-        return NcclGroup(group, 1 - meeting.rank, self._device)
+        group = ProcessGroupNCCL(store, rank, 2, options)
+        return NcclGroup(cast(TorchGroup, group), 1 - rank, self._device)
 
 
 class NcclGroup(PairGroup):
     """The first transfer makes the communicator."""
 
-    def __init__(self, group: Backend, peer: int, device: torch.device) -> None:
+    def __init__(self, group: TorchGroup, peer: int, device: torch.device) -> None:
         self._group = group
         self._peer = peer
         self._device = device
@@ -209,57 +195,3 @@ class NcclGroup(PairGroup):
             if glances > _NCCL_GLANCES:
                 time.sleep(_NCCL_NAP_S)
         work.wait()  # raises what has gone wrong
-
-
-def open_store_server(host: str) -> TCPStore:
-    """A store that others reach at ``host``, and at no other address of this machine.
-
-    Raises:
-        OSError: nothing can listen there.
-        RuntimeError: the server did not start.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.bind((host, 0))
-        listener.listen()
-        port = listener.getsockname()[1]
-        return TCPStore(
-            host,
-            port,
-            is_master=True,
-            timeout=timedelta(seconds=FORM_TIMEOUT_S),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-
-
-def local_host(host: str, port: int) -> str:
-    """Numeric address of this machine on the way to a peer's.
-
-    Raises:
-        OSError: there is no way to it.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # nothing is sent
-        probe.connect((host, port))
-        own: str = probe.getsockname()[0]
-        return own
-
-
-def _meet(meeting: Meeting, aborted: threading.Event) -> Store:
-    """The group's part of the store, once both members are there: until then nothing waits that cannot be aborted."""
-    server = TCPStore(
-        meeting.store_host,
-        meeting.store_port,
-        is_master=False,
-        timeout=timedelta(seconds=FORM_TIMEOUT_S),
-        wait_for_workers=False,
-    )
-    store = PrefixStore(meeting.key, server)
-    store.set(f"member{meeting.rank}", "here")
-    pause_s = _FIRST_PAUSE_S
-    while not store.check([f"member{1 - meeting.rank}"]):
-        if aborted.wait(pause_s):
-            raise RuntimeError("the group has been aborted")
-        pause_s = min(2 * pause_s, _LAST_PAUSE_S)
-    return store

@@ -15,7 +15,8 @@ from queue import SimpleQueue
 
 import torch
 
-from services.dataplane.collective_group import Meeting, PairBackend, PairGroup
+from services.dataplane.collective_group import PairBackend, PairGroup
+from services.dataplane.collective_meeting import Meeting
 
 _JOIN_S = 1.0
 
@@ -32,12 +33,13 @@ class Lane:
         self._backend = backend
         self._meeting = meeting
         self._is_send = is_send
+        self._sender = meeting.rank if is_send else 1 - meeting.rank
         self._progress = progress
         self._queue: SimpleQueue[torch.Tensor | None] = SimpleQueue()
         self._group: PairGroup | None = None
         self._aborted = threading.Event()
         self._deadline: threading.Timer | None = None
-        self.thread = threading.Thread(target=self._run, name=f"lane {meeting.key}", daemon=True)
+        self.thread = threading.Thread(target=self._run, name=f"lane {meeting.generation}", daemon=True)
 
     def start(self) -> None:
         self.thread.start()
@@ -48,6 +50,10 @@ class Lane:
 
     def finish(self, within_s: float) -> None:
         """What has been posted is transferred yet, if that takes no longer; nothing more is posted."""
+        if self._is_send:
+            # Closing a socket may discard what it has not delivered. Nobody receives this byte, but the other member
+            # leaves the group, which ends its transfer, when it has received what came before.
+            self._queue.put(torch.zeros(1, dtype=torch.uint8))
         self._queue.put(None)
         if self.thread.is_alive() and self._deadline is None:
             self._deadline = threading.Timer(within_s, self.abort)
@@ -64,7 +70,7 @@ class Lane:
 
     def _run(self) -> None:
         try:
-            self._group = self._backend.join(self._meeting, self._aborted)
+            self._group = self._meeting.group(self._sender, self._backend, self._aborted)
             while not self._aborted.is_set() and (data := self._queue.get()) is not None:
                 if data.numel():
                     self._transfer(self._group, data)
