@@ -43,17 +43,15 @@ class _Guest:
 
 
 class CollectiveTransport(WaitableTransport, CollectiveOwner):
-    """Data plane over torch.distributed; addresses are ``nccl:HOST:PORT`` with a numeric host.
+    """Data plane over torch.distributed; addresses are ``nccl:HOST:PORT`` or ``gloo:HOST:PORT`` with a numeric host.
 
     Args:
-        backend: makes the groups; all peers use the same one.
+        backend: makes the groups, and is the scheme; all peers use the same one.
         listen_at: host:port where ``listen`` listens, port 0 for any; None for a process that only connects.
         advertise: the host that ``listen`` answers, where it is another than that of ``listen_at``.
         allow_insecure: whether ``listen_at`` may be reachable from other hosts.
         peer_timeout_s: silence of a peer's host after which a connection ends.
     """
-
-    scheme = "nccl"
 
     def __init__(
         self,
@@ -63,6 +61,7 @@ class CollectiveTransport(WaitableTransport, CollectiveOwner):
         allow_insecure: bool = False,
         peer_timeout_s: float = 10.0,
     ) -> None:
+        self.scheme = backend.name
         self._backend = backend
         self._side = TcpTransport(listen_at, advertise, allow_insecure, peer_timeout_s)
         self._guests: dict[Connection, _Guest] = {}  # by their tcp connection
@@ -82,7 +81,10 @@ class CollectiveTransport(WaitableTransport, CollectiveOwner):
     def connect(self, address: str, hello: bytes, limits: Limits) -> Connection:
         scheme, _, place = address.partition(":")
         if scheme != self.scheme or not place:
-            raise ConfigError(f"{address!r} is no address of the nccl transport, which look like nccl:127.0.0.1:7000")
+            raise ConfigError(
+                f"{address!r} is no address of the {self.scheme} transport, "
+                f"which look like {self.scheme}:127.0.0.1:7000"
+            )
         side = self._side.connect(f"{self._side.scheme}:{place}", hello, control_limits(limits))
         host, port = split_address(place)
         try:
@@ -92,7 +94,7 @@ class CollectiveTransport(WaitableTransport, CollectiveOwner):
             raise PeerLostError(f"cannot listen to meet {address}: {error.strerror}") from error
         connection = CollectiveConnection(self, side, limits, address, meeting)
         self._connections[side] = connection
-        side.send([pack_terms(Terms(self._backend.name, limits, meeting.generation, meeting.host, meeting.port))])
+        side.send([pack_terms(Terms(self._backend.name, limits, meeting.generation, meeting.port))])
         return connection
 
     def poll(self, timeout: float) -> list[Event]:
@@ -182,9 +184,9 @@ class CollectiveTransport(WaitableTransport, CollectiveOwner):
         except PeerLostError as error:
             self._dismiss(side, str(error))
             return
-        meeting = Meeting(1, terms.store_host, terms.store_port, terms.generation)
-        peer = self.scheme + side.peer.removeprefix(self._side.scheme)
-        connection = CollectiveConnection(self, side, terms.limits, peer, meeting)
+        place = side.peer.removeprefix(self._side.scheme)
+        meeting = Meeting(1, place[1:].rpartition(":")[0], terms.store_port, terms.generation)
+        connection = CollectiveConnection(self, side, terms.limits, self.scheme + place, meeting)
         self._connections[side] = connection
         self.post(Accepted(connection, guest.hello))
 

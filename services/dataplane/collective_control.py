@@ -4,9 +4,8 @@ The connecting side's first message says what the connection can hold and where 
 of the connection is announced here with its length, and then sent through the group. So the receiving side posts a
 receive only for what is on its way, and of the right size.
 
-    terms, little-endian: magic [8], backend [8], max_message_bytes u64, window_bytes u64, generation u64,
-                          store port u16, store host [46]
-    after them: length u64 (REPORT for none), freed u64
+    terms: magic [8], backend [8], max_message_bytes u64, window_bytes u64, generation u64, store port u16
+    after them: length u64 (REPORT for none), freed u64; all little-endian
 
 ``freed`` counts what the sender of the message has freed of the messages that it has received, each with its charge.
 """
@@ -20,10 +19,10 @@ from services.core.errors import ConfigError, PeerLostError
 from services.dataplane.transport import SMALLEST_CHARGE_BYTES, Limits
 
 _MAGIC = b"IFLLMNC1"
-_TERMS = struct.Struct("<8s8sQQQH46s")
+_TERMS = struct.Struct("<8s8sQQQH")
 _NOTICE = struct.Struct("<QQ")
 REPORT = (1 << 64) - 1
-_SPARE = 64  # messages that announce nothing
+_SPARE = 64  # messages that announce nothing; a report follows from a part of a window, so there are few
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +33,12 @@ class Terms:
         backend: name of the backend of torch.distributed.
         limits: of both directions.
         generation: tells the connections of a store apart; none is used twice.
-        store_host: numeric address of the store.
-        store_port: its port.
+        store_port: of the store, at the address that the connection comes from.
     """
 
     backend: str
     limits: Limits
     generation: int
-    store_host: str
     store_port: int
 
 
@@ -55,7 +52,7 @@ class Notice:
 
 def control_limits(limits: Limits) -> Limits:
     """The limits of the tcp connection: as many announcements as the window has messages, and reports besides."""
-    messages = 2 * -(-limits.window_bytes // SMALLEST_CHARGE_BYTES) + _SPARE
+    messages = -(-limits.window_bytes // SMALLEST_CHARGE_BYTES) + _SPARE
     return Limits(_TERMS.size, messages * SMALLEST_CHARGE_BYTES)
 
 
@@ -67,7 +64,6 @@ def pack_terms(terms: Terms) -> bytes:
         terms.limits.window_bytes,
         terms.generation,
         terms.store_port,
-        terms.store_host.encode(),
     )
 
 
@@ -79,7 +75,7 @@ def unpack_terms(data: memoryview, backend: str) -> Terms:
     """
     if len(data) != _TERMS.size:
         raise PeerLostError("a guest sent something else than the terms of a connection")
-    magic, name, max_message_bytes, window_bytes, generation, port, host = _TERMS.unpack(data)
+    magic, name, max_message_bytes, window_bytes, generation, port = _TERMS.unpack(data)
     if magic != _MAGIC:
         raise PeerLostError("a guest sent something else than the terms of a connection of this protocol's version")
     theirs = name.rstrip(b"\0").decode("ascii", "replace")
@@ -89,7 +85,7 @@ def unpack_terms(data: memoryview, backend: str) -> Terms:
         limits = Limits(max_message_bytes, window_bytes)
     except ConfigError as error:
         raise PeerLostError(f"a guest asks for impossible limits: {error}") from error
-    return Terms(theirs, limits, generation, host.rstrip(b"\0").decode("ascii", "replace"), port)
+    return Terms(theirs, limits, generation, port)
 
 
 def pack_notice(notice: Notice) -> bytes:

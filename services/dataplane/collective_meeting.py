@@ -26,14 +26,14 @@ class Meeting:
 
     Args:
         rank: 0 for the side that has connected and keeps the store, 1 for the one that has accepted.
-        host: numeric address of the store.
+        host: numeric address of the store; one of IPv4 may be written as one of IPv6.
         port: its port.
         listener: what the store is to listen on, if it is kept here.
     """
 
     def __init__(self, rank: int, host: str, port: int, generation: int, listener: socket.socket | None = None) -> None:
         self.rank = rank
-        self.host = host
+        self.host = host.removeprefix("::ffff:") if "." in host else host
         self.port = port
         self.generation = generation
         self._listener = listener

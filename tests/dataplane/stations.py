@@ -88,10 +88,10 @@ class CollectiveBackend:
         return CollectiveTransport(GlooBackend(), "127.0.0.1:0")
 
     def nowhere(self):
-        return self.nobody.nowhere().replace("tcp:", "nccl:")
+        return self.nobody.nowhere().replace("tcp:", "gloo:")
 
     def listen_at(self, name):
-        return "nccl:127.0.0.1:0"
+        return "gloo:127.0.0.1:0"
 
 
 class CompositeBackend:

@@ -1,6 +1,6 @@
 """A process at the other end of a connection: ``transport_peer.py LISTEN_AT MODE [PEER_TIMEOUT_S]``.
 
-LISTEN_AT is ``shm:/path/of/socket``, ``tcp:HOST:PORT``, ``nccl:HOST:PORT`` for torch.distributed with gloo, or
+LISTEN_AT is ``shm:/path/of/socket``, ``tcp:HOST:PORT``, ``gloo:HOST:PORT`` for torch.distributed with gloo, or
 ``tls:/directory/of/its/identity`` for tcp with TLS, at a free port of this host.
 
 It prints its address once it listens. ``echo`` sends every message back; ``flood`` sends to everyone who connects until
@@ -28,7 +28,7 @@ def main(listen_at, mode, peer_timeout_s="10"):
     elif scheme == "tls":
         identity = (Path(place) / name for name in ("ca.crt", "tls.crt", "tls.key"))
         transport = TlsTcpTransport(MutualTls(*identity), "127.0.0.1:0", peer_timeout_s=float(peer_timeout_s))
-    elif scheme == "nccl":
+    elif scheme == "gloo":
         transport = CollectiveTransport(GlooBackend(), place, peer_timeout_s=float(peer_timeout_s))
     else:
         transport = TcpTransport(place, allow_insecure=True, peer_timeout_s=float(peer_timeout_s))
