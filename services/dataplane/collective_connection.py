@@ -201,7 +201,10 @@ class CollectiveConnection(Connection, ReleaseHook):
         charge = charge_of(size)
         if self._held and self._charged + charge > self.limits.window_bytes:
             raise PeerLostError(f"the peer sent a message of {size} bytes that does not fit the window")
-        data = torch.empty(size, dtype=torch.uint8)
+        try:
+            data = torch.empty(size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise PeerLostError(f"no memory for a message of {size} bytes") from error
         message = CollectiveMessage(_view(data), self, charge)
         self._held.append(message)
         self._charged += charge

@@ -94,6 +94,15 @@ def test_impossible_notices_end_the_connection(gloo_net, stranger, notice, reaso
         server.events[0].connection.send([b"x"])
 
 
+def test_a_message_that_memory_does_not_hold_ends_the_connection(gloo_net, stranger):
+    server, _, connect = stranger
+    side = connect()
+    side.send([pack_terms(Terms("gloo", Limits(1 << 60, 1 << 60), 1, 1))])
+    side.send([pack_notice(Notice(1 << 60, 0))])
+    gloo_net.pump(lambda: server.of(Lost))
+    assert "no memory" in server.of(Lost)[0].reason
+
+
 def test_a_message_announced_and_never_sent_ends_with_its_sender(gloo_net, stranger):
     """A peer that nobody can meet holds up nobody: not the messages of others, and not its own end."""
     server, transport, connect = stranger
