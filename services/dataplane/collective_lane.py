@@ -7,7 +7,6 @@ go on without an answer: a lane whose peer is stopped waits alone, until it is a
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -30,16 +29,15 @@ class Lane:
     def __init__(self, backend: PairBackend, meeting: Meeting, is_send: bool, progress: Callable[[], None]) -> None:
         self.transferred = 0  # messages, since the lane began
         self.failure = ""  # why there will be no more
-        self._backend = backend
-        self._meeting = meeting
         self._is_send = is_send
-        self._sender = meeting.rank if is_send else 1 - meeting.rank
         self._progress = progress
         self._queue: SimpleQueue[torch.Tensor | None] = SimpleQueue()
         self._group: PairGroup | None = None
         self._aborted = threading.Event()
         self._deadline: threading.Timer | None = None
-        self.thread = threading.Thread(target=self._run, name=f"lane {meeting.generation}", daemon=True)
+        self.thread = threading.Thread(
+            target=self._run, args=(backend, meeting), name=f"lane {meeting.generation}", daemon=True
+        )
 
     def start(self) -> None:
         self.thread.start()
@@ -68,9 +66,10 @@ class Lane:
         if group is not None:
             group.abort()
 
-    def _run(self) -> None:
+    def _run(self, backend: PairBackend, meeting: Meeting) -> None:
         try:
-            self._group = self._meeting.group(self._sender, self._backend, self._aborted)
+            sender = meeting.rank if self._is_send else 1 - meeting.rank
+            self._group = meeting.group(sender, backend, self._aborted)
             while not self._aborted.is_set() and (data := self._queue.get()) is not None:
                 if data.numel():
                     self._transfer(self._group, data)
@@ -107,5 +106,4 @@ class Lanes:
         for lane in running:
             lane.abort()
         for lane in running:
-            with contextlib.suppress(RuntimeError):
-                lane.thread.join(_JOIN_S)
+            lane.thread.join(_JOIN_S)

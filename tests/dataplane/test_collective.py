@@ -180,6 +180,18 @@ def test_a_transport_that_is_closed_leaves_no_threads(gloo_net):
     assert not any(thread.is_alive() for thread in begun)
 
 
+def test_a_peer_that_takes_nothing_keeps_no_thread(gloo_net):
+    """A transfer that nobody receives is aborted some time after the connection has been closed."""
+    client, server = gloo_net.station("client"), gloo_net.station("server")
+    near, _ = gloo_net.link(client, server)
+    gloo_net.pump(lambda: near._outgoing._group and near._incoming._group)
+    near.send([b"never received"])
+    near.close()
+    for lane in (near._outgoing, near._incoming):
+        lane.thread.join(DEADLINE_S)
+        assert not lane.thread.is_alive()
+
+
 def test_together_with_another_transport(directory):
     net = Net(CompositeBackend(CollectiveBackend(directory), TcpBackend(directory)))
     try:
