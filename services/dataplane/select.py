@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from services.core.errors import ConfigError
+from services.dataplane.collective import CollectiveTransport
+from services.dataplane.collective_group import GlooBackend, NcclBackend, PairBackend
 from services.dataplane.composite import CompositeTransport
 from services.dataplane.link import EmulatedLink
 from services.dataplane.link_spec import parse_link
@@ -16,7 +21,7 @@ from services.dataplane.tcp_tls import TlsTcpTransport
 from services.dataplane.transport import Transport
 from services.runtime.tls import MutualTls
 
-Scheme = Literal["shm", "tcp"]
+Scheme = Literal["shm", "tcp", "gloo", "nccl"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,7 @@ class ListenOptions:
 
     Attributes:
         shm_socket: path of the shm transport's Unix socket.
-        tcp_address: host:port of the tcp transport; port 0 takes a free one.
+        tcp_address: host:port of the transports between hosts; port 0 takes a free one, and is needed for several.
         tcp_advertise: host that peers are told, where it is another than that of ``tcp_address``.
         allow_insecure: whether ``tcp_address`` may be reachable from other hosts without TLS.
         tls: the own identity on the tcp transport; None: it is in plain text.
@@ -54,11 +59,13 @@ def connecting_transport(scheme: Scheme, link: str | None, tls: MutualTls | None
         tls: the own identity on the tcp transport; None: it is in plain text.
 
     Raises:
-        ConfigError: a file of ``tls`` is of no use.
+        ConfigError: a file of ``tls`` is of no use, or the transport has no TLS, or no GPU.
     """
     transport: Transport
     if scheme == "shm":
         transport = ShmTransport()
+    elif scheme != "tcp":
+        transport = CollectiveTransport(_pair_backend(scheme, tls))
     elif tls is None:
         transport = TcpTransport()
     else:
@@ -70,7 +77,8 @@ def listening_transport(schemes: tuple[Scheme, ...], options: ListenOptions, lin
     """Listens on one data plane for each scheme.
 
     Raises:
-        ConfigError: an address is impossible or taken, or a file of the identity is of no use.
+        ConfigError: an address is impossible or taken, or a file of the identity is of no use, or a transport has no
+            TLS, or no GPU.
     """
     transports = [_listening(scheme, options) for scheme in schemes]
     addresses = tuple(transport.listen() for transport in transports)
@@ -81,9 +89,18 @@ def listening_transport(schemes: tuple[Scheme, ...], options: ListenOptions, lin
 def _listening(scheme: Scheme, options: ListenOptions) -> WaitableTransport:
     if scheme == "shm":
         return ShmTransport(options.shm_socket)
+    if scheme != "tcp":
+        backend = _pair_backend(scheme, options.tls)
+        return CollectiveTransport(backend, options.tcp_address, options.tcp_advertise, options.allow_insecure)
     if options.tls is not None:
         return TlsTcpTransport(options.tls, options.tcp_address, options.tcp_advertise)
     return TcpTransport(options.tcp_address, options.tcp_advertise, options.allow_insecure)
+
+
+def _pair_backend(scheme: Literal["gloo", "nccl"], tls: MutualTls | None) -> PairBackend:
+    if tls is not None:
+        raise ConfigError(f"the {scheme} data plane has no TLS: use tcp, or take the identity (tls) away")
+    return GlooBackend() if scheme == "gloo" else NcclBackend(torch.device("cuda"))
 
 
 def _over_link(transport: Transport, link: str | None) -> Transport:

@@ -24,8 +24,8 @@ class KvDaemonConfig:
         socket_dir: directory of the Unix sockets for local instances; the path must be short.
         listen: control address; port 0 takes a free one.
         transports: data planes to listen on.
-        dataplane_listen: address of the tcp data plane; port 0 takes a free one.
-        dataplane_advertise: numeric host that peers of the tcp data plane are told, where it is another than that of
+        dataplane_listen: address of the data planes but shm; port 0 takes a free one for each.
+        dataplane_advertise: numeric host that peers of these data planes are told, where it is another than that of
             ``dataplane_listen``.
         health_listen: host:port for Kubernetes' probes.
         metrics_listen: host:port that serves /metrics over HTTP; port 0 takes a free one.

@@ -96,7 +96,10 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="of weights and KV cache (default %(default)s)",
     )
     command.add_argument(
-        "--transport", choices=("shm", "tcp"), default=default.transport, help="data plane (default %(default)s)"
+        "--transport",
+        choices=("shm", "tcp", "gloo", "nccl"),
+        default=default.transport,
+        help="data plane (default %(default)s)",
     )
     command.add_argument(
         "--link",

@@ -1,4 +1,4 @@
-"""The whole system over TCP, and over an emulated link."""
+"""The whole system over TCP and over torch.distributed, both over an emulated link."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ LATENCY_S = 2e-3
 LAYERS, TOKENS = 4, 24
 
 
-def test_kv_over_three_daemons_by_tcp(
-    random_llama: Path, greedy_reference: Callable[[list[int], int], tuple[list[int], list[float]]], tmp_path: Path
+@pytest.mark.parametrize("transport", ["tcp", "gloo"])
+def test_kv_over_three_daemons(
+    transport: str,
+    random_llama: Path,
+    greedy_reference: Callable[[list[int], int], tuple[list[int], list[float]]],
+    tmp_path: Path,
 ):
     """The tokens are transformers', and each one takes as long as its layers' round trips over the emulated link."""
     arguments = ("--instances", "1", "--kvdaemons", "2", "--pool-mib", "2", "--dtype", "float32")
-    over = ("--transport", "tcp", "--link", f"10gbit,{LATENCY_S * 1e3}ms")
+    over = ("--transport", transport, "--link", f"10gbit,{LATENCY_S * 1e3}ms")
     prompt = prompt_of(1500, seed=1)
     expected, margins = greedy_reference(prompt, TOKENS)
     with Cluster(random_llama, tmp_path / "c", *arguments, *over, config=SMALL_ENGINE) as cluster:
-        assert "tcp:127.0.0.1:" in cluster.logs()
+        assert f"{transport}:127.0.0.1:" in cluster.logs()
         begin = time.monotonic()
         answer = cluster.complete(prompt, max_tokens=TOKENS, ignore_eos=True)
         assert time.monotonic() - begin >= TOKENS * LAYERS * 2 * LATENCY_S

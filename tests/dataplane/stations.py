@@ -8,6 +8,8 @@ import time
 
 from authority import Authority, mutual_tls
 
+from services.dataplane.collective import CollectiveTransport
+from services.dataplane.collective_group import GlooBackend
 from services.dataplane.composite import CompositeTransport
 from services.dataplane.link import EmulatedLink
 from services.dataplane.link_spec import LinkSpec
@@ -76,6 +78,22 @@ class TlsBackend(TcpBackend):
         return f"tls:{self.directory}"
 
 
+class CollectiveBackend:
+    """torch.distributed on CPUs: what nccl runs, with gloo."""
+
+    def __init__(self, directory):
+        self.nobody = TcpBackend(directory)
+
+    def new(self, name):
+        return CollectiveTransport(GlooBackend(), "127.0.0.1:0")
+
+    def nowhere(self):
+        return self.nobody.nowhere().replace("tcp:", "gloo:")
+
+    def listen_at(self, name):
+        return "gloo:127.0.0.1:0"
+
+
 class CompositeBackend:
     """Two transports at once; all connections are of the first one's kind."""
 
@@ -103,6 +121,7 @@ BACKENDS = {
     "shm": ShmBackend,
     "tcp": TcpBackend,
     "tls": TlsBackend,
+    "gloo": CollectiveBackend,
     "composite-shm": lambda directory: CompositeBackend(ShmBackend(directory), TcpBackend(directory)),
     "composite-tcp": lambda directory: CompositeBackend(TcpBackend(directory), ShmBackend(directory)),
     "composite-tls": lambda directory: CompositeBackend(TlsBackend(directory), ShmBackend(directory)),
