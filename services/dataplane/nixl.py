@@ -2,28 +2,23 @@
 
 NIXL is an optional dependency (``pip install infinite-llm[rdma]``) and is imported when the first agent is made. UCX
 below it chooses the way for each peer: InfiniBand or RoCE, shared memory, TCP. Where a way has no hardware that writes
-remote memory, NIXL's progress thread does it, which sleeps while nothing comes.
+remote memory, NIXL's progress thread does it, which sleeps until something comes. (That is why NIXL's bindings are used
+and not its Python classes: these set the thread's delay to 0, and it never sleeps. They also log to stdout.)
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import mmap
-import os
 import uuid
 from ctypes import addressof, c_char
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from services.core.errors import ConfigError, PeerLostError
 from services.dataplane.memfd import available_bytes
 
-if TYPE_CHECKING:
-    from nixl_cu12 import nixl_agent, nixl_xfer_handle
-
-_MEMORY = "DRAM"
 _PAGE = 4096
+_THREAD_DELAY_US = 10_000  # the longest sleep of the progress thread; what comes wakes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +27,9 @@ class Region:
 
     data: memoryview
     address: int
-    registration: object
+
+
+Request = int  # a write that can be posted again and again
 
 
 class NixlAgent:
@@ -44,14 +41,18 @@ class NixlAgent:
 
     def __init__(self) -> None:
         try:
-            from nixl_cu12 import nixl_agent, nixl_agent_config
+            from nixl_cu12 import _bindings as bindings
         except ImportError as error:
             raise ConfigError(f"the rdma transport needs NIXL: pip install infinite-llm[rdma] ({error})") from error
-        if "NIXL_LOG_LEVEL" not in os.environ:
-            logging.getLogger("nixl").setLevel(logging.WARNING)  # it would greet on stdout
         self.name = uuid.uuid4().hex
+        self._nixl = bindings
+        config = bindings.nixlAgentConfig()
+        config.useProgThread = True
+        config.pthrDelay = _THREAD_DELAY_US
+        config.syncMode = bindings.NIXL_THREAD_SYNC_NONE
         try:
-            self._agent: nixl_agent = nixl_agent(self.name, nixl_agent_config(backends=["UCX"]))
+            self._agent = bindings.nixlAgent(self.name, config)
+            self._agent.createBackend("UCX", {})
         except Exception as error:  # NIXL's errors have no base of their own, here and below
             raise ConfigError(f"NIXL cannot start on this machine: {error}") from error
         self._known: dict[str, int] = {}  # how many connections lead to an agent
@@ -65,45 +66,44 @@ class NixlAgent:
         size = (size + _PAGE - 1) & -_PAGE
         try:
             available = available_bytes()
-            if size > available:
-                raise PeerLostError(
-                    f"no memory for messages: {size >> 20} MiB are needed, {available >> 20} MiB are available"
-                )
-            memory = mmap.mmap(-1, size)
-            address = addressof(c_char.from_buffer(memory))
-            registration = self._agent.register_memory([(address, size, 0, "")], _MEMORY)
-        except (ConfigError, OSError) as error:
+            memory = mmap.mmap(-1, size) if size <= available else None
+        except (ConfigError, OSError, ValueError, OverflowError) as error:
             raise PeerLostError(f"no memory for messages: {error}") from error
-        except PeerLostError:
-            raise
+        if memory is None:
+            raise PeerLostError(
+                f"no memory for messages: {size >> 20} MiB are needed, {available >> 20} MiB are available"
+            )
+        region = Region(memoryview(memory), addressof(c_char.from_buffer(memory)))
+        try:
+            self._agent.registerMem(self._registration(region), [])
         except Exception as error:
             raise PeerLostError(f"{size >> 20} MiB of memory cannot be registered (ulimit -l?): {error}") from error
-        return Region(memoryview(memory), address, registration)
+        return region
 
     def deregister(self, region: Region) -> None:
         """Nobody writes it from now on."""
         with contextlib.suppress(Exception):
-            self._agent.deregister_memory(region.registration)
+            self._agent.deregisterMem(self._registration(region), [])
 
     def describe(self, region: Region) -> bytes:
         """What another agent needs to write into the region."""
-        description: bytes = self._agent.get_partial_agent_metadata(region.registration, inc_conn_info=True)
+        description: bytes = self._agent.getLocalPartialMD(self._registration(region), True, [])
         return description
 
-    def meet(self, description: bytes) -> str:
-        """Learns of a peer's region and answers the peer's name; ``part`` follows once for each call.
+    def meet(self, name: str, description: bytes) -> None:
+        """Learns of a region of the agent ``name``; ``part`` follows once for each call.
 
         Raises:
-            PeerLostError: this is no description, or there is no way to the peer.
+            PeerLostError: this is no description of its, or there is no way to the peer.
         """
-        try:
-            # An agent is its own peer where a transport connects to itself, and refuses to be introduced.
-            name = self._agent.add_remote_agent(description) if self.name.encode() not in description else self.name
-        except Exception as error:
-            raise PeerLostError(f"NIXL finds no way to the peer: {error}") from error
-        name = name.decode() if isinstance(name, bytes) else name
+        if name != self.name:  # a transport may connect to itself
+            try:
+                described = self._agent.loadRemoteMD(description).decode()
+            except Exception as error:
+                raise PeerLostError(f"NIXL finds no way to the peer: {error}") from error
+            if described != name:
+                raise PeerLostError("the peer introduced itself as another")
         self._known[name] = self._known.get(name, 0) + 1
-        return name
 
     def part(self, name: str) -> None:
         """One connection to the peer less."""
@@ -112,69 +112,73 @@ class NixlAgent:
             del self._known[name]
             if name != self.name:
                 with contextlib.suppress(Exception):
-                    self._agent.remove_remote_agent(name)
+                    self._agent.invalidateRemoteMD(name)
 
-    def prepare(self, local: int, remote: int, size: int, peer: str) -> nixl_xfer_handle:
+    def prepare(self, local: int, remote: int, size: int, peer: str) -> Request:
         """A request that writes ``size`` bytes from one address to the peer's other, as often as it is posted.
 
         Raises:
             PeerLostError: the peer has registered no such memory.
         """
+        nixl = self._nixl
         try:
-            return self._agent.initialize_xfer(
-                "WRITE",
-                self._agent.get_xfer_descs([(local, size, 0)], _MEMORY),
-                self._agent.get_xfer_descs([(remote, size, 0)], _MEMORY),
+            request: Request = self._agent.createXferReq(
+                nixl.NIXL_WRITE,
+                nixl.nixlXferDList(nixl.DRAM_SEG, [(local, size, 0)]),
+                nixl.nixlXferDList(nixl.DRAM_SEG, [(remote, size, 0)]),
                 peer,
+                b"",
+                [],
             )
         except Exception as error:
             raise PeerLostError(f"the peer's memory cannot be written: {error}") from error
+        return request
 
-    def post(self, request: nixl_xfer_handle, notification: bytes) -> bool:
+    def post(self, request: Request, notification: bytes) -> bool:
         """Begins to write; the peer is notified after the last byte. Answers whether the write is complete.
 
         Raises:
             PeerLostError: the way to the peer is broken.
         """
         try:
-            return _is_done(self._agent.transfer(request, notification))
-        except PeerLostError:
-            raise
+            return self._is_done(self._agent.postXferReq(request, notification))
         except Exception as error:
             raise PeerLostError(f"a write failed: {error}") from error
 
-    def is_done(self, request: nixl_xfer_handle) -> bool:
-        """Whether a posted write is complete. NIXL may notify the peer only when this is called.
+    def is_done(self, request: Request) -> bool:
+        """Whether a posted write is complete. The peer may be notified only when this has been called.
 
         Raises:
             PeerLostError: the way to the peer is broken.
         """
         try:
-            return _is_done(self._agent.check_xfer_state(request))
-        except PeerLostError:
-            raise
+            return self._is_done(self._agent.getXferStatus(request))
         except Exception as error:
             raise PeerLostError(f"a write failed: {error}") from error
 
-    def release(self, request: nixl_xfer_handle) -> None:
+    def release(self, request: Request) -> None:
         """Gives a request up, even if it is under way."""
         with contextlib.suppress(Exception):
-            request.release()
+            self._agent.releaseXferReq(request)
 
     def notifications(self) -> list[bytes]:
         """What has come since the last call, from all peers; of one peer in any order."""
         try:
-            by_peer = self._agent.get_new_notifs()
+            by_peer: dict[str, list[bytes]] = self._agent.getNotifs({}, [])
         except Exception:
             return []  # a peer has broken off, which its socket tells
-        return [notification for list_ in by_peer.values() for notification in list_]
+        return [notification for of_peer in by_peer.values() for notification in of_peer] if by_peer else []
 
     def close(self) -> None:
         """Ends everything; what is registered is so no more. Nothing may follow."""
         del self._agent
 
+    def _registration(self, region: Region) -> object:
+        return self._nixl.nixlRegDList(self._nixl.DRAM_SEG, [(region.address, len(region.data), 0, "")])
 
-def _is_done(state: str) -> bool:
-    if state == "ERR":
-        raise PeerLostError("a write failed")
-    return state == "DONE"
+    def _is_done(self, status: object) -> bool:
+        if status == self._nixl.NIXL_SUCCESS:
+            return True
+        if status != self._nixl.NIXL_IN_PROG:
+            raise PeerLostError(str(status))
+        return False

@@ -94,9 +94,7 @@ class RdmaTransport(WaitableTransport, RdmaOwner):
     def connect(self, address: str, hello: bytes, limits: Limits) -> Connection:
         scheme, _, place = address.partition(":")
         if scheme != self.scheme or not place:
-            raise ConfigError(
-                f"{address!r} is no address of the rdma transport, which look like rdma:127.0.0.1:7000"
-            )
+            raise ConfigError(f"{address!r} is no address of the rdma transport, which look like rdma:127.0.0.1:7000")
         if self._closed:
             raise PeerLostError("this transport is closed")
         if len(hello) > MAX_HELLO_BYTES:

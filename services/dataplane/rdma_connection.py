@@ -13,7 +13,16 @@ from services.dataplane.nixl import NixlAgent
 from services.dataplane.rdma_inbox import Inbox, WrittenMessage
 from services.dataplane.rdma_notes import REPORT, Introduction, Note
 from services.dataplane.rdma_outbox import Outbox
-from services.dataplane.transport import Buffer, Connection, Event, Limits, Message, Received, ReleaseHook, message_bytes
+from services.dataplane.transport import (
+    Buffer,
+    Connection,
+    Event,
+    Limits,
+    Message,
+    Received,
+    ReleaseHook,
+    message_bytes,
+)
 
 
 class RdmaOwner(ABC):
@@ -77,8 +86,9 @@ class RdmaConnection(Connection, ReleaseHook):
             PeerLostError: the control connection has ended.
         """
         region = self._inbox.region
-        description = self._agent.describe(region)
-        self.control.send([Introduction(self.limits, self.token, region.address, description, hello).pack()])
+        agent = self._agent
+        introduction = Introduction(self.limits, self.token, region.address, agent.name, agent.describe(region), hello)
+        self.control.send([introduction.pack()])
 
     def meet(self, peer: Introduction) -> None:
         """The peer has told where to write.

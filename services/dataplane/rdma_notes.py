@@ -2,8 +2,8 @@
 
 Each end begins with an *introduction*, over the control connection:
 
-    magic [8], max_message_bytes u64, window_bytes u64, token u64, address u64, description_bytes u32, hello_bytes u32,
-    description (NIXL's, of the memory at address), hello
+    magic [8], max_message_bytes u64, window_bytes u64, token u64, address u64, agent's name [32], description_bytes u32,
+    hello_bytes u32, description (NIXL's, of the memory at address), hello
 
 A *note* follows each message, as NIXL's notification and as a message of the control connection; the receiver takes the
 one that comes first. ``token`` is the receiver's own, from its introduction: one look serves all connections. A note
@@ -25,7 +25,7 @@ from services.dataplane.transport import MAX_HELLO_BYTES, SMALLEST_CHARGE_BYTES,
 REPORT = (1 << 64) - 1
 REPORT_PART = 4  # a report is due when this part of the window has been freed and not told
 _MAGIC = b"IFLLMRD1"
-_INTRODUCTION = struct.Struct("<8sQQQQII")
+_INTRODUCTION = struct.Struct("<8sQQQQ32sII")
 _NOTE = struct.Struct("<QQQQQ")
 _MOST_DESCRIPTION_BYTES = 60 << 10
 _LINE = 64
@@ -69,6 +69,7 @@ class Introduction:
     limits: Limits
     token: int
     address: int
+    name: str
     description: bytes
     hello: bytes
 
@@ -82,6 +83,7 @@ class Introduction:
                 limits.window_bytes,
                 self.token,
                 self.address,
+                self.name.encode(),
                 len(self.description),
                 len(self.hello),
             )
@@ -99,15 +101,15 @@ def unpack_introduction(data: memoryview) -> Introduction:
     head = _INTRODUCTION.size
     if len(data) < head or data[: len(_MAGIC)] != _MAGIC:
         raise PeerLostError("the peer does not speak this protocol's version of rdma")
-    _, max_message, window, token, address, described, hello = _INTRODUCTION.unpack_from(data)
+    _, max_message, window, token, address, name, described, hello = _INTRODUCTION.unpack_from(data)
     if len(data) != head + described + hello or hello > MAX_HELLO_BYTES:
         raise PeerLostError("the peer introduced itself with impossible lengths")
     try:
         limits = Limits(max_message, window)
     except ConfigError as error:
         raise PeerLostError(f"the peer asks for impossible limits: {error}") from error
-    description = bytes(data[head : head + described])
-    return Introduction(limits, token, address, description, bytes(data[head + described :]))
+    description, said = bytes(data[head : head + described]), bytes(data[head + described :])
+    return Introduction(limits, token, address, name.decode("ascii", "replace"), description, said)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,20 +7,18 @@ the requests that wrote those are posted again.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from services.core.errors import PeerLostError
-from services.dataplane.nixl import NixlAgent, Region
+from services.dataplane.nixl import NixlAgent, Region, Request
 from services.dataplane.rdma_notes import Introduction, Note, charge_of, line_bytes, most_charged, ring_bytes
 from services.dataplane.transport import Buffer, Limits
 
-if TYPE_CHECKING:
-    from nixl_cu12 import nixl_xfer_handle
-
 _MOST_OUTSTANDING = 4  # windows that may seem to be outstanding before the sender calls the promise broken
 _MOST_REQUESTS = 1024  # prepared and kept
+_GLANCE_S = 50e-6
 
 Key = tuple[int, int]  # offset and bytes of a request
 
@@ -38,9 +36,8 @@ class Outbox:
         self._limits = limits
         self._capacity = ring_bytes(limits)
         self._peer: Introduction | None = None
-        self._peer_name = ""
-        self._requests: OrderedDict[Key, nixl_xfer_handle] = OrderedDict()  # not under way; the longest unused first
-        self._under_way: dict[int, tuple[Key, nixl_xfer_handle, bytes]] = {}  # by sequence number, with the note
+        self._requests: OrderedDict[Key, Request] = OrderedDict()  # not under way; the longest unused first
+        self._under_way: dict[int, tuple[Key, Request, bytes]] = {}  # by sequence number, with the note
         self._waiting: deque[bytes] = deque()  # messages without room, or before the peer is known
         self._placed: deque[tuple[int, int]] = deque()  # not freed: where each ends in the ring, and its charge
         self._charged = 0  # by what is placed
@@ -66,7 +63,7 @@ class Outbox:
         Raises:
             PeerLostError: NIXL cannot reach the peer.
         """
-        self._peer_name = self._agent.meet(peer.description)
+        self._agent.meet(peer.name, peer.description)
         self._peer = peer
 
     def send(self, parts: Sequence[Buffer], size: int, freed: int) -> bytes:
@@ -133,7 +130,7 @@ class Outbox:
         self._requests.clear()
         self._waiting.clear()
         if self._peer is not None:
-            self._agent.part(self._peer_name)
+            self._agent.part(self._peer.name)
             self._peer = None
 
     def _place(self, size: int) -> int | None:
@@ -166,18 +163,26 @@ class Outbox:
         self._sequence += 1
         key = (offset, line_bytes(size))
         request = self._requests.pop(key, None) or self._prepare(key)
-        if self._agent.post(request, note):
+        if self._agent.post(request, note) or (not self._under_way and self._glance(request)):
             self._keep(key, request)
             return note
         self._under_way[self._sequence - 1] = key, request, note
         return b""
 
-    def _prepare(self, key: Key) -> nixl_xfer_handle:
+    def _glance(self, request: Request) -> bool:
+        """Looks after a write for a moment: whoever has sent one message may compute for long before the next poll."""
+        until = time.perf_counter() + _GLANCE_S
+        while time.perf_counter() < until:
+            if self._agent.is_done(request):
+                return True
+        return False
+
+    def _prepare(self, key: Key) -> Request:
         assert self._peer is not None
         offset, length = key
-        return self._agent.prepare(self.region.address + offset, self._peer.address + offset, length, self._peer_name)
+        return self._agent.prepare(self.region.address + offset, self._peer.address + offset, length, self._peer.name)
 
-    def _keep(self, key: Key, request: nixl_xfer_handle) -> None:
+    def _keep(self, key: Key, request: Request) -> None:
         """A request that is done waits for its next message."""
         if key in self._requests:
             self._agent.release(request)
