@@ -1,17 +1,17 @@
 """Transport that writes into its peers' memory, on NIXL: RDMA where there is hardware for it, else what UCX finds.
 
 A message is a WRITE into the peer's receive memory, at a place that has been freed, and a note about it
-(``rdma_notes``). Memory is registered once for each connection, requests are kept and posted again. One agent serves all
-peers of a transport, which come and go: each is introduced over a *control connection*, plain TCP, whose end is the end
-of the connection, so that a killed peer is noticed at once.
+(``rdma_notes``). Memory is registered once for each connection, requests are kept and posted again. One agent serves
+all peers of a transport, which come and go: each is introduced over a *control connection*, plain TCP, whose end is the
+end of the connection, so that a killed peer is noticed at once.
 
 Notes come as NIXL's notifications, which only a look finds, and over the control connection, which also wakes who
 sleeps. So a ``poll`` looks for a while (``Patience``) and then sleeps for as long as it likes; while a write of its own
 is under way, which needs to be looked after, it sleeps a millisecond at a time.
 
 Memory that a peer may write stays registered and mapped for a while after the connection's end: what is still on its
-way lands where nobody reads it. Nothing here is encrypted, and NIXL trusts every peer with all of a process's registered
-memory: without ``allow_insecure`` a transport listens on loopback only.
+way lands where nobody reads it. Nothing here is encrypted, and NIXL trusts every peer with all of a process's
+registered memory: without ``allow_insecure`` a transport listens on loopback only.
 """
 
 from __future__ import annotations

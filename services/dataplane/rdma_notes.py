@@ -2,8 +2,8 @@
 
 Each end begins with an *introduction*, over the control connection:
 
-    magic [8], max_message_bytes u64, window_bytes u64, token u64, address u64, agent's name [32], description_bytes u32,
-    hello_bytes u32, description (NIXL's, of the memory at address), hello
+    magic [8], max_message_bytes u64, window_bytes u64, token u64, address u64, agent's name [32],
+    description_bytes u32, hello_bytes u32, description (NIXL's, of the memory at address), hello
 
 A *note* follows each message, as NIXL's notification and as a message of the control connection; the receiver takes the
 one that comes first. ``token`` is the receiver's own, from its introduction: one look serves all connections. A note
