@@ -6,6 +6,7 @@ To add a backend: write a class with ``new`` and ``nowhere`` and enter it in ``B
 import socket
 import time
 
+import pytest
 from authority import Authority, mutual_tls
 
 from services.dataplane.collective import CollectiveTransport
@@ -14,6 +15,7 @@ from services.dataplane.composite import CompositeTransport
 from services.dataplane.link import EmulatedLink
 from services.dataplane.link_spec import LinkSpec
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
+from services.dataplane.rdma import RdmaTransport
 from services.dataplane.shm import ShmTransport
 from services.dataplane.tcp import TcpTransport
 from services.dataplane.tcp_tls import TlsTcpTransport
@@ -62,6 +64,20 @@ class TcpBackend:
 
     def listen_at(self, name):
         return "tcp:127.0.0.1:0"
+
+
+class RdmaBackend(TcpBackend):
+    def __init__(self, directory):
+        pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install infinite-llm[rdma]")
+
+    def new(self, name):
+        return RdmaTransport("127.0.0.1:0")
+
+    def nowhere(self):
+        return super().nowhere().replace("tcp:", "rdma:")
+
+    def listen_at(self, name):
+        return "rdma:127.0.0.1:0"
 
 
 class TlsBackend(TcpBackend):
@@ -122,9 +138,11 @@ BACKENDS = {
     "tcp": TcpBackend,
     "tls": TlsBackend,
     "gloo": CollectiveBackend,
+    "rdma": RdmaBackend,
     "composite-shm": lambda directory: CompositeBackend(ShmBackend(directory), TcpBackend(directory)),
     "composite-tcp": lambda directory: CompositeBackend(TcpBackend(directory), ShmBackend(directory)),
     "composite-tls": lambda directory: CompositeBackend(TlsBackend(directory), ShmBackend(directory)),
+    "composite-rdma": lambda directory: CompositeBackend(RdmaBackend(directory), ShmBackend(directory)),
     "emulated": lambda directory: EmulatedBackend(LoopbackBackend(directory)),
     "emulated-tcp": lambda directory: EmulatedBackend(TcpBackend(directory)),
     "emulated-tls": lambda directory: EmulatedBackend(TlsBackend(directory)),

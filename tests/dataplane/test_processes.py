@@ -16,7 +16,7 @@ from services.dataplane.transport import Connected, Lost
 PEER = Path(__file__).with_name("transport_peer.py")
 
 
-@pytest.fixture(params=["shm", "tcp", "tls", "gloo"])
+@pytest.fixture(params=["shm", "tcp", "tls", "gloo", "rdma"])
 def net(request, directory):
     net = Net(BACKENDS[request.param](directory))
     yield net

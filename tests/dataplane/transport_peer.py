@@ -1,7 +1,7 @@
 """A process at the other end of a connection: ``transport_peer.py LISTEN_AT MODE [PEER_TIMEOUT_S]``.
 
-LISTEN_AT is ``shm:/path/of/socket``, ``tcp:HOST:PORT``, ``gloo:HOST:PORT`` for torch.distributed with gloo, or
-``tls:/directory/of/its/identity`` for tcp with TLS, at a free port of this host.
+LISTEN_AT is ``shm:/path/of/socket``, ``tcp:HOST:PORT``, ``rdma:HOST:PORT``, ``gloo:HOST:PORT`` for torch.distributed with
+gloo, or ``tls:/directory/of/its/identity`` for tcp with TLS, at a free port of this host.
 
 It prints its address once it listens. ``echo`` sends every message back; ``flood`` sends to everyone who connects until
 that breaks the window.
@@ -14,6 +14,7 @@ from pathlib import Path
 from services.core.errors import PeerLostError
 from services.dataplane.collective import CollectiveTransport
 from services.dataplane.collective_group import GlooBackend
+from services.dataplane.rdma import RdmaTransport
 from services.dataplane.shm import ShmTransport
 from services.dataplane.tcp import TcpTransport
 from services.dataplane.tcp_tls import TlsTcpTransport
@@ -25,6 +26,8 @@ def main(listen_at, mode, peer_timeout_s="10"):
     scheme, _, place = listen_at.partition(":")
     if scheme == "shm":
         transport = ShmTransport(Path(place))
+    elif scheme == "rdma":
+        transport = RdmaTransport(place, peer_timeout_s=float(peer_timeout_s))
     elif scheme == "tls":
         identity = (Path(place) / name for name in ("ca.crt", "tls.crt", "tls.key"))
         transport = TlsTcpTransport(MutualTls(*identity), "127.0.0.1:0", peer_timeout_s=float(peer_timeout_s))
