@@ -1,7 +1,7 @@
 """A process at the other end of a connection: ``transport_peer.py LISTEN_AT MODE [PEER_TIMEOUT_S]``.
 
-LISTEN_AT is ``shm:/path/of/socket``, ``tcp:HOST:PORT``, ``rdma:HOST:PORT``, ``gloo:HOST:PORT`` for torch.distributed with
-gloo, or ``tls:/directory/of/its/identity`` for tcp with TLS, at a free port of this host.
+LISTEN_AT is ``shm:/path/of/socket``, ``tcp:HOST:PORT``, ``rdma:HOST:PORT``, ``gloo:HOST:PORT`` for torch.distributed
+with gloo, or ``tls:/directory/of/its/identity`` for tcp with TLS, at a free port of this host.
 
 It prints its address once it listens. ``echo`` sends every message back; ``flood`` sends to everyone who connects until
 that breaks the window.
