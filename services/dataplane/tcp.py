@@ -147,8 +147,8 @@ class TcpTransport(SocketTransport[TcpConnection], TcpOwner):
 
     def _before_wait(self, events: list[Event], also: int) -> None:
         """Looks for queries for a while."""
-        answering = [connection for connection in self._connections if connection.answers]
-        if answering and not events:
+        if self._connections and not events:
+            answering = [connection for connection in self._connections if connection.answers]
             self._look(answering, self._patience.awake_s(), also, events)
 
     def _look(self, connections: list[TcpConnection], awake_s: float, also: int, events: list[Event]) -> bool:
@@ -226,7 +226,7 @@ class _StreamWatch:
             awake_s: for how long at most, after the last such query.
         """
         lent = [(connection, queries) for connection in connections if (queries := connection.lend_stream())]
-        if not lent:
+        if not lent and also < 0:
             return 0, Watched.TIMEOUT
         key = (len(lent), also)
         watch = self._watches.get(key)
