@@ -19,7 +19,7 @@ OVERLAY ?= laptop
 VLLM ?= .peers/vllm
 MACHINE ?= $(shell uname -n)
 BENCHMARKS ?= smoke kernel_cpu engine_vs_vllm pooled_vs_vllm distance growth pooling planner_scale token_path \
-	telemetry_cost vllm_bench
+	telemetry_cost vllm_bench dataplane attention_parallelism
 KERNEL_SOURCES := $(wildcard kernels/cpu/src/*.c kernels/cpu/src/*.h)
 
 # $(call protoc,DIR) generates messages, stubs and their types under DIR.

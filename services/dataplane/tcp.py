@@ -4,7 +4,7 @@ A message goes out in one ``sendmsg``, straight from the caller's buffers; only 
 and follows when the socket is writable. It comes in straight into the connection's ring (``tcp_frames``). One ``poll``
 takes a bounded number of bytes from each connection in turn, so that a long message holds up nobody else's. Queries of
 decode steps are asked and answered in compiled code (``kernels/cpu/src/stream.h``), which reads and writes the same
-frames; a wait for one begins awake (``Patience``).
+frames. A wait begins awake (``Patience``): to be woken costs as much as a short message does.
 
 The receiver checks every message against the window. The sender knows what has been freed only by the peer's frames,
 which may lie behind; it gives up on a connection only when no delay explains what is outstanding, so that what waits
@@ -44,7 +44,7 @@ class TcpTransport(SocketTransport[TcpConnection], TcpOwner):
         advertise: the host that ``listen`` answers, where it is another than that of ``listen_at``.
         allow_insecure: whether ``listen_at`` may be reachable from other hosts.
         peer_timeout_s: silence of a peer's host after which a connection ends.
-        awake_s: how long to look for queries and answers before sleep: at least, and where they come soon.
+        awake_s: how long to look for messages before sleep: at least, and where they come soon.
     """
 
     scheme = "tcp"
@@ -146,9 +146,9 @@ class TcpTransport(SocketTransport[TcpConnection], TcpOwner):
                 self._end(connection, reason, events)
 
     def _before_wait(self, events: list[Event], also: int) -> None:
-        """Looks for queries for a while."""
-        answering = [connection for connection in self._connections if connection.answers]
-        if answering and not events:
+        """Looks for messages for a while; queries are answered meanwhile."""
+        if self._connections and not events:
+            answering = [connection for connection in self._connections if connection.answers]
             self._look(answering, self._patience.awake_s(), also, events)
 
     def _look(self, connections: list[TcpConnection], awake_s: float, also: int, events: list[Event]) -> bool:
@@ -226,7 +226,7 @@ class _StreamWatch:
             awake_s: for how long at most, after the last such query.
         """
         lent = [(connection, queries) for connection in connections if (queries := connection.lend_stream())]
-        if not lent:
+        if not lent and also < 0:
             return 0, Watched.TIMEOUT
         key = (len(lent), also)
         watch = self._watches.get(key)
