@@ -26,6 +26,7 @@ from torch import Tensor
 from kernels import LayerParams
 from kernels.cpu import CpuKernels, find_library
 from kernels.cpu.answering import Watched
+from kernels.cpu.asking import CompiledAsker
 from kernels.reference import ReferenceKernels
 from services.core.errors import PeerLostError, TransferTimeoutError
 from services.dataplane import wire
@@ -220,6 +221,19 @@ def test_a_daemon_that_does_not_answer_is_given_up(way: Way, tmp_path: Path, sta
 
 # A peer that writes anything anywhere.
 
+ANSWER = Header(Kind.PARTIAL, step=1, rows=2, q_heads=HEADS, head_dim=16)
+
+
+def asker_of_two_rows(seed: int) -> tuple[CompiledAsker, Tensor, object]:
+    """What asks about rows 0 and 2 of three, the tensor in whose middle answers are merged (7 around it), and what must
+    be kept meanwhile."""
+    asker = CpuKernels(1).compiled_asker(torch.tensor([0, 2]), 3, 1, torch.float32)
+    q = torch.randn(3, HEADS, 16, generator=torch.Generator().manual_seed(seed))
+    margin, lse = torch.full((3, 3, HEADS, 16), 7.0), torch.zeros(3, HEADS)
+    asker.set_query(q, LayerParams(0, 0.25))
+    asker.set_target(margin[1], lse)
+    return asker, margin, (q, lse)
+
 
 @cases(150)
 @given(st.integers(0, 1 << 30))
@@ -229,20 +243,14 @@ def test_garbage_in_shared_memory_leads_nowhere(seed: int) -> None:
     memory = mmap.mmap(-1, layout.total_bytes + 4096)
     writer, reader = RingWriter(memory, layout, 0), RingReader(memory, layout, 1)
     outgoing, incoming = layout.data_at(0), layout.data_at(1)
-    asker = CpuKernels(1).compiled_asker(torch.tensor([0, 2]), 3, 1, torch.float32)
+    asker, margin, _kept = asker_of_two_rows(seed)
     channel = asker.channel
     channel.max_message, channel.fd = layout.limits.max_message_bytes, -1
     writer.bind(channel.out)
     reader.bind(channel.in_)
     peer = RingScribbler(random.Random(seed), memory, layout, 1, 2 * HEADS * 17 * 4)
-    q = torch.randn(3, HEADS, 16, generator=torch.Generator().manual_seed(seed))
-    margin = torch.full((3, 3, HEADS, 16), 7.0)  # what is merged into lies in its middle
-    out, lse = margin[1], torch.zeros(3, HEADS)
-    asker.set_query(q, LayerParams(0, 0.25))
-    asker.set_target(out, lse)
-    answer = Header(Kind.PARTIAL, step=1, rows=2, q_heads=HEADS, head_dim=16)
     for sequence in range(1, 30):
-        if not peer.act(replace(answer, sequence=sequence).pack()):
+        if not peer.act(replace(ANSWER, sequence=sequence).pack()):
             continue
         page, behind = bytes(memory[:outgoing]), bytes(memory[outgoing + layout.capacity : incoming])
         theirs = bytes(memory[incoming:])
@@ -268,19 +276,13 @@ def test_garbage_in_a_stream_leads_nowhere(seed: int) -> None:
     what it has freed as ever."""
     limits = Limits(2 << 10, 8 << 10)
     peer = StreamScribbler(random.Random(seed), limits, 2 * HEADS * 17 * 4)
-    asker = CpuKernels(1).compiled_asker(torch.tensor([0, 2]), 3, 1, torch.float32)
-    q = torch.randn(3, HEADS, 16, generator=torch.Generator().manual_seed(seed))
-    margin = torch.full((3, 3, HEADS, 16), 7.0)  # what is merged into lies in its middle
-    out, lse = margin[1], torch.zeros(3, HEADS)
-    asker.set_query(q, LayerParams(0, 0.25))
-    asker.set_target(out, lse)
-    answer = Header(Kind.PARTIAL, step=1, rows=2, q_heads=HEADS, head_dim=16)
+    asker, margin, _kept = asker_of_two_rows(seed)
     peer.connection.ask_with(asker)
     around, charges = peer.margins(), 0
     for sequence in range(1, 30):
         if not peer.connection.ask(asker, sequence):
             break
-        peer.act(replace(answer, sequence=sequence).pack())
+        peer.act(replace(ANSWER, sequence=sequence).pack())
         if peer.connection.take_answer(asker):
             charges += asker.answer_bytes
         charges += peer.receive()
