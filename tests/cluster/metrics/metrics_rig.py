@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import httpx
 from cluster_process import Cluster
+from moving import Stream
 from scraped import Scraped
 
 INSTANCE, LENDER, DAEMON, GATEWAY, GMANAGER = "instance-0", "kvdaemon-mem-0", "kvdaemon-0", "gateway-0", "gmanager-0"
@@ -59,6 +60,16 @@ class Run:
         self.prompt_tokens += len(prompt)
         self.generated_tokens += len(token_ids)
         self.requests += 1
+
+    def serve_and_look(self, prompt: list[int], max_tokens: int) -> bool:
+        """One request, looked at while it runs; whether all told the same before it ended."""
+        stream = Stream(self.cluster, prompt, max_tokens)
+        stream.wait_for_tokens(3)
+        agreed = False
+        while stream.running and not agreed:
+            agreed = self.look_at_pairs()
+        self.count(prompt, stream.finish())
+        return agreed
 
     def look_at_pairs(self) -> bool:
         """Scrapes, and waits for /status to say the same: it hears of blocks that have moved a moment later."""

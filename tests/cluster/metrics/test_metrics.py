@@ -66,7 +66,7 @@ def test_requests_and_tokens(run: Run) -> None:
     outcomes = {"stop": 0, "length": run.requests, "aborted": 0, "refused": 1}
     assert gateway.by("outcome", "infinite_llm_requests_total") == outcomes
     assert gateway.by("reason", "infinite_llm_refusals_total") == {"CONTEXT_TOO_LONG": 1}
-    assert gateway.value("infinite_llm_generation_tokens_total") == run.generated_tokens == 840
+    assert gateway.value("infinite_llm_generation_tokens_total") == run.generated_tokens
     refused = gateway.value("infinite_llm_prompt_tokens_total") - run.prompt_tokens
     assert refused == 4000  # admitted here, refused by the instance, which knows the cluster's memory
     cached = gateway.value("infinite_llm_cached_prompt_tokens_total")
