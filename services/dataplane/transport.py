@@ -79,6 +79,8 @@ class Connection(ABC):
     def send(self, parts: Sequence[Buffer]) -> None:
         """Posts one message, the parts joined. Returns at once; the parts may be reused.
 
+        What cannot leave at once leaves in the polls that follow.
+
         Raises:
             PeerLostError: the connection has ended, or the message does not fit the peer's window (which ends it).
             ValueError: the message is longer than ``max_message_bytes``.
