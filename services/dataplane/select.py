@@ -14,6 +14,7 @@ from services.dataplane.collective_group import GlooBackend, NcclBackend, PairBa
 from services.dataplane.composite import CompositeTransport
 from services.dataplane.link import EmulatedLink
 from services.dataplane.link_spec import parse_link
+from services.dataplane.rdma import RdmaTransport
 from services.dataplane.shm import ShmTransport
 from services.dataplane.socket_transport import WaitableTransport
 from services.dataplane.tcp import TcpTransport
@@ -21,7 +22,7 @@ from services.dataplane.tcp_tls import TlsTcpTransport
 from services.dataplane.transport import Transport
 from services.runtime.tls import MutualTls
 
-Scheme = Literal["shm", "tcp", "gloo", "nccl"]
+Scheme = Literal["shm", "tcp", "rdma", "gloo", "nccl"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +60,9 @@ def connecting_transport(scheme: Scheme, link: str | None, tls: MutualTls | None
         tls: the own identity on the tcp transport; None: it is in plain text.
 
     Raises:
-        ConfigError: a file of ``tls`` is of no use, or the transport has no TLS, or no GPU.
+        ConfigError: a file of ``tls`` is of no use, or the transport has no TLS, no NIXL, or no GPU.
     """
-    transport: Transport
-    if scheme == "shm":
-        transport = ShmTransport()
-    elif scheme != "tcp":
-        transport = CollectiveTransport(_pair_backend(scheme, tls))
-    elif tls is None:
-        transport = TcpTransport()
-    else:
-        transport = TlsTcpTransport(tls)
-    return _over_link(transport, link)
+    return _over_link(_connecting(scheme, tls), link)
 
 
 def listening_transport(schemes: tuple[Scheme, ...], options: ListenOptions, link: str | None) -> Listening:
@@ -78,7 +70,7 @@ def listening_transport(schemes: tuple[Scheme, ...], options: ListenOptions, lin
 
     Raises:
         ConfigError: an address is impossible or taken, or a file of the identity is of no use, or a transport has no
-            TLS, or no GPU.
+            TLS, no NIXL, or no GPU.
     """
     transports = [_listening(scheme, options) for scheme in schemes]
     addresses = tuple(transport.listen() for transport in transports)
@@ -86,20 +78,43 @@ def listening_transport(schemes: tuple[Scheme, ...], options: ListenOptions, lin
     return Listening(_over_link(transport, link), addresses)
 
 
+def _connecting(scheme: Scheme, tls: MutualTls | None) -> WaitableTransport:
+    match scheme:
+        case "shm":
+            return ShmTransport()
+        case "tcp":
+            return TcpTransport() if tls is None else TlsTcpTransport(tls)
+        case "rdma":
+            _refuse_tls(scheme, tls)
+            return RdmaTransport()
+        case "gloo" | "nccl":
+            _refuse_tls(scheme, tls)
+            return CollectiveTransport(_pair_backend(scheme))
+
+
 def _listening(scheme: Scheme, options: ListenOptions) -> WaitableTransport:
-    if scheme == "shm":
-        return ShmTransport(options.shm_socket)
-    if scheme != "tcp":
-        backend = _pair_backend(scheme, options.tls)
-        return CollectiveTransport(backend, options.tcp_address, options.tcp_advertise, options.allow_insecure)
-    if options.tls is not None:
-        return TlsTcpTransport(options.tls, options.tcp_address, options.tcp_advertise)
-    return TcpTransport(options.tcp_address, options.tcp_advertise, options.allow_insecure)
+    place = (options.tcp_address, options.tcp_advertise, options.allow_insecure)
+    match scheme:
+        case "shm":
+            return ShmTransport(options.shm_socket)
+        case "tcp":
+            if options.tls is not None:
+                return TlsTcpTransport(options.tls, options.tcp_address, options.tcp_advertise)
+            return TcpTransport(*place)
+        case "rdma":
+            _refuse_tls(scheme, options.tls)
+            return RdmaTransport(*place)
+        case "gloo" | "nccl":
+            _refuse_tls(scheme, options.tls)
+            return CollectiveTransport(_pair_backend(scheme), *place)
 
 
-def _pair_backend(scheme: Literal["gloo", "nccl"], tls: MutualTls | None) -> PairBackend:
+def _refuse_tls(scheme: Scheme, tls: MutualTls | None) -> None:
     if tls is not None:
         raise ConfigError(f"the {scheme} data plane has no TLS: use tcp, or take the identity (tls) away")
+
+
+def _pair_backend(scheme: Literal["gloo", "nccl"]) -> PairBackend:
     return GlooBackend() if scheme == "gloo" else NcclBackend(torch.device("cuda"))
 
 

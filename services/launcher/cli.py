@@ -97,7 +97,7 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     command.add_argument(
         "--transport",
-        choices=("shm", "tcp", "gloo", "nccl"),
+        choices=("shm", "tcp", "rdma", "gloo", "nccl"),
         default=default.transport,
         help="data plane (default %(default)s)",
     )
