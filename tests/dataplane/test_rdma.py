@@ -51,7 +51,7 @@ def test_chosen_by_configuration(net, directory):
     listening = listening_transport(("shm", "rdma"), options, "100gbit,1us")
     connecting = connecting_transport("rdma", "100gbit,1us")
     try:
-        connection = connecting.connect(listening.addresses[1], b"", LIMITS)
+        connection = connecting.connect(listening.offers.addresses[1], b"", LIMITS)
         events, deadline = [], time.monotonic() + 20
         while not events:
             assert time.monotonic() < deadline
