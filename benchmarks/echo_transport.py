@@ -110,7 +110,7 @@ def answer_on_transport(pipe: Pipe, scheme: Scheme, directory: Path) -> None:
     except (ImportError, ConfigError) as error:
         pipe.send(Unavailable(str(error)))
         return
-    pipe.send(listening.addresses[0])
+    pipe.send(listening.offers.addresses[0])
     end = TransportEnd(listening.transport)
     connection: Connection | None = None
     while True:

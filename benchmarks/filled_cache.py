@@ -63,7 +63,7 @@ class CacheFiller:
     async def __aenter__(self) -> Self:
         for kvdaemon_id, session in self._sessions.items():
             opened = await session.open()
-            address = opened.data_address(self._transport)
+            address = opened.offers.address(self._transport)
             assert address is not None, f"the cluster was told to offer {self._transport}"
             self._peers.connect(kvdaemon_id, address, opened.session_id)
         return self

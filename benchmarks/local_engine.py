@@ -11,6 +11,7 @@ import kernels
 from services.core.blocks import BlockHandle, BlockKeySpace, BlockRef
 from services.core.errors import ContextTooLongError
 from services.dataplane.kv_pool import KvPool
+from services.dataplane.negotiation import Offers
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import RemoteAttention
 from services.dataplane.select import connecting_transport
@@ -74,7 +75,7 @@ class LocalEngine:
         keys = BlockKeySpace(model.shape.fingerprint, dtype, (0, geometry.kv_heads))
         workspace = self._take(chunks)
         memory = BlockMemory(
-            geometry, keys, model.rotary, pool, workspace, _LOCAL, _SESSION, peers, remote, control=self
+            geometry, keys, model.rotary, pool, workspace, _LOCAL, _SESSION, peers, remote, self, Offers()
         )
         scheduler = Scheduler(max_num_seqs, max_batch_tokens)
         self.engine = Engine(

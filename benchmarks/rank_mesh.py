@@ -27,7 +27,7 @@ class Mesh:
         options = ListenOptions(directory / f"{scheme}-{rank}", "127.0.0.1:0", None, False)
         listening = listening_transport((scheme,), options, None)
         self.rank = rank
-        self.address = listening.addresses[0]
+        self.address = listening.offers.addresses[0]
         self.sent_bytes = 0
         self._transport = listening.transport
         self._connections: dict[int, Connection] = {}

@@ -17,7 +17,7 @@ COPY pyproject.toml setup.py LICENSE ./
 COPY sdk/ sdk/
 COPY services/ services/
 COPY kernels/ kernels/
-RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt ./sdk . \
+RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt ./sdk '.[rdma]' \
  && test -n "$(find /opt/venv -path '*kernels/cpu/_native*.so')" \
  && python -m compileall -q /opt/venv/lib
 

@@ -20,6 +20,7 @@ from infinitellm.types import (
     GManagerStatus,
     InstanceStatus,
     KvDaemonStatus,
+    PeerTransport,
     PoolUse,
     Progress,
     PromptLogprobs,
@@ -142,6 +143,7 @@ def cluster_status_of(response: cluster_pb2.GetClusterStatusResponse) -> Cluster
                 running_requests=instance.running_requests,
                 waiting_requests=instance.waiting_requests,
                 heartbeat_age_s=instance.heartbeat_age_s,
+                transports=tuple(PeerTransport(peer.kvdaemon_id, peer.transport) for peer in instance.transports),
             )
             for instance in response.instances
         ),

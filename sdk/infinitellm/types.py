@@ -146,8 +146,17 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerTransport:
+    """How an instance reaches a KV daemon: "shm", "rdma", "tcp", ..."""
+
+    kvdaemon_id: str
+    transport: str
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceStatus:
-    """An engine that computes the model; ``address`` is its control server's host:port."""
+    """An engine that computes the model; ``address`` is its control server's host:port. ``transports`` are those to the
+    KV daemons that it is connected to; its local daemon's pool it maps."""
 
     instance_id: str
     address: str
@@ -155,6 +164,7 @@ class InstanceStatus:
     running_requests: int
     waiting_requests: int
     heartbeat_age_s: float
+    transports: tuple[PeerTransport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,6 +127,13 @@ class WaitingRequest(NamedTuple):
 MOST_WAITING_TOLD = 100
 
 
+class PeerTransport(NamedTuple):
+    """How an instance reaches a daemon: "shm", "rdma", "tcp", ..."""
+
+    kvdaemon_id: str
+    transport: str
+
+
 @dataclass(frozen=True, slots=True)
 class InstanceSnapshot:
     """All an instance says of itself.
@@ -138,6 +145,7 @@ class InstanceSnapshot:
         max_running: requests that can run at the same time.
         progress: of the running requests.
         queue: the waiting requests, oldest first, MOST_WAITING_TOLD of them.
+        transports: of the daemons that it is connected to.
     """
 
     running: int
@@ -148,6 +156,7 @@ class InstanceSnapshot:
     max_running: int = 0
     progress: tuple[RunningRequest, ...] = ()
     queue: tuple[WaitingRequest, ...] = ()
+    transports: tuple[PeerTransport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +177,7 @@ class InstanceReport:
     Attributes:
         progress: entries that changed.
         moves: that have ended since the last report.
-        queue: None if it has not changed.
+        queue, transports: None if they have not changed.
     """
 
     running: int
@@ -180,6 +189,7 @@ class InstanceReport:
     progress: tuple[RunningRequest, ...] = ()
     moves: tuple[MoveReport, ...] = ()
     queue: tuple[WaitingRequest, ...] | None = None
+    transports: tuple[PeerTransport, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ class CompositeTransport(Transport):
     """Owns the transports it is made of.
 
     Args:
-        transports: of different schemes; the first one's scheme and address are the composite's.
+        transports: of different schemes, best first; the first one's scheme and address are the composite's.
     """
 
     def __init__(self, transports: Sequence[WaitableTransport]) -> None:
@@ -29,6 +29,10 @@ class CompositeTransport(Transport):
         self._loop = EpollLoop()
         for transport in transports:
             self._loop.watch(transport.fileno(), _ready)
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        return tuple(self._transports)
 
     def listen(self) -> str:
         addresses = [transport.listen() for transport in self._transports.values()]

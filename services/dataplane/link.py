@@ -132,6 +132,10 @@ class EmulatedLink(Transport):
         self._connections: dict[Connection, EmulatedConnection] = {}  # by the connection below
         self._woken = False
 
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        return self._inner.schemes
+
     def listen(self) -> str:
         return self._inner.listen()
 

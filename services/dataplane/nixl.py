@@ -9,16 +9,33 @@ and not its Python classes: these set the thread's delay to 0, and it never slee
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import mmap
+import os
 import uuid
 from ctypes import addressof, c_char
 from dataclasses import dataclass
+from pathlib import Path
 
 from services.core.errors import ConfigError, PeerLostError
 from services.dataplane.memfd import available_bytes
 
+_ADAPTERS = Path("/dev/infiniband")
 _PAGE = 4096
 _THREAD_DELAY_US = 10_000  # the longest sleep of the progress thread; what comes wakes it
+
+
+def is_worthwhile() -> bool:
+    """Whether NIXL is installed, and there is an RDMA adapter that this process may use.
+
+    Without an adapter UCX writes remote memory over TCP, by threads: slower than messages over TCP are.
+    """
+    adapters = _ADAPTERS.glob("uverbs*")
+    return any(os.access(adapter, os.R_OK | os.W_OK) for adapter in adapters) and _is_installed()
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("nixl_cu12") is not None
 
 
 @dataclass(frozen=True, slots=True)

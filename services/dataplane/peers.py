@@ -1,8 +1,8 @@
 """An instance's connections to the daemons it queries and writes to.
 
-Owned by the engine thread, but for ``report_lost``, ``wake`` and ``traffic``. A peer that is lost, for whatever
-reason, is told of once by ``take_lost`` and is gone; a new connection to the same daemon is a new peer that knows
-nothing of the old one's blocks.
+Owned by the engine thread, but for ``report_lost``, ``wake``, ``traffic`` and ``transports``. A peer that is lost, for
+whatever reason, is told of once by ``take_lost`` and is gone; a new connection to the same daemon is a new peer that
+knows nothing of the old one's blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 from kernels.cpu.asking import CompiledAsker
 from services.core.blocks import BlockHandle
 from services.core.errors import InvalidRequestError, PeerLostError
+from services.core.placement import PeerTransport
 from services.dataplane import wire
+from services.dataplane.negotiation import Offers
 from services.dataplane.transport import (
     SMALLEST_CHARGE_BYTES,
     Accepted,
@@ -89,10 +91,17 @@ class Peer:
     """One daemon's connection: numbers requests and keeps within the daemon's window."""
 
     def __init__(
-        self, kvdaemon_id: str, address: str, session_id: int, connection: Connection, query_room: int
+        self,
+        kvdaemon_id: str,
+        address: str,
+        offers: Offers,
+        session_id: int,
+        connection: Connection,
+        query_room: int,
     ) -> None:
         self.kvdaemon_id = kvdaemon_id
-        self.address = address
+        self.scheme = address.partition(":")[0]
+        self.offers = offers
         self.session_id = session_id
         self.connection = connection
         self._query_room = query_room
@@ -136,9 +145,9 @@ class Peer:
 
     def traffic(self) -> PeerTraffic:
         """So far; any thread may ask."""
-        scheme, times = self.address.partition(":")[0], self.answers
+        times = self.answers
         return PeerTraffic(
-            self.kvdaemon_id, scheme, self.sent_bytes, self.received_bytes, times.messages, times.seconds
+            self.kvdaemon_id, self.scheme, self.sent_bytes, self.received_bytes, times.messages, times.seconds
         )
 
     def has_room_to_write(self, payload_bytes: int) -> bool:
@@ -171,15 +180,25 @@ class PeerSet:
         self._lost: list[LostPeer] = []
         self._reports: deque[LostPeer] = deque()
 
-    def connect(self, kvdaemon_id: str, address: str, session_id: int) -> None:
-        """Begins to connect; messages may be sent at once. A failure shows as a lost peer."""
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Those of addresses that can be connected to, best first."""
+        return self._transport.schemes
+
+    def connect(self, kvdaemon_id: str, address: str, session_id: int, offers: Offers | None = None) -> None:
+        """Begins to connect; messages may be sent at once. A failure shows as a lost peer.
+
+        Args:
+            offers: how other daemons can reach this one; None: at ``address`` alone.
+        """
         assert kvdaemon_id not in self._peers, "disconnect the old session's peer first"
         try:
             connection = self._transport.connect(address, wire.Hello(session_id).pack(), self._limits)
         except PeerLostError as error:
             self._lost.append(LostPeer(kvdaemon_id, session_id, str(error)))
             return
-        peer = Peer(kvdaemon_id, address, session_id, connection, self._query_room)
+        offers = Offers((address,)) if offers is None else offers
+        peer = Peer(kvdaemon_id, address, offers, session_id, connection, self._query_room)
         self._peers[kvdaemon_id] = peer
         self._by_connection[connection] = peer
 
@@ -226,6 +245,11 @@ class PeerSet:
     def traffic(self) -> tuple[PeerTraffic, ...]:
         """With each daemon that is connected; any thread may ask."""
         return tuple(peer.traffic() for peer in tuple(self._peers.values()))
+
+    def transports(self) -> tuple[PeerTransport, ...]:
+        """How each daemon that is connected is reached; any thread may ask."""
+        peers = tuple(self._peers.values())
+        return tuple(PeerTransport(peer.kvdaemon_id, peer.scheme) for peer in peers)
 
     def wake(self) -> None:
         """Lets a waiting ``poll`` return; any thread."""

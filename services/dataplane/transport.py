@@ -169,6 +169,11 @@ class Transport(ABC):
 
     scheme: str  # "shm", "tcp", ...: the part of an address before the first colon
 
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Those of addresses that it connects to, best first."""
+        return (self.scheme,)
+
     @abstractmethod
     def listen(self) -> str:
         """Starts to accept peers and answers the address they connect to, scheme included."""

@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle
 from services.core.errors import InvalidRequestError
 from services.core.trace_context import TraceContext
+from services.dataplane.negotiation import Offers, unpack_offers
 
 WIRE_VERSION = 2
 HEADER_BYTES = 64
@@ -257,37 +258,37 @@ class CopyOrder(NamedTuple):
 
     Attributes:
         key: of the content; a daemon that has something else there does not copy it.
-        address: data-plane address of the daemon to write to.
+        offers: how the daemon to write to can be reached.
         session_id: the ordering instance's session there.
         target: the block to fill, which that session has offered.
     """
 
     key: bytes
-    address: str
+    offers: Offers
     session_id: int
     target: BlockHandle
 
     def pack(self) -> bytes:
-        return self.key + _COPY.pack(self.session_id, *self.target) + self.address.encode()
+        return self.key + _COPY.pack(self.session_id, *self.target) + self.offers.pack().encode()
 
 
-_COPY = struct.Struct("<QII")  # session id, block, generation; the key stands before, the address behind
-COPY_BYTES = BLOCK_KEY_BYTES + _COPY.size  # without the address
+_COPY = struct.Struct("<QII")  # session id, block, generation; the key stands before, the offers behind
+COPY_BYTES = BLOCK_KEY_BYTES + _COPY.size  # without the offers
 
 
 def unpack_copy(payload: memoryview) -> CopyOrder:
     """
     Raises:
-        InvalidRequestError: the payload is too short, or the address is no text.
+        InvalidRequestError: the payload is too short, or the offers are no text.
     """
     if len(payload) <= COPY_BYTES:
         raise InvalidRequestError(f"COPY holds only {len(payload)} bytes")
     session_id, block, generation = _COPY.unpack_from(payload, BLOCK_KEY_BYTES)
     try:
-        address = bytes(payload[COPY_BYTES:]).decode()
+        offers = unpack_offers(bytes(payload[COPY_BYTES:]).decode())
     except UnicodeDecodeError:
-        raise InvalidRequestError("COPY to an address that is no text") from None
-    return CopyOrder(bytes(payload[:BLOCK_KEY_BYTES]), address, session_id, BlockHandle(block, generation))
+        raise InvalidRequestError("COPY to addresses that are no text") from None
+    return CopyOrder(bytes(payload[:BLOCK_KEY_BYTES]), offers, session_id, BlockHandle(block, generation))
 
 
 class Role(IntEnum):

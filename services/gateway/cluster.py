@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.core.placement import AdmissionHint, PlacementEntry, PoolStats
+from services.core.placement import AdmissionHint, PeerTransport, PlacementEntry, PoolStats
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceView:
     """One instance; ``local_free_blocks`` are free and cached blocks of its own daemon's pool. ``hint`` is None where a
-    new request would do better elsewhere, and where nobody plans."""
+    new request would do better elsewhere, and where nobody plans. ``transports`` are of the daemons that it is
+    connected to."""
 
     instance_id: str
     address: str
@@ -21,6 +22,7 @@ class InstanceView:
     local_free_blocks: int
     heartbeat_age_s: float
     hint: AdmissionHint | None = None
+    transports: tuple[PeerTransport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

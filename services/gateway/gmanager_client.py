@@ -12,7 +12,7 @@ import grpc.aio
 
 from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc
 from services.core.errors import UnavailableError
-from services.core.placement import AdmissionHint, PlacementEntry, PoolStats
+from services.core.placement import AdmissionHint, PeerTransport, PlacementEntry, PoolStats
 from services.gateway.cluster import ClusterState, GManagerView, InstanceView, KvDaemonView, RequestView
 from services.rmanager.gmanager_locator import GManagerLocation
 from services.runtime.grpc_channel import error_from_rpc, make_channel
@@ -127,6 +127,7 @@ def _instance(view: gmanager_pb2.InstanceView) -> InstanceView:
         local_free_blocks=view.local_free_blocks,
         heartbeat_age_s=view.heartbeat_age_s,
         hint=AdmissionHint(view.hint.room_tokens, view.hint.gain) if view.HasField("hint") else None,
+        transports=tuple(PeerTransport(peer.kvdaemon_id, peer.transport) for peer in view.transports),
     )
 
 

@@ -214,6 +214,10 @@ def _instance(view: InstanceView) -> cluster_pb2.InstanceStatus:
         running_requests=view.running,
         waiting_requests=view.waiting,
         heartbeat_age_s=view.heartbeat_age_s,
+        transports=[
+            cluster_pb2.PeerTransport(kvdaemon_id=kvdaemon_id, transport=transport)
+            for kvdaemon_id, transport in view.transports
+        ],
     )
 
 

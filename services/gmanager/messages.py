@@ -11,6 +11,7 @@ from services.core.placement import (
     KvDaemonReport,
     MoveEnd,
     MoveReport,
+    PeerTransport,
     PlacementEntry,
     Report,
     RunningRequest,
@@ -75,6 +76,9 @@ def _instance_report(report: gmanager_pb2.InstanceReport) -> InstanceReport:
         queue=tuple(WaitingRequest(entry.context_tokens, entry.remaining_tokens) for entry in report.queue.requests)
         if report.HasField("queue")
         else None,
+        transports=tuple(PeerTransport(peer.kvdaemon_id, peer.transport) for peer in report.transports.peers)
+        if report.HasField("transports")
+        else None,
     )
 
 
@@ -130,6 +134,10 @@ def instance_to_proto(info: InstanceInfo, step_error: float | None = None) -> gm
         heartbeat_age_s=info.heartbeat_age_s,
         hint=None if hint is None else gmanager_pb2.AdmissionHint(room_tokens=hint.room_tokens, gain=hint.gain),
         step_error=step_error,
+        transports=[
+            gmanager_pb2.PeerTransport(kvdaemon_id=kvdaemon_id, transport=transport)
+            for kvdaemon_id, transport in info.transports
+        ],
     )
 
 

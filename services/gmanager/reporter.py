@@ -8,6 +8,7 @@ from services.core.placement import (
     BlockCount,
     InstanceReport,
     KvDaemonReport,
+    PeerTransport,
     Report,
     RunningRequest,
     WaitingRequest,
@@ -24,6 +25,7 @@ class Reporter:
         placement: request id -> daemon id -> blocks; every inner mapping has at least one entry.
         progress: of running requests.
         queue: of waiting ones, oldest first.
+        transports: of the daemons that it is connected to.
     """
 
     stream: int
@@ -35,6 +37,7 @@ class Reporter:
     placement: dict[str, dict[str, BlockCount]] = field(default_factory=dict)
     progress: dict[str, RunningRequest] = field(default_factory=dict)
     queue: tuple[WaitingRequest, ...] = ()
+    transports: tuple[PeerTransport, ...] = ()
 
     def apply(self, report: Report) -> None:
         """Takes in what has changed; cost in proportion to that."""
@@ -57,3 +60,5 @@ class Reporter:
             self.progress.pop(request_id, None)
         if report.queue is not None:
             self.queue = report.queue
+        if report.transports is not None:
+            self.transports = report.transports

@@ -22,6 +22,7 @@ from services.core.placement import (
     BlockCount,
     Heartbeat,
     KvDaemonReport,
+    PeerTransport,
     PlacementEntry,
     PoolStats,
     Room,
@@ -38,7 +39,8 @@ STARVING_HEARTBEAT_AGE_S = 5.0  # heartbeats come every second at least
 @dataclass(frozen=True, slots=True)
 class InstanceInfo:
     """One instance, as gateways see it. ``heartbeat_age_s`` counts from its membership where none has come; ``hint`` is
-    None where a new request would do better elsewhere, and where nobody plans."""
+    None where a new request would do better elsewhere, and where nobody plans; ``transports`` are of the daemons that
+    it is connected to."""
 
     member: Member
     running: int
@@ -46,6 +48,7 @@ class InstanceInfo:
     local_free_blocks: int
     heartbeat_age_s: float
     hint: AdmissionHint | None = None
+    transports: tuple[PeerTransport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +309,7 @@ class ClusterView:
             local_free_blocks=daemon.kvdaemon.stats.available if daemon and daemon.kvdaemon else 0,
             heartbeat_age_s=self._age(f"instance/{member.member_id}", now),
             hint=self._hints.get(member.member_id),
+            transports=reporter.transports if reporter else (),
         )
 
     def _age(self, member: str, now: float) -> float:

@@ -11,7 +11,7 @@ from opentelemetry.trace import Tracer
 import kernels
 from services.core.blocks import BlockHandle, BlockKeySpace, PoolGeometry
 from services.core.errors import ConfigError
-from services.core.placement import BlockCount, InstanceSnapshot, MoveReport
+from services.core.placement import BlockCount, InstanceSnapshot, MoveReport, PeerTransport
 from services.dataplane.peers import PeerSet
 from services.dataplane.pool_socket import MappedPool
 from services.dataplane.remote_attention import RemoteAttention
@@ -71,6 +71,7 @@ class SnapshotBoard:
     max_running: int
     latest: EngineSnapshot = field(default_factory=EngineSnapshot)
     moves: Callable[[], tuple[MoveReport, ...]] = tuple  # ended lately
+    transports: Callable[[], tuple[PeerTransport, ...]] = tuple  # of the daemons that are connected
     put_at: float = field(default_factory=time.monotonic)
 
     def put(self, snapshot: EngineSnapshot) -> None:
@@ -96,6 +97,7 @@ class SnapshotBoard:
             self.max_running,
             latest.progress,
             latest.queue,
+            self.transports(),
         )
 
 
@@ -157,7 +159,7 @@ def assemble(
         peers,
         remote,
         desk,
-        local.opened.data_address(config.transport),
+        local.opened.offers,
     )
     scored_tokens = max(1, _LOGITS_BYTES // (shape.vocab_size * TORCH_DTYPES[config.dtype].itemsize))
     scheduler = Scheduler(max_num_seqs, config.max_batch_tokens, config.mixed_step_s, scored_tokens)
@@ -166,11 +168,10 @@ def assemble(
     engine = Engine(
         model, attention, remote, peers, memory, scheduler, desk, publish, board.put, metrics, traces, grammars
     )
-    settings = RManagerSettings(
-        config.member_id, geometry, config.transport, len(workspace), config.call_timeout_s, config.tls
-    )
+    settings = RManagerSettings(config.member_id, geometry, len(workspace), config.call_timeout_s, config.tls)
     rmanager = desk.rmanager = RManager(settings, local, gmanager, peers, engine.post, on_fatal, tracer)
     board.moves = lambda: rmanager.moves.reports
+    board.transports = peers.transports
     return Assembly(engine, rmanager, board, peers)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from services.core.errors import ConfigError
 from services.dataplane.link_spec import parse_link
-from services.dataplane.select import Scheme
+from services.dataplane.select import Choice
 from services.instance.passes import PASSES, PassName
 from services.runtime.tls import MutualTls, TlsConfig
 from services.runtime.tracing import TracingConfig
@@ -27,7 +27,8 @@ class InstanceConfig:
         local_kvdaemon_id: the daemon on this host whose pool is mapped.
         socket_dir: directory for Unix sockets, shared with the local daemon.
         dtype: element type of weights and KV cache.
-        transport: data plane to other daemons.
+        transport: data plane to other daemons. auto: for each daemon shm, if it is on this host and shares its socket's
+            directory; else rdma, if both have an adapter for it (and no tls); else tcp.
         link: emulate such a link to every daemon, as in "25gbit,50us"; the daemons must be told the same.
         max_model_len: longest context in tokens; the checkpoint's own limit where not given.
         max_num_seqs: sequences in one batch at most.
@@ -60,7 +61,7 @@ class InstanceConfig:
     socket_dir: Path
     listen: str = "127.0.0.1:0"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    transport: Scheme = "shm"
+    transport: Choice = "auto"
     link: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 32

@@ -14,6 +14,7 @@ from services.core.errors import InfiniteLLMError
 from services.core.placement import MoveEnd
 from services.core.sequence import Request, RequestAge
 from services.core.trace_context import TraceContext
+from services.dataplane.negotiation import Offers
 
 # ---------------------------------------------------------------- orders: engine -> rManager
 
@@ -249,11 +250,12 @@ class MoveReserved:
 
 @dataclass(frozen=True, slots=True)
 class PeerOpened:
-    """A session with a daemon is open; its data plane can be connected to."""
+    """A session with a daemon is open; its data plane can be connected to, at ``address`` from here."""
 
     kvdaemon_id: str
     address: str
     session_id: int
+    offers: Offers
 
 
 @dataclass(frozen=True, slots=True)

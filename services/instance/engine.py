@@ -363,10 +363,10 @@ class Engine:
                 self._memory.begin_move(event, self._sequences.get(event.request_id))
             case MoveReserved():
                 self._memory.move_reserved(event)
-            case PeerOpened(kvdaemon_id, address, session_id):
+            case PeerOpened(kvdaemon_id, address, session_id, offers):
                 self._peers.disconnect(kvdaemon_id, "a new session replaces it")
                 self._settle_peers()
-                self._peers.connect(kvdaemon_id, address, session_id)
+                self._peers.connect(kvdaemon_id, address, session_id, offers)
             case Stop():
                 self._stopping.set()
 

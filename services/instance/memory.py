@@ -24,6 +24,7 @@ from torch import Tensor
 from services.core.blocks import BlockHandle, BlockKeySpace, BlockRef, PoolGeometry, next_block_key
 from services.core.placement import MoveEnd
 from services.core.sequence import RequestAge, Sequence
+from services.dataplane.negotiation import Offers
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import RemoteAttention
 from services.instance.control import (
@@ -62,7 +63,7 @@ class BlockMemory:
     Args:
         pool: [num_blocks, layers, kv_heads, 2, block_tokens, head_dim], the mapped local pool.
         workspace: the open blocks held at start. So many, and one for each sequence, are held from then on.
-        local_address: data-plane address of the local daemon; None where other daemons cannot reach it.
+        local_offers: how other daemons can reach the local one.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class BlockMemory:
         peers: PeerSet,
         remote: RemoteAttention,
         control: Control,
-        local_address: str | None = None,
+        local_offers: Offers,
     ) -> None:
         self.geometry = geometry
         self._key_space = keys
@@ -85,7 +86,6 @@ class BlockMemory:
         self._free = list(workspace)
         self._base = self._held = len(self._free)
         self._local_id = local_kvdaemon_id
-        self._local_address = local_address
         self._peers = peers
         self._remote = remote
         self._control = control
@@ -95,7 +95,7 @@ class BlockMemory:
         self._holds = Holds(local_kvdaemon_id, local_session_id, peers, control)
         pool_bytes = pool.view(torch.uint8).view(pool.shape[0], geometry.block_bytes).numpy()
         self._transfers = Transfers(
-            pool_bytes, local_address, peers, remote, self._holds, control, free_workspace=self._free.append
+            pool_bytes, local_offers, peers, remote, self._holds, control, free_workspace=self._free.append
         )
         self._moves = Moves(
             self._transfers,
@@ -325,8 +325,6 @@ class BlockMemory:
 
     def _refuse_move_here(self) -> MoveEnd | None:
         """Why the local pool can be no move's destination now, if so."""
-        if self._local_address is None:
-            return MoveEnd.DESTINATION_UNREACHABLE
         return MoveEnd.DESTINATION_FULL if self.starved else None
 
     def _key(self, sequence: Sequence, index: int) -> bytes:

@@ -21,8 +21,9 @@ from typing import NamedTuple
 from opentelemetry.trace import Tracer
 
 from services.core.blocks import BlockHandle, BlockRef, PoolGeometry
-from services.core.errors import ContextTooLongError, InfiniteLLMError, UnavailableError
+from services.core.errors import ConfigError, ContextTooLongError, InfiniteLLMError, UnavailableError
 from services.core.placement import Room, RoomView
+from services.dataplane.negotiation import choose_address
 from services.dataplane.peers import PeerSet
 from services.instance.capacity import Capacity
 from services.instance.control import (
@@ -61,14 +62,12 @@ class RManagerSettings:
     """What an rManager is told once.
 
     Attributes:
-        scheme: of the data plane, e.g. "shm".
         workspace: open blocks the engine holds when no request runs; not available to requests.
         tls: the instance's own identity.
     """
 
     instance_id: str
     geometry: PoolGeometry
-    scheme: str
     workspace: int
     call_timeout_s: float
     tls: MutualTls | None = None
@@ -389,16 +388,15 @@ class RManager:
             _log.warning("kvdaemon gave no session", extra={"kvdaemon": room.kvdaemon_id, "why": str(error)})
             return None
         session_id = opened.session_id
-        address = opened.data_address(self._settings.scheme)
-        if address is None:
-            _log.warning(
-                "kvdaemon offers no common transport",
-                extra={"kvdaemon": room.kvdaemon_id, "offers": opened.dataplane_addresses},
-            )
+        try:
+            address = choose_address(self._peers.schemes, opened.offers)
+        except ConfigError as error:
+            _log.warning("kvdaemon cannot be reached", extra={"kvdaemon": room.kvdaemon_id, "why": str(error)})
             await session.close()
             return None
+        _log.info("session with kvdaemon", extra={"kvdaemon": room.kvdaemon_id, "data_address": address})
         self._sessions[room.kvdaemon_id] = session
-        self._post(PeerOpened(room.kvdaemon_id, address, opened.session_id))
+        self._post(PeerOpened(room.kvdaemon_id, address, opened.session_id, opened.offers))
         return session
 
 

@@ -22,9 +22,10 @@ from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, BlockRef
 from services.core.errors import PeerLostError
 from services.core.placement import MoveEnd
 from services.core.sequence import Sequence
+from services.dataplane.negotiation import Offers
 from services.dataplane.peers import Copied, PeerSet, Sealed
 from services.dataplane.remote_attention import RemoteAttention
-from services.dataplane.wire import COPY_BYTES, CopyOrder
+from services.dataplane.wire import CopyOrder
 from services.instance.control import Control, CopiesSealed, SealCopies
 from services.instance.holds import Holds
 from services.instance.sequence_memory import SequenceMemory
@@ -68,14 +69,14 @@ class Transfers:
 
     Args:
         pool: [num_blocks, block_bytes] uint8, the mapped local pool.
-        local_address: data-plane address of the local daemon; None where it has none that other daemons reach.
+        local_offers: how other daemons can reach the local one.
         free_workspace: takes back a local block of the workspace.
     """
 
     def __init__(
         self,
         pool: NDArray[np.uint8],
-        local_address: str | None,
+        local_offers: Offers,
         peers: PeerSet,
         remote: RemoteAttention,
         holds: Holds,
@@ -83,7 +84,7 @@ class Transfers:
         free_workspace: Callable[[BlockHandle], None],
     ) -> None:
         self._pool = pool
-        self._local_address = local_address
+        self._local_offers = local_offers
         self._peers = peers
         self._remote = remote
         self._holds = holds
@@ -199,7 +200,7 @@ class Transfers:
                 self._peers.write_block(through, tag, transfer.target.handle, transfer.key, content)
             else:
                 order = self._copy_order(transfer)
-                if not peer.has_room_to_write(COPY_BYTES + len(order.address)):
+                if not peer.has_room_to_write(len(order.pack())):
                     return False
                 self._peers.copy_block(through, tag, transfer.source.handle, order)
         except PeerLostError:
@@ -216,11 +217,10 @@ class Transfers:
         """
         kvdaemon_id, handle = transfer.target
         local = kvdaemon_id == self._holds.local_id
-        address = self._local_address if local else self._peers.get(kvdaemon_id).address
+        offers = self._local_offers if local else self._peers.get(kvdaemon_id).offers
         session_id = self._holds.session_id(kvdaemon_id)
-        assert address is not None, "nothing is moved to a pool that nobody reaches"
         assert session_id is not None
-        return CopyOrder(transfer.key, address, session_id, handle)
+        return CopyOrder(transfer.key, offers, session_id, handle)
 
     def _shipped(self, sealed: Sealed) -> None:
         transfer = self._sent.pop(sealed.tag, None)

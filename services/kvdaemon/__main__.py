@@ -78,9 +78,7 @@ async def serve(config: KvDaemonConfig) -> None:
     worker = Worker(data_plane.transport, shared, PoolView(pool, kernels.load("cpu", config.num_threads)), traces)
     sessions = Sessions(shared, worker.sessions_ended)
     pool_socket = PoolSocketServer(config.pool_socket, pool, sessions.may_map, sessions.hung_up)
-    terms = SessionTerms(
-        data_plane.addresses, str(config.pool_socket), config.ping_interval_s, config.session_timeout_s
-    )
+    terms = SessionTerms(data_plane.offers, str(config.pool_socket), config.ping_interval_s, config.session_timeout_s)
     server = make_server(config.tls, tracing.tracer)
     add_KvDaemonServiceServicer_to_server(KvDaemonServicer(shared, sessions, terms), server)
     address = bind(server, config.listen, tls=config.tls, allow_insecure=config.allow_insecure)
@@ -120,9 +118,8 @@ async def serve(config: KvDaemonConfig) -> None:
         lambda: registration.entered and not stop.is_set(),
     )
     await health.start()
-    _log.info(
-        "serving", extra={"address": address, "data_addresses": data_plane.addresses, "pool_mib": config.pool_mib}
-    )
+    data_addresses = data_plane.offers.addresses
+    _log.info("serving", extra={"address": address, "data_addresses": data_addresses, "pool_mib": config.pool_mib})
 
     await stop.wait()
     _log.info("stopping")

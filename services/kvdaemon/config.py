@@ -7,7 +7,7 @@ from pathlib import Path
 
 from services.core.errors import ConfigError
 from services.dataplane.link_spec import parse_link
-from services.dataplane.select import ListenOptions, Scheme
+from services.dataplane.select import Choice, ListenOptions
 from services.runtime.tls import MutualTls, TlsConfig
 from services.runtime.tracing import TracingConfig
 
@@ -23,8 +23,10 @@ class KvDaemonConfig:
         pool_mib: memory of the pool, allocated in full at start.
         socket_dir: directory of the Unix sockets for local instances; the path must be short.
         listen: control address; port 0 takes a free one.
-        transports: data planes to listen on.
-        dataplane_listen: address of the data planes but shm; port 0 takes a free one for each.
+        transports: data planes to listen on and to reach other daemons over, best first. auto: shm, rdma where there is
+            an adapter for it (and no tls), tcp.
+        dataplane_listen: address of the data planes but shm; port 0 takes a free one for each. Otherwise tcp has this
+            port, if it is among them, and each other one the next.
         dataplane_advertise: numeric host that peers of these data planes are told, where it is another than that of
             ``dataplane_listen``.
         health_listen: host:port for Kubernetes' probes.
@@ -46,7 +48,7 @@ class KvDaemonConfig:
     pool_mib: int
     socket_dir: Path
     listen: str = "127.0.0.1:0"
-    transports: tuple[Scheme, ...] = ("shm",)
+    transports: tuple[Choice, ...] = ("auto",)
     dataplane_listen: str = "127.0.0.1:0"
     dataplane_advertise: str | None = None
     health_listen: str | None = None

@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 from services.core.blocks import BlockHandle
 from services.core.errors import ConfigError, InfiniteLLMError, InvalidRequestError, PeerLostError
 from services.dataplane import wire
+from services.dataplane.negotiation import Offers, choose_address
 from services.dataplane.transport import Buffer, Connection, Limits, Message, Transport
 from services.dataplane.wire import CopyOrder, Header, Hello, Kind, Role
 from services.kvdaemon.pool_view import PoolView
@@ -52,7 +53,7 @@ class _Job(NamedTuple):
 
 
 class _Destination(NamedTuple):
-    address: str
+    offers: Offers
     session_id: int
     block_bytes: int
 
@@ -62,6 +63,7 @@ class _Lane:
     """``deadline`` (monotonic) is of the job under way, or of the lane itself when it has no work."""
 
     destination: _Destination
+    address: str
     connection: Connection
     deadline: float
     waiting: deque[_Job] = field(default_factory=deque)
@@ -97,7 +99,7 @@ class Copier:
             geometry = ledger.geometry
         if geometry is None:
             raise InvalidRequestError("COPY from a pool without blocks")
-        destination = _Destination(job.order.address, job.order.session_id, geometry.block_bytes)
+        destination = _Destination(job.order.offers, job.order.session_id, geometry.block_bytes)
         lane = self._lanes.get(destination)
         if lane is None:
             try:
@@ -146,8 +148,9 @@ class Copier:
     def _connect(self, destination: _Destination) -> _Lane:
         longest = max(destination.block_bytes + wire.HEADER_BYTES, _SMALLEST_MESSAGE_BYTES)
         hello = Hello(destination.session_id, Role.WRITER).pack()
-        connection = self._transport.connect(destination.address, hello, Limits(longest, longest))
-        lane = _Lane(destination, connection, time.monotonic() + _LINGER_S)
+        address = choose_address(self._transport.schemes, destination.offers)
+        connection = self._transport.connect(address, hello, Limits(longest, longest))
+        lane = _Lane(destination, address, connection, time.monotonic() + _LINGER_S)
         self._lanes[destination] = self._by_connection[connection] = lane
         return lane
 
@@ -180,7 +183,7 @@ class Copier:
         lane.connection.close()
         jobs = [*([lane.under_way] if lane.under_way is not None else []), *lane.waiting]
         if jobs:
-            _log.warning("copies failed", extra={"to": lane.destination.address, "blocks": len(jobs), "why": reason})
+            _log.warning("copies failed", extra={"to": lane.address, "blocks": len(jobs), "why": reason})
         for job in jobs:
             _answer(job, reason)
 

@@ -18,6 +18,7 @@ from infinitellm.internal.v1 import pool_pb2
 from infinitellm.internal.v1.kvdaemon_pb2_grpc import KvDaemonServiceServicer
 from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, PoolGeometry
 from services.core.errors import InvalidRequestError, SessionRevokedError
+from services.dataplane.negotiation import Offers
 from services.kvdaemon.sessions import Sessions, SharedLedger
 from services.rmanager.gmanager_client import geometry_to_proto, stats_to_proto
 from services.rmanager.holder import Session
@@ -30,7 +31,7 @@ _Context = aio.ServicerContext[Any, Any]
 class SessionTerms:
     """What every session is told: where to go, and how often to ping. See ``SessionOpened`` in kvdaemon.proto."""
 
-    dataplane_addresses: tuple[str, ...]
+    offers: Offers
     pool_socket: str
     ping_interval_s: float
     session_timeout_s: float
@@ -128,10 +129,11 @@ def _opened(terms: SessionTerms, session: Session, total_blocks: int) -> pb.Sess
         opened=pb.SessionOpened(
             session_id=session.session_id,
             total_blocks=total_blocks,
-            dataplane_addresses=terms.dataplane_addresses,
+            dataplane_addresses=terms.offers.addresses,
             pool_socket=terms.pool_socket if session.mapped else "",
             ping_interval_s=terms.ping_interval_s,
             session_timeout_s=terms.session_timeout_s,
+            shm_socket_identity=terms.offers.socket_identity,
         )
     )
 

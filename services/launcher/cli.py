@@ -97,9 +97,9 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     command.add_argument(
         "--transport",
-        choices=("shm", "tcp", "gloo", "nccl"),
+        choices=("auto", "shm", "tcp", "rdma", "gloo", "nccl"),
         default=default.transport,
-        help="data plane (default %(default)s)",
+        help="data plane; auto: the best that each two processes have (default %(default)s)",
     )
     command.add_argument(
         "--link",

@@ -24,7 +24,7 @@ class ClusterOptions:
         kvdaemons: further KV daemons, which lend memory only.
         pool_mib: memory of each daemon's pool.
         http_port, grpc_port: of the gateway; 0 takes a free one.
-        transport: data plane between instances and daemons.
+        transport: data plane between instances and daemons; auto: the best that each two of them have.
         link: emulate such a link between each instance and daemon, as in "25gbit,50us"; None: as fast as it goes.
         max_model_len: longest context in tokens; None: the checkpoint's own.
         overlay: further keys of the services' configuration files, by kind of service.
@@ -40,7 +40,7 @@ class ClusterOptions:
     dtype: str = "bfloat16"
     http_port: int = 8000
     grpc_port: int = 50051
-    transport: str = "shm"
+    transport: str = "auto"
     link: str | None = None
     max_model_len: int | None = None
     overlay: Mapping[str, Mapping[str, object]] = field(default_factory=dict)

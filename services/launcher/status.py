@@ -1,4 +1,4 @@
-"""``infinite-llm status``: instances, daemons, pool use, and where the blocks of every request lie."""
+"""``infinite-llm status``: instances, how they reach daemons, pool use, and where the blocks of every request lie."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ def status_text(state: ClusterStatus) -> str:
         )
         for instance in state.instances
     ]
+    transports = [
+        (instance.instance_id, peer.kvdaemon_id, peer.transport)
+        for instance in state.instances
+        for peer in instance.transports
+    ]
     daemons = [
         (
             daemon.kvdaemon_id,
@@ -53,6 +58,9 @@ def status_text(state: ClusterStatus) -> str:
         table(("GMANAGER", "ADDRESS", "ROLE"), gmanagers),
         table(instance_header, instances),
         table((*daemon_header, "HEARTBEAT s"), daemons),
+        table(("INSTANCE", "REACHES KVDAEMON", "OVER"), transports)
+        if transports
+        else "no instance is connected to another's daemon",
     ]
     parts += [placement_text(request) for request in state.requests] or ["no request is running"]
     return "\n\n".join(parts)

@@ -23,6 +23,7 @@ from infinitellm.internal.v1 import pool_pb2
 from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, PoolGeometry
 from services.core.errors import InfiniteLLMError, PeerLostError, PoolExhaustedError
 from services.core.placement import PoolStats
+from services.dataplane.negotiation import Offers
 from services.rmanager.gmanager_client import geometry_to_proto, stats_from_proto
 from services.runtime.grpc_channel import call_was_given_up, error_from_rpc, make_channel
 from services.runtime.tls import MutualTls
@@ -38,14 +39,10 @@ class Opened:
 
     session_id: int
     total_blocks: int
-    dataplane_addresses: tuple[str, ...]
+    offers: Offers
     pool_socket: str
     ping_interval_s: float
     session_timeout_s: float
-
-    def data_address(self, scheme: str) -> str | None:
-        """Where the daemon's data plane of this scheme listens; None where it has none."""
-        return next((a for a in self.dataplane_addresses if a.startswith(scheme + ":")), None)
 
 
 class DaemonSession:
@@ -241,7 +238,7 @@ def _opened(message: pb.SessionOpened) -> Opened:
     return Opened(
         message.session_id,
         message.total_blocks,
-        tuple(message.dataplane_addresses),
+        Offers(tuple(message.dataplane_addresses), message.shm_socket_identity),
         message.pool_socket,
         message.ping_interval_s,
         message.session_timeout_s,

@@ -168,6 +168,10 @@ def _write_instance_report(message: gmanager_pb2.InstanceReport, report: Instanc
         message.queue.SetInParent()  # present, even if empty
         for waiting in report.queue:
             message.queue.requests.add(context_tokens=waiting.context_tokens, remaining_tokens=waiting.remaining_tokens)
+    if report.transports is not None:
+        message.transports.SetInParent()
+        for kvdaemon_id, transport in report.transports:
+            message.transports.peers.add(kvdaemon_id=kvdaemon_id, transport=transport)
 
 
 def _write_step(message: gmanager_pb2.StepTiming, timing: StepTiming) -> None:

@@ -77,6 +77,7 @@ def changes(last: InstanceSnapshot | None, now: InstanceSnapshot) -> InstanceRep
         tuple(progress for progress in now.progress if progress not in known_progress),
         tuple(move for move in now.moves if move.move_id not in known_moves),
         now.queue if last is None or now.queue != last.queue else None,
+        now.transports if last is None or now.transports != last.transports else None,
     )
 
 

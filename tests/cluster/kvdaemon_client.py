@@ -197,7 +197,7 @@ async def use_remote(session: DaemonSession) -> PeerSet:
     handles = await session.reserve(4, 4, request_id="r")
     transport = ShmTransport()
     peers = PeerSet(transport, Limits(1 << 20, 1 << 22), query_room=1 << 16)
-    peers.connect("kv-0", session.opened.dataplane_addresses[0], session.opened.session_id)
+    peers.connect("kv-0", session.opened.offers.addresses[0], session.opened.session_id)
     for index in range(2):
         content: memoryview = contents[index].view(-1).view(torch.uint8).numpy().data
         peers.write_block("kv-0", index, handles[index], index.to_bytes(16, "little"), content)
@@ -231,7 +231,7 @@ async def use_late(session: DaemonSession) -> threading.Thread:
     """Leaves 1 sealed and 3 reserved blocks, and a thread that writes into them when this process has been stopped."""
     handles = await session.reserve(4, 4)
     peers = PeerSet(ShmTransport(), Limits(1 << 20, 1 << 22), query_room=1 << 16)
-    peers.connect("kv-0", session.opened.dataplane_addresses[0], session.opened.session_id)
+    peers.connect("kv-0", session.opened.offers.addresses[0], session.opened.session_id)
     garbage = torch.full(GEOMETRY.block_shape, 100.0).view(-1).view(torch.uint8).numpy().data
     peers.write_block("kv-0", 0, handles[0], os.urandom(16), garbage)
     deadline = time.monotonic() + DEADLINE_S
@@ -250,7 +250,7 @@ async def use_late(session: DaemonSession) -> threading.Thread:
                 peers.poll(0.1)
             assert not peers.take_sealed()
             print(f"refused: {lost[0].reason}", flush=True)
-            peers.connect("kv-0", session.opened.dataplane_addresses[0], session.opened.session_id)
+            peers.connect("kv-0", session.opened.offers.addresses[0], session.opened.session_id)
         print("harmless", flush=True)
 
     thread = threading.Thread(target=write_when_continued, daemon=True)

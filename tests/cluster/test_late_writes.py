@@ -61,7 +61,7 @@ async def hold_everything(daemon: KvDaemonProcess, late: ClientProcess) -> None:
     opened = await session.open()
     handles = await session.reserve(BLOCKS, BLOCKS)
     peers = PeerSet(ShmTransport(), Limits(1 << 20, 1 << 22), query_room=1 << 16)
-    peers.connect("kv-0", opened.dataplane_addresses[0], opened.session_id)
+    peers.connect("kv-0", opened.offers.addresses[0], opened.session_id)
     contents = torch.randn(BLOCKS, *GEOMETRY.block_shape, generator=torch.Generator().manual_seed(1))
     await asyncio.to_thread(write, peers, handles, contents)  # the session's pings go on meanwhile
 

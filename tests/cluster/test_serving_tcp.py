@@ -1,4 +1,4 @@
-"""The whole system over TCP and over torch.distributed, both over an emulated link."""
+"""The whole system over TCP, RDMA and torch.distributed, each over an emulated link."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LATENCY_S = 2e-3
 LAYERS, TOKENS = 4, 24
 
 
-@pytest.mark.parametrize("transport", ["tcp", "gloo"])
+@pytest.mark.parametrize("transport", ["tcp", "rdma", "gloo"])
 def test_kv_over_three_daemons(
     transport: str,
     random_llama: Path,
@@ -24,6 +24,8 @@ def test_kv_over_three_daemons(
     tmp_path: Path,
 ):
     """The tokens are transformers', and each one takes as long as its layers' round trips over the emulated link."""
+    if transport == "rdma":
+        pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install infinite-llm[rdma]")
     arguments = ("--instances", "1", "--kvdaemons", "2", "--pool-mib", "2", "--dtype", "float32")
     over = ("--transport", transport, "--link", f"10gbit,{LATENCY_S * 1e3}ms")
     prompt = prompt_of(1500, seed=1)

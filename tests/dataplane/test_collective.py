@@ -211,7 +211,7 @@ def test_chosen_by_configuration(directory):
     listening = listening_transport(("shm", "gloo"), options, None)
     connecting = connecting_transport("gloo", None)
     try:
-        connection = connecting.connect(listening.addresses[1], b"", Limits(100, 1000))
+        connection = connecting.connect(listening.offers.addresses[1], b"", Limits(100, 1000))
         events = []
         while not events:
             listening.transport.poll(0.01)

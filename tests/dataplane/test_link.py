@@ -163,8 +163,8 @@ def test_a_peer_without_the_link_is_found_out(directory):
 def test_the_data_plane_of_a_configuration(directory):
     options = ListenOptions(Path(directory / "socket"), "127.0.0.1:0", None, False)
     daemon = listening_transport(("shm", "tcp"), options, "100gbit,1us")
-    assert [address.partition(":")[0] for address in daemon.addresses] == ["shm", "tcp"]
-    for scheme, address in zip(("shm", "tcp"), daemon.addresses, strict=True):
+    assert [address.partition(":")[0] for address in daemon.offers.addresses] == ["shm", "tcp"]
+    for scheme, address in zip(("shm", "tcp"), daemon.offers.addresses, strict=True):
         instance = connecting_transport(scheme, "100gbit,1us")
         connection = instance.connect(address, scheme.encode(), LIMITS)
         events = []

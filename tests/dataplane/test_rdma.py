@@ -1,15 +1,19 @@
 """What only the rdma transport does: peers that do not keep to its protocol, and a machine without NIXL."""
 
+import subprocess
 import sys
+import time
 
 import pytest
+from authority import Authority, mutual_tls
 from stations import LIMITS, Net, RdmaBackend, Station
 
 from services.core.errors import ConfigError
 from services.dataplane.rdma import RdmaTransport
 from services.dataplane.rdma_notes import REPORT, Introduction, Note, control_limits, unpack_introduction
+from services.dataplane.select import ListenOptions, connecting_transport, listening_transport
 from services.dataplane.tcp import TcpTransport
-from services.dataplane.transport import Lost
+from services.dataplane.transport import Connected, Lost
 
 
 @pytest.fixture
@@ -33,6 +37,39 @@ def test_without_nixl_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "nixl_cu12", None)
     with pytest.raises(ConfigError, match=r"infinite-llm\[rdma\]"):
         RdmaTransport()
+    with pytest.raises(ConfigError, match=r"infinite-llm\[rdma\]"):
+        connecting_transport("rdma", None)
+
+
+def test_who_does_not_choose_rdma_imports_nothing_of_it():
+    code = "import sys, services.dataplane.select; sys.exit('nixl_cu12' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_chosen_by_configuration(net, directory):
+    options = ListenOptions(directory / "shm", "127.0.0.1:0", None, allow_insecure=False)
+    listening = listening_transport(("shm", "rdma"), options, "100gbit,1us")
+    connecting = connecting_transport("rdma", "100gbit,1us")
+    try:
+        connection = connecting.connect(listening.offers.addresses[1], b"", LIMITS)
+        events, deadline = [], time.monotonic() + 20
+        while not events:
+            assert time.monotonic() < deadline
+            listening.transport.poll(0.01)
+            events = connecting.poll(0.01)
+        assert events == [Connected(connection)]
+    finally:
+        connecting.close()
+        listening.transport.close()
+
+
+def test_with_tls_it_is_refused_by_name(directory):
+    tls = mutual_tls(directory / "tls", Authority(), "kvdaemon.infinite-llm")
+    with pytest.raises(ConfigError, match="rdma data plane has no TLS"):
+        connecting_transport("rdma", None, tls)
+    options = ListenOptions(directory / "shm", "127.0.0.1:0", None, False, tls)
+    with pytest.raises(ConfigError, match="rdma data plane has no TLS"):
+        listening_transport(("shm", "rdma"), options, None)
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def test_the_data_plane_of_a_configuration(any_net, directory, authority):
     options = ListenOptions(directory / "socket", "0.0.0.0:0", "127.0.0.1", False, tls)
     daemon = listening_transport(("shm", "tcp"), options, "100gbit,1us")
     any_net.stations.append(server := Station(daemon.transport))
-    for scheme, address in zip(("shm", "tcp"), daemon.addresses, strict=True):
+    for scheme, address in zip(("shm", "tcp"), daemon.offers.addresses, strict=True):
         instance = connecting_transport(scheme, "100gbit,1us", tls)
         connection = instance.connect(address, scheme.encode(), LIMITS)
         connection.send([scheme.encode()])
@@ -280,7 +280,7 @@ def test_the_data_plane_of_a_configuration(any_net, directory, authority):
         assert server.take() == [scheme.encode()]
         instance.close()
     plain = TcpTransport()
-    connection = plain.connect(daemon.addresses[1], b"", LIMITS)
+    connection = plain.connect(daemon.offers.addresses[1], b"", LIMITS)
     events = []
     any_net.pump(lambda: events.extend(plain.poll(0.001)) or events)
     assert isinstance(events[0], Lost)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from manifests import OVERLAYS, Document, Pod, of_kind, overlay, pods
 
+WORKERS = ("instance", "kvdaemon")
 # Who connects to whom, port by port; "" stands for clients from anywhere.
 CONNECTIONS = {
     ("", "gateway", 8000),
@@ -16,10 +17,7 @@ CONNECTIONS = {
     ("gmanager", "instance", 7100),
     ("instance", "instance", 7200),
     ("instance", "kvdaemon", 7200),
-    ("instance", "instance", 7300),
-    ("instance", "kvdaemon", 7300),
-    ("kvdaemon", "instance", 7300),
-    ("kvdaemon", "kvdaemon", 7300),
+    *((here, there, port) for here in WORKERS for there in WORKERS for port in (7300, 7301)),
     ("gateway", "redis", 6379),
     ("etcd", "etcd", 2379),
     ("etcd", "etcd", 2380),

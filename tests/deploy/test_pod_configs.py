@@ -92,10 +92,10 @@ def test_ports_are_those_of_the_configuration(loaded: list[tuple[Pod, Document, 
             assert host == "10.1.2.3"  # what is listened on is what the others are told
             listening.add(port)
         if isinstance(config, KvDaemonConfig):
-            assert "tcp" in config.transports
+            assert config.transports == ("auto",)
             host, port = split_address(config.dataplane_listen)
             assert host == "10.1.2.3"
-            listening.add(port)
+            listening |= {port, port + 1}  # tcp, and rdma where there is an adapter
         assert {port["containerPort"] for port in container["ports"]} == listening
 
 
@@ -106,7 +106,7 @@ def test_an_instance_finds_its_daemon(loaded: list[tuple[Pod, Document, AnyConfi
     assert isinstance(instance, InstanceConfig)
     assert instance.local_kvdaemon_id == daemon.member_id
     assert instance.socket_dir == daemon.socket_dir
-    assert instance.transport in daemon.transports
+    assert instance.transport == "auto"
     shared = [
         {mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == str(daemon.socket_dir)}
         for container in pod.containers

@@ -19,6 +19,7 @@ from services.core.blocks import BlockHandle, BlockKeySpace, BlockRef
 from services.core.errors import ContextTooLongError, PoolExhaustedError, SessionRevokedError
 from services.core.sequence import Request, SamplingParams
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
+from services.dataplane.negotiation import Offers
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import RemoteAttention
 from services.dataplane.transport import Limits
@@ -108,7 +109,7 @@ class EngineRig:
             peers,
             remote,
             self,
-            self.local.address,
+            Offers((self.local.address,)),
         )
         scheduler = Scheduler(max_num_seqs, max_batch_tokens, max_scored_tokens=max_scored_tokens)
         self.outputs: list[Output] = []
@@ -344,7 +345,7 @@ class EngineRig:
     def _connect(self, daemon: Daemon) -> None:
         if daemon is not self.local and daemon.name not in self._opened:
             self._opened.add(daemon.name)
-            self.engine.post(PeerOpened(daemon.name, daemon.address, daemon.session_id))
+            self.engine.post(PeerOpened(daemon.name, daemon.address, daemon.session_id, Offers((daemon.address,))))
 
     def _daemon(self, name: str) -> Daemon:
         return next(daemon for daemon in (self.local, *self.lenders) if daemon.name == name)

@@ -16,10 +16,12 @@ from kernels import AttentionKernels, AttentionPlan, LayerParams
 from kernels.reference import ReferenceKernels
 from services.core.blocks import BlockHandle, PoolGeometry
 from services.dataplane import wire
+from services.dataplane.composite import CompositeTransport
 from services.dataplane.kv_pool import KvPool
 from services.dataplane.link import EmulatedLink
 from services.dataplane.link_spec import parse_link
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
+from services.dataplane.negotiation import Offers, socket_identity
 from services.dataplane.shm import ShmTransport
 from services.dataplane.tcp import TcpTransport
 from services.dataplane.transport import Accepted, Buffer, Connection, Limits, Lost, Received, Transport
@@ -44,7 +46,8 @@ def key(number: int) -> bytes:
 class Rig:
     """Use as a context manager; ``failure`` is what ended the worker, if anything did. Daemons of one hub meet.
 
-    ``scheme``: of the data plane, "shm" or "tcp", in place of the loopback transport; ``link``: emulated over it.
+    ``scheme``: of the data plane, "shm", "tcp" or "both", in place of the loopback transport; ``link``: emulated
+    over it.
     """
 
     def __init__(
@@ -67,13 +70,17 @@ class Rig:
         server: Transport
         if scheme == "tcp":
             server = TcpTransport("127.0.0.1:0")
-        elif scheme == "shm":
+        elif scheme == "loopback":
+            server = LoopbackTransport(self.hub, name)
+        else:
             assert directory is not None, "for the socket"
             server = ShmTransport(directory / name)
-        else:
-            server = LoopbackTransport(self.hub, name)
+            if scheme == "both":
+                server = CompositeTransport([server, tcp := TcpTransport("127.0.0.1:0")])
         server = self._over_link(server)
         self.address = server.listen()
+        addresses = (self.address, tcp.listen()) if scheme == "both" else (self.address,)
+        self.offers = Offers(addresses, socket_identity(Path(self.address.partition(":")[2])))
         self.worker = Worker(server, self.shared, PoolView(self.pool, kernels or ReferenceKernels()), traces)
         self.sessions = Sessions(self.shared, self.worker.sessions_ended)
         self.transport = self.another_client("client")
@@ -105,6 +112,8 @@ class Rig:
     def another_client(self, name: str = "another") -> Transport:
         if self._scheme == "loopback":
             return LoopbackTransport(self.hub, name)
+        if self._scheme == "both":
+            return self._over_link(CompositeTransport([ShmTransport(), TcpTransport()]))
         return self._over_link(TcpTransport() if self._scheme == "tcp" else ShmTransport())
 
     def _over_link(self, transport: Transport) -> Transport:

@@ -55,7 +55,10 @@ IGNORE = _Ignore()
 
 
 class Asked:
-    """Two daemons, and what asks them: rows 0 and 2 of the first, rows 0 to 2 of the second."""
+    """Two daemons, and what asks them: rows 0 and 2 of the first, rows 0 to 2 of the second.
+
+    Where they offer shm and tcp, each is reached over another of these.
+    """
 
     def __init__(
         self, way: Way, directory: Path, stack: ExitStack, limits: Limits = LIMITS, timeout_s: float = 20.0
@@ -70,8 +73,9 @@ class Asked:
         self.rows = [torch.tensor([0, 2]), torch.arange(ROWS)]
         self.peers = PeerSet(self.rigs[0].another_client(), limits, query_room=0)
         stack.callback(self.peers.close)
-        for name, rig, session in zip("ab", self.rigs, self.sessions, strict=True):
-            self.peers.connect(name, rig.address, session)
+        addresses = (self.rigs[0].offers.addresses[0], self.rigs[1].offers.addresses[-1])
+        for name, address, session in zip("ab", addresses, self.sessions, strict=True):
+            self.peers.connect(name, address, session)
         self.by_python = 0
         self.remote = RemoteAttention(self.peers, CpuKernels(1), "float32", timeout_s)
         merge = self.remote._merge
@@ -136,7 +140,7 @@ def has_come(connection: ShmConnection | TcpConnection) -> bool:
     return bool(select.select([connection.fd], [], [], 0)[0])
 
 
-@pytest.fixture(params=WAYS, ids=str)
+@pytest.fixture(params=[*WAYS, ("both", None), ("both", "25gbit,50us")], ids=str)
 def way(request: pytest.FixtureRequest) -> Way:
     return request.param  # type: ignore[no-any-return]
 

@@ -17,6 +17,7 @@ from services.core.placement import (
     KvDaemonReport,
     MoveEnd,
     MoveReport,
+    PeerTransport,
     PlacementEntry,
     PoolStats,
     RunningRequest,
@@ -44,6 +45,7 @@ FULL = InstanceReport(
     progress=(RunningRequest("r", 1.5, 320, 900),),
     moves=(MoveReport("m", "r", "k", "k1", 3, 0.5, MoveEnd.SOURCE_LOST),),
     queue=(WaitingRequest(100, 50),),
+    transports=(PeerTransport("k1", "shm"),),
 )
 
 
@@ -52,7 +54,7 @@ FULL = InstanceReport(
     [
         Heartbeat("instance/a", 0, True, FULL, (STEP,)),
         Heartbeat("instance/a", 1, False, InstanceReport(0, 0), (STEP, StepTiming(1, 0, 64, 0.5, 0.25, 0.25))),
-        Heartbeat("instance/a", 2, False, InstanceReport(0, 0, queue=())),  # the queue is empty now, not unchanged
+        Heartbeat("instance/a", 2, False, InstanceReport(0, 0, queue=(), transports=())),  # empty now, not unchanged
         Heartbeat("instance/a", 3, False, None),
         Heartbeat("kvdaemon/k", 0, True, KvDaemonReport(PoolStats(1024))),
         Heartbeat(

@@ -14,6 +14,7 @@ from services.core.placement import (
     KvDaemonSnapshot,
     MoveEnd,
     MoveReport,
+    PeerTransport,
     PlacementEntry,
     PoolStats,
     RunningRequest,
@@ -78,26 +79,26 @@ def test_the_view_ends_up_with_the_snapshot(history: list[dict[str, dict[str, Bl
         assert seen == where
 
 
-def test_progress_moves_and_queue_travel_when_they_changed() -> None:
+def test_progress_moves_queue_and_transports_travel_when_they_changed() -> None:
     diff = ReportDiff("instance/a")
     slow, fast = RunningRequest("slow", 1.0, 64, 500), RunningRequest("fast", 2.0, 64, 500)
     old, new = (MoveReport(name, "slow", "k0", "k1", 1, 0.1, MoveEnd.DONE) for name in ("old", "new"))
     where = {name: {"k0": BlockCount(1, True)} for name in ("slow", "fast")}
     queue = (WaitingRequest(5, 6),)
-    now = InstanceSnapshot(2, 1, where, None, (old,), 8, (slow, fast), queue)
+    over = (PeerTransport("k1", "tcp"),)
+    now = InstanceSnapshot(2, 1, where, None, (old,), 8, (slow, fast), queue, over)
     told = diff.next(now)
     assert told is not None
-    assert told.report == InstanceReport(
-        2, 1, tuple(PlacementEntry(name, "k0", 1, True) for name in where), (), None, 8, (slow, fast), (old,), queue
-    )
+    entries = tuple(PlacementEntry(name, "k0", 1, True) for name in where)
+    assert told.report == InstanceReport(2, 1, entries, (), None, 8, (slow, fast), (old,), queue, over)
     assert diff.next(replace(now)) is None
     further = fast._replace(context_tokens=128)
     told = diff.next(replace(now, progress=(slow, further), moves=(old, new)))
     assert told is not None
     assert told.report == InstanceReport(2, 1, max_running=8, progress=(further,), moves=(new,), queue=None)
-    told = diff.next(replace(now, progress=(slow, further), moves=(new,), queue=()))
+    told = diff.next(replace(now, progress=(slow, further), moves=(new,), queue=(), transports=()))
     assert told is not None
-    assert told.report == InstanceReport(2, 1, max_running=8, queue=())
+    assert told.report == InstanceReport(2, 1, max_running=8, queue=(), transports=())
     # A new stream starts with everything that is remembered.
     told = ReportDiff("instance/a").next(replace(now, moves=(old, new)))
     assert told is not None

@@ -14,6 +14,7 @@ from services.core.placement import (
     Heartbeat,
     InstanceReport,
     KvDaemonReport,
+    PeerTransport,
     PlacementEntry,
     PoolStats,
     RunningRequest,
@@ -224,8 +225,10 @@ def test_what_the_planner_needs_follows_the_changes() -> None:
     young, old = RunningRequest("young", 9.0, 64, 500), RunningRequest("old", 1.0, 128, 400)
     entries = (PlacementEntry("young", "k0", 2, True), PlacementEntry("old", "k0", 3, True))
     queue = (WaitingRequest(10, 20),)
-    full = InstanceReport(2, 1, entries, max_running=8, progress=(young, old), queue=queue)
+    over = (PeerTransport("k1", "tcp"),)
+    full = InstanceReport(2, 1, entries, max_running=8, progress=(young, old), queue=queue, transports=over)
     report(view, "instance/a", full, now=2.0)
+    assert [info.transports for info in view.instances(2.0)] == [over, ()]
     first, silent = view.instance_facts()
     assert (first.heard_at, first.max_running, first.queue) == (2.0, 8, queue)
     assert first.running == (
@@ -243,6 +246,7 @@ def test_what_the_planner_needs_follows_the_changes() -> None:
     (entry, _) = view.instance_facts()[0].running
     assert entry == (older, {"k0": BlockCount(3, True), "k1": BlockCount(4, False)})
     assert view.instance_facts()[0].queue == queue  # unchanged
+    assert view.instances(3.0)[0].transports == over
     report(view, "instance/a", InstanceReport(1, 0, (), ("young",), max_running=8, queue=()), sequence=2, now=4.0)
     assert [progress.request_id for progress, _ in view.instance_facts()[0].running] == ["old"]
     assert view.instance_facts()[0].queue == ()

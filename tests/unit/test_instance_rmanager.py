@@ -18,6 +18,7 @@ from services.core.errors import PeerLostError, UnavailableError
 from services.core.placement import Heartbeat, InstanceReport, KvDaemonReport
 from services.core.sequence import RequestAge
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
+from services.dataplane.negotiation import Offers
 from services.dataplane.peers import PeerSet
 from services.dataplane.transport import Limits
 from services.gmanager.planning import NoPlanning
@@ -60,7 +61,7 @@ class Daemon(KvDaemonServicer):
         self.reserving, self.releasing = Gate(), Gate()
         self._server = make_server(tracer=tracer)
         super().__init__(
-            self.ledger, Sessions(self.ledger, lambda: None), SessionTerms((f"loopback:{name}",), "", 1.0, 5.0)
+            self.ledger, Sessions(self.ledger, lambda: None), SessionTerms(Offers((f"loopback:{name}",)), "", 1.0, 5.0)
         )
         kvdaemon_pb2_grpc.add_KvDaemonServiceServicer_to_server(self, self._server)
         self.address = bind(self._server, "127.0.0.1:0")
@@ -176,7 +177,7 @@ async def rig(tracer: Tracer | None = None) -> AsyncIterator[Rig]:
     async with local, first, second, gmanager(view) as client:
         own = local.session("i")
         await own.open()
-        settings = RManagerSettings("i", GEOMETRY, "loopback", 0, DEADLINE_S)
+        settings = RManagerSettings("i", GEOMETRY, 0, DEADLINE_S)
         rmanager = RManager(settings, own, client, peers, events.put_nowait, lambda reason: pytest.fail(reason), tracer)
         yield Rig(rmanager, daemons, events, view)
         await rmanager.close()

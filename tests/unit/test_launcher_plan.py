@@ -18,6 +18,7 @@ from infinitellm import (
     GManagerStatus,
     InstanceStatus,
     KvDaemonStatus,
+    PeerTransport,
     PoolUse,
     RequestStatus,
 )
@@ -85,7 +86,7 @@ def test_the_default_cluster() -> None:
         "member_id": "kvdaemon-mem-1",
         "listen": "127.0.0.1:0",
         "pool_mib": 64,
-        "transports": ["shm"],
+        "transports": ["auto"],
         "link": None,
         "socket_dir": "/run/sockets",
         "num_threads": 1,
@@ -99,7 +100,7 @@ def test_the_default_cluster() -> None:
         "model": "/models/m",
         "dtype": "bfloat16",
         "local_kvdaemon_id": "kvdaemon-1",
-        "transport": "shm",
+        "transport": "auto",
         "link": None,
         "socket_dir": "/run/sockets",
         "max_model_len": None,
@@ -308,6 +309,16 @@ def test_status_shows_who_leads() -> None:
         ["g-0", "127.0.0.1:1", "stands by"],
         ["g-1", "127.0.0.1:2", "leads"],
     ]
+
+
+def test_status_shows_how_daemons_are_reached() -> None:
+    alone = InstanceStatus("i-0", "127.0.0.1:1", "kv-0", 0, 0, 0.1)
+    assert "no instance is connected to another's daemon" in status_text(ClusterStatus((alone,), (), (), ("m",), ()))
+    peers = (PeerTransport("kv-1", "shm"), PeerTransport("kv-2", "rdma"))
+    lines = status_text(ClusterStatus((dataclasses.replace(alone, transports=peers),), (), (), ("m",), ())).splitlines()
+    header = next(number for number, line in enumerate(lines) if "REACHES" in line)
+    rows = [line.split() for line in lines[header + 1 : header + 3]]
+    assert rows == [["i-0", "kv-1", "shm"], ["i-0", "kv-2", "rdma"]]
 
 
 def test_top_shows_pools_and_who_lends_to_whom() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from kvdaemon_rig import DEADLINE_S, GEOMETRY, Rig, as_bytes, key, segment
 from services.core.blocks import BlockHandle
 from services.dataplane import wire
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
+from services.dataplane.negotiation import Offers
 from services.dataplane.transport import Accepted, Connection, Event, Received
 from services.dataplane.wire import CopyOrder, Header, Kind, Role
 
@@ -49,7 +51,7 @@ def test_a_block_is_copied_and_sealed_by_its_session(pair: tuple[Rig, Rig]) -> N
     targets = destination.reserve(there, 6, ttl_s=60)
     connection = source.connect(here)
     for number, (block, target) in enumerate(zip(blocks, targets, strict=True)):
-        assert not copy(source, connection, block, CopyOrder(key(number), destination.address, there, target))
+        assert not copy(source, connection, block, CopyOrder(key(number), destination.offers, there, target))
         assert seal(destination, there, target, number) == target
         torch.testing.assert_close(destination.blocks()[target.block], source.blocks()[block.block])
     with source.shared as ledger:
@@ -65,9 +67,9 @@ def test_what_the_client_does_not_hold_is_not_copied(pair: tuple[Rig, Rig]) -> N
     connection = source.connect(here)
     stale = BlockHandle(block.block, block.generation + 1)
     for handle, number in ((foreign, 2), (block, 2), (stale, 1), (BlockHandle(999, 1), 1)):
-        order = CopyOrder(key(number), destination.address, there, target)
+        order = CopyOrder(key(number), destination.offers, there, target)
         assert "STALE_GENERATION" in copy(source, connection, handle, order)
-    assert not copy(source, connection, block, CopyOrder(key(1), destination.address, there, target))
+    assert not copy(source, connection, block, CopyOrder(key(1), destination.offers, there, target))
 
 
 def test_what_the_destination_refuses_is_told_and_harms_nothing(pair: tuple[Rig, Rig]) -> None:
@@ -80,16 +82,31 @@ def test_what_the_destination_refuses_is_told_and_harms_nothing(pair: tuple[Rig,
     connection = source.connect(here)
     before = destination.blocks().clone()
     for bad in (promised, sealed, BlockHandle(target.block, target.generation + 1)):
-        order = CopyOrder(key(0), destination.address, there, bad)
+        order = CopyOrder(key(0), destination.offers, there, bad)
         assert "STALE_GENERATION" in copy(source, connection, blocks[0], order)
-    order = CopyOrder(key(0), destination.address, 4711, target)
+    order = CopyOrder(key(0), destination.offers, 4711, target)
     assert "SESSION_REVOKED" in copy(source, connection, blocks[0], order)
-    order = CopyOrder(key(0), "loopback:nobody", there, target)
+    order = CopyOrder(key(0), Offers(("loopback:nobody",)), there, target)
     assert "PEER_LOST" in copy(source, connection, blocks[0], order)
-    order = CopyOrder(key(0), "carrier-pigeon:far", there, target)
+    order = CopyOrder(key(0), Offers(("carrier-pigeon:far",)), there, target)
     assert "CONFIG" in copy(source, connection, blocks[0], order)
     torch.testing.assert_close(destination.blocks(), before)
-    assert not copy(source, connection, blocks[1], CopyOrder(key(1), destination.address, there, target))
+    assert not copy(source, connection, blocks[1], CopyOrder(key(1), destination.offers, there, target))
+
+
+def test_a_daemon_reaches_the_other_by_what_both_have(tmp_path: Path) -> None:
+    """Whatever the client reaches either of them by."""
+    with Rig(scheme="both", directory=tmp_path, name="s") as source, Rig(scheme="tcp", name="d") as far:
+        here, there = source.open(), far.open()
+        blocks = source.sealed(here, range(2))
+        targets = far.reserve(there, 2, ttl_s=60)
+        connection = source.connect(here)
+        offers = Offers(("carrier-pigeon:far", *far.offers.addresses), "another machine's socket")
+        assert not copy(source, connection, blocks[0], CopyOrder(key(0), offers, there, targets[0]))
+        torch.testing.assert_close(far.blocks()[targets[0].block], source.blocks()[blocks[0].block])
+        nothing_in_common = Offers((f"shm:{tmp_path}/d",), "another machine's socket")
+        failure = copy(source, connection, blocks[1], CopyOrder(key(1), nothing_in_common, there, targets[1]))
+        assert "connects over shm, tcp, the daemon offers shm" in failure
 
 
 def test_the_right_to_write_ends_with_the_session(pair: tuple[Rig, Rig]) -> None:
@@ -98,7 +115,7 @@ def test_the_right_to_write_ends_with_the_session(pair: tuple[Rig, Rig]) -> None
     blocks = source.sealed(here, range(2))
     targets = destination.reserve(there, 2, ttl_s=60)
     connection = source.connect(here)
-    orders = [CopyOrder(key(n), destination.address, there, target) for n, target in enumerate(targets)]
+    orders = [CopyOrder(key(n), destination.offers, there, target) for n, target in enumerate(targets)]
     assert not copy(source, connection, blocks[0], orders[0])
     destination.sessions.close(there)
     assert "SESSION_REVOKED" in copy(source, connection, blocks[1], orders[1])
@@ -119,7 +136,7 @@ def test_roles(pair: tuple[Rig, Rig]) -> None:
         (Header(Kind.QUERY, step=1), []),
         (Header(Kind.WRITE_BLOCK, block=offered), [key(2), content]),
         (Header(Kind.FORGET), []),
-        (Header(Kind.COPY, block=block), [CopyOrder(key(1), rig.address, session, offered).pack()]),
+        (Header(Kind.COPY, block=block), [CopyOrder(key(1), rig.offers, session, offered).pack()]),
     ):
         connection = rig.connect(session, role=Role.WRITER)
         rig.send(connection, header, *parts)
@@ -147,7 +164,7 @@ class SlowDestination:
 
     def order(self, number: int) -> CopyOrder:
         """To copy content ``number`` into its block of that number."""
-        return CopyOrder(key(number), self.address, 7, BlockHandle(number, 1))
+        return CopyOrder(key(number), Offers((self.address,)), 7, BlockHandle(number, 1))
 
     def look(self, timeout: float = 0.0) -> None:
         for event in self.transport.poll(timeout):

@@ -22,6 +22,7 @@ from infinitellm import (
     GManagerStatus,
     InstanceStatus,
     KvDaemonStatus,
+    PeerTransport,
     PoolUse,
     Progress,
     RequestStatus,
@@ -82,6 +83,7 @@ class Cluster(cluster_pb2_grpc.ClusterServiceServicer):
                     running_requests=1,
                     waiting_requests=2,
                     heartbeat_age_s=0.5,
+                    transports=[cluster_pb2.PeerTransport(kvdaemon_id="kv-1", transport="tcp")],
                 )
             ],
             kvdaemons=[
@@ -147,7 +149,7 @@ ECHOED = [
     Finished("r-1", "length", 5, 1, 2),
 ]
 STATUS = ClusterStatus(
-    instances=(InstanceStatus("i-0", "127.0.0.1:1", "kv-0", 1, 2, 0.5),),
+    instances=(InstanceStatus("i-0", "127.0.0.1:1", "kv-0", 1, 2, 0.5, (PeerTransport("kv-1", "tcp"),)),),
     kvdaemons=(KvDaemonStatus("kv-0", "127.0.0.1:2", 4096, 256, PoolUse(10, 4, 1, 2, 1, 2), 0.25),),
     requests=(RequestStatus("r-1", "i-0", (BlockPlacement("kv-0", 2, True),)),),
     models=("needle",),

@@ -5,6 +5,7 @@ from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle
 from services.core.errors import InvalidRequestError
 from services.core.trace_context import TraceContext
 from services.dataplane import wire
+from services.dataplane.negotiation import Offers
 from services.dataplane.wire import CopyOrder, Header, Hello, Kind, PlanSegment, Role, SegmentTrace
 
 
@@ -87,7 +88,8 @@ def test_handles_hello_and_blocks():
 
 
 def test_a_copy_order_survives_the_way():
-    order = CopyOrder(bytes(range(16)), "tcp:10.0.0.7:4711", 2**64 - 1, BlockHandle(2**32 - 1, 7))
+    offers = Offers(("shm:/a/b", "tcp:10.0.0.7:4711"), "boot/1/2")
+    order = CopyOrder(bytes(range(16)), offers, 2**64 - 1, BlockHandle(2**32 - 1, 7))
     assert wire.unpack_copy(memoryview(order.pack())) == order
     for garbage in (order.pack()[:32], b"", order.pack() + b"\xff"):
         with pytest.raises(InvalidRequestError):

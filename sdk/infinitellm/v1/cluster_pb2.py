@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cinfinitellm/v1/cluster.proto\x12\x0einfinitellm.v1\"\x19\n\x17GetClusterStatusRequest\"\xf4\x01\n\x18GetClusterStatusResponse\x12\x31\n\tinstances\x18\x01 \x03(\x0b\x32\x1e.infinitellm.v1.InstanceStatus\x12\x31\n\tkvdaemons\x18\x02 \x03(\x0b\x32\x1e.infinitellm.v1.KvDaemonStatus\x12/\n\x08requests\x18\x03 \x03(\x0b\x32\x1d.infinitellm.v1.RequestStatus\x12\x0e\n\x06models\x18\x04 \x03(\t\x12\x31\n\tgmanagers\x18\x05 \x03(\x0b\x32\x1e.infinitellm.v1.GManagerStatus\"E\n\x0eGManagerStatus\x12\x13\n\x0bgmanager_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05leads\x18\x03 \x01(\x08\"\x9e\x01\n\x0eInstanceStatus\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x19\n\x11local_kvdaemon_id\x18\x03 \x01(\t\x12\x18\n\x10running_requests\x18\x04 \x01(\r\x12\x18\n\x10waiting_requests\x18\x05 \x01(\r\x12\x17\n\x0fheartbeat_age_s\x18\x06 \x01(\x01\"k\n\x07PoolUse\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\x11\n\tworkspace\x18\x04 \x01(\r\x12\x10\n\x08reserved\x18\x05 \x01(\r\x12\x0e\n\x06in_use\x18\x06 \x01(\r\"\x9e\x01\n\x0eKvDaemonStatus\x12\x13\n\x0bkvdaemon_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\npool_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x04 \x01(\x04\x12$\n\x03use\x18\x05 \x01(\x0b\x32\x17.infinitellm.v1.PoolUse\x12\x17\n\x0fheartbeat_age_s\x18\x06 \x01(\x01\"k\n\rRequestStatus\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x31\n\tplacement\x18\x03 \x03(\x0b\x32\x1e.infinitellm.v1.BlockPlacement\"H\n\x0e\x42lockPlacement\x12\x13\n\x0bkvdaemon_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\r\n\x05local\x18\x03 \x01(\x08\x32w\n\x0e\x43lusterService\x12\x65\n\x10GetClusterStatus\x12\'.infinitellm.v1.GetClusterStatusRequest\x1a(.infinitellm.v1.GetClusterStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cinfinitellm/v1/cluster.proto\x12\x0einfinitellm.v1\"\x19\n\x17GetClusterStatusRequest\"\xf4\x01\n\x18GetClusterStatusResponse\x12\x31\n\tinstances\x18\x01 \x03(\x0b\x32\x1e.infinitellm.v1.InstanceStatus\x12\x31\n\tkvdaemons\x18\x02 \x03(\x0b\x32\x1e.infinitellm.v1.KvDaemonStatus\x12/\n\x08requests\x18\x03 \x03(\x0b\x32\x1d.infinitellm.v1.RequestStatus\x12\x0e\n\x06models\x18\x04 \x03(\t\x12\x31\n\tgmanagers\x18\x05 \x03(\x0b\x32\x1e.infinitellm.v1.GManagerStatus\"E\n\x0eGManagerStatus\x12\x13\n\x0bgmanager_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05leads\x18\x03 \x01(\x08\"\xd1\x01\n\x0eInstanceStatus\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x19\n\x11local_kvdaemon_id\x18\x03 \x01(\t\x12\x18\n\x10running_requests\x18\x04 \x01(\r\x12\x18\n\x10waiting_requests\x18\x05 \x01(\r\x12\x17\n\x0fheartbeat_age_s\x18\x06 \x01(\x01\x12\x31\n\ntransports\x18\x07 \x03(\x0b\x32\x1d.infinitellm.v1.PeerTransport\"7\n\rPeerTransport\x12\x13\n\x0bkvdaemon_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\"k\n\x07PoolUse\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\x11\n\tworkspace\x18\x04 \x01(\r\x12\x10\n\x08reserved\x18\x05 \x01(\r\x12\x0e\n\x06in_use\x18\x06 \x01(\r\"\x9e\x01\n\x0eKvDaemonStatus\x12\x13\n\x0bkvdaemon_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\npool_bytes\x18\x03 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x04 \x01(\x04\x12$\n\x03use\x18\x05 \x01(\x0b\x32\x17.infinitellm.v1.PoolUse\x12\x17\n\x0fheartbeat_age_s\x18\x06 \x01(\x01\"k\n\rRequestStatus\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x31\n\tplacement\x18\x03 \x03(\x0b\x32\x1e.infinitellm.v1.BlockPlacement\"H\n\x0e\x42lockPlacement\x12\x13\n\x0bkvdaemon_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\r\n\x05local\x18\x03 \x01(\x08\x32w\n\x0e\x43lusterService\x12\x65\n\x10GetClusterStatus\x12\'.infinitellm.v1.GetClusterStatusRequest\x1a(.infinitellm.v1.GetClusterStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,15 +38,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GMANAGERSTATUS']._serialized_start=322
   _globals['_GMANAGERSTATUS']._serialized_end=391
   _globals['_INSTANCESTATUS']._serialized_start=394
-  _globals['_INSTANCESTATUS']._serialized_end=552
-  _globals['_POOLUSE']._serialized_start=554
-  _globals['_POOLUSE']._serialized_end=661
-  _globals['_KVDAEMONSTATUS']._serialized_start=664
-  _globals['_KVDAEMONSTATUS']._serialized_end=822
-  _globals['_REQUESTSTATUS']._serialized_start=824
-  _globals['_REQUESTSTATUS']._serialized_end=931
-  _globals['_BLOCKPLACEMENT']._serialized_start=933
-  _globals['_BLOCKPLACEMENT']._serialized_end=1005
-  _globals['_CLUSTERSERVICE']._serialized_start=1007
-  _globals['_CLUSTERSERVICE']._serialized_end=1126
+  _globals['_INSTANCESTATUS']._serialized_end=603
+  _globals['_PEERTRANSPORT']._serialized_start=605
+  _globals['_PEERTRANSPORT']._serialized_end=660
+  _globals['_POOLUSE']._serialized_start=662
+  _globals['_POOLUSE']._serialized_end=769
+  _globals['_KVDAEMONSTATUS']._serialized_start=772
+  _globals['_KVDAEMONSTATUS']._serialized_end=930
+  _globals['_REQUESTSTATUS']._serialized_start=932
+  _globals['_REQUESTSTATUS']._serialized_end=1039
+  _globals['_BLOCKPLACEMENT']._serialized_start=1041
+  _globals['_BLOCKPLACEMENT']._serialized_end=1113
+  _globals['_CLUSTERSERVICE']._serialized_start=1115
+  _globals['_CLUSTERSERVICE']._serialized_end=1234
 # @@protoc_insertion_point(module_scope)

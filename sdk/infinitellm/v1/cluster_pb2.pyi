@@ -112,6 +112,7 @@ class InstanceStatus(_message.Message):
     RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
     HEARTBEAT_AGE_S_FIELD_NUMBER: _builtins.int
+    TRANSPORTS_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     address: _builtins.str
     """host:port of its control server."""
@@ -121,6 +122,10 @@ class InstanceStatus(_message.Message):
     waiting_requests: _builtins.int
     heartbeat_age_s: _builtins.float
     """Seconds since its last heartbeat."""
+    @_builtins.property
+    def transports(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerTransport]:
+        """How it reaches other KV daemons, those that it is connected to."""
+
     def __init__(
         self,
         *,
@@ -130,14 +135,40 @@ class InstanceStatus(_message.Message):
         running_requests: _builtins.int = ...,
         waiting_requests: _builtins.int = ...,
         heartbeat_age_s: _builtins.float = ...,
+        transports: _abc.Iterable[Global___PeerTransport] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "heartbeat_age_s", b"heartbeat_age_s", "instance_id", b"instance_id", "local_kvdaemon_id", b"local_kvdaemon_id", "running_requests", b"running_requests", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "heartbeat_age_s", b"heartbeat_age_s", "instance_id", b"instance_id", "local_kvdaemon_id", b"local_kvdaemon_id", "running_requests", b"running_requests", "transports", b"transports", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InstanceStatus: _TypeAlias = InstanceStatus  # noqa: Y015
+
+@_typing.final
+class PeerTransport(_message.Message):
+    """How an instance reaches a KV daemon."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KVDAEMON_ID_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    kvdaemon_id: _builtins.str
+    transport: _builtins.str
+    """"shm", "rdma", "tcp", ..."""
+    def __init__(
+        self,
+        *,
+        kvdaemon_id: _builtins.str = ...,
+        transport: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kvdaemon_id", b"kvdaemon_id", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerTransport: _TypeAlias = PeerTransport  # noqa: Y015
 
 @_typing.final
 class PoolUse(_message.Message):

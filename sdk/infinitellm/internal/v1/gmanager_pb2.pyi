@@ -201,6 +201,7 @@ class InstanceReport(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     MOVES_FIELD_NUMBER: _builtins.int
     QUEUE_FIELD_NUMBER: _builtins.int
+    TRANSPORTS_FIELD_NUMBER: _builtins.int
     running_requests: _builtins.int
     waiting_requests: _builtins.int
     max_running: _builtins.int
@@ -229,6 +230,10 @@ class InstanceReport(_message.Message):
     def queue(self) -> Global___WaitingQueue:
         """The waiting requests; absent if they have not changed."""
 
+    @_builtins.property
+    def transports(self) -> Global___PeerTransports:
+        """Absent if they have not changed."""
+
     def __init__(
         self,
         *,
@@ -241,14 +246,62 @@ class InstanceReport(_message.Message):
         progress: _abc.Iterable[Global___RunningRequest] | None = ...,
         moves: _abc.Iterable[Global___MoveReport] | None = ...,
         queue: Global___WaitingQueue | None = ...,
+        transports: Global___PeerTransports | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_starving", b"oldest_starving", "queue", b"queue"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_starving", b"oldest_starving", "queue", b"queue", "transports", b"transports"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_request_ids", b"ended_request_ids", "max_running", b"max_running", "moves", b"moves", "oldest_starving", b"oldest_starving", "placement", b"placement", "progress", b"progress", "queue", b"queue", "running_requests", b"running_requests", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_request_ids", b"ended_request_ids", "max_running", b"max_running", "moves", b"moves", "oldest_starving", b"oldest_starving", "placement", b"placement", "progress", b"progress", "queue", b"queue", "running_requests", b"running_requests", "transports", b"transports", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InstanceReport: _TypeAlias = InstanceReport  # noqa: Y015
+
+@_typing.final
+class PeerTransports(_message.Message):
+    """The data plane's connections of an instance."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerTransport]: ...
+    def __init__(
+        self,
+        *,
+        peers: _abc.Iterable[Global___PeerTransport] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peers", b"peers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerTransports: _TypeAlias = PeerTransports  # noqa: Y015
+
+@_typing.final
+class PeerTransport(_message.Message):
+    """How a daemon is reached."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KVDAEMON_ID_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    kvdaemon_id: _builtins.str
+    transport: _builtins.str
+    """"shm", "rdma", "tcp", ..."""
+    def __init__(
+        self,
+        *,
+        kvdaemon_id: _builtins.str = ...,
+        transport: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kvdaemon_id", b"kvdaemon_id", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeerTransport: _TypeAlias = PeerTransport  # noqa: Y015
 
 @_typing.final
 class RunningRequest(_message.Message):
@@ -608,6 +661,7 @@ class InstanceView(_message.Message):
     HEARTBEAT_AGE_S_FIELD_NUMBER: _builtins.int
     HINT_FIELD_NUMBER: _builtins.int
     STEP_ERROR_FIELD_NUMBER: _builtins.int
+    TRANSPORTS_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     address: _builtins.str
     model: _builtins.str
@@ -624,6 +678,10 @@ class InstanceView(_message.Message):
     def hint(self) -> Global___AdmissionHint:
         """Present if a new request would do well to start here."""
 
+    @_builtins.property
+    def transports(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerTransport]:
+        """The daemons that it is connected to, and over what; its own daemon's pool it maps."""
+
     def __init__(
         self,
         *,
@@ -638,10 +696,11 @@ class InstanceView(_message.Message):
         heartbeat_age_s: _builtins.float = ...,
         hint: Global___AdmissionHint | None = ...,
         step_error: _builtins.float | None = ...,
+        transports: _abc.Iterable[Global___PeerTransport] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_step_error", b"_step_error", "hint", b"hint", "step_error", b"step_error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_error", b"_step_error", "address", b"address", "heartbeat_age_s", b"heartbeat_age_s", "hint", b"hint", "instance_id", b"instance_id", "local_free_blocks", b"local_free_blocks", "local_kvdaemon_id", b"local_kvdaemon_id", "max_model_len", b"max_model_len", "model", b"model", "running_requests", b"running_requests", "step_error", b"step_error", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_error", b"_step_error", "address", b"address", "heartbeat_age_s", b"heartbeat_age_s", "hint", b"hint", "instance_id", b"instance_id", "local_free_blocks", b"local_free_blocks", "local_kvdaemon_id", b"local_kvdaemon_id", "max_model_len", b"max_model_len", "model", b"model", "running_requests", b"running_requests", "step_error", b"step_error", "transports", b"transports", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__step_error: _TypeAlias = _typing.Literal["step_error"]  # noqa: Y015
     _WhichOneofArgType__step_error: _TypeAlias = _typing.Literal["_step_error", b"_step_error"]  # noqa: Y015

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from infinitellm.internal.v1 import pool_pb2 as infinitellm_dot_internal_dot_v1_dot_pool__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&infinitellm/internal/v1/kvdaemon.proto\x12\x17infinitellm.internal.v1\x1a\"infinitellm/internal/v1/pool.proto\"\x80\x01\n\x0eSessionRequest\x12\x34\n\x04open\x18\x01 \x01(\x0b\x32$.infinitellm.internal.v1.OpenSessionH\x00\x12-\n\x04ping\x18\x02 \x01(\x0b\x32\x1d.infinitellm.internal.v1.PingH\x00\x42\t\n\x07request\"z\n\x0bOpenSession\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x37\n\x08geometry\x18\x03 \x01(\x0b\x32%.infinitellm.internal.v1.PoolGeometry\x12\x0e\n\x06mapped\x18\x04 \x01(\x08\"\x06\n\x04Ping\"\x86\x01\n\x0fSessionResponse\x12\x38\n\x06opened\x18\x01 \x01(\x0b\x32&.infinitellm.internal.v1.SessionOpenedH\x00\x12-\n\x04pong\x18\x02 \x01(\x0b\x32\x1d.infinitellm.internal.v1.PongH\x00\x42\n\n\x08response\"\x9f\x01\n\rSessionOpened\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x02 \x01(\r\x12\x1b\n\x13\x64\x61taplane_addresses\x18\x03 \x03(\t\x12\x13\n\x0bpool_socket\x18\x04 \x01(\t\x12\x17\n\x0fping_interval_s\x18\x05 \x01(\x01\x12\x19\n\x11session_timeout_s\x18\x06 \x01(\x01\"9\n\x04Pong\x12\x31\n\x05stats\x18\x01 \x01(\x0b\x32\".infinitellm.internal.v1.PoolStats\"\x82\x01\n\x0eReserveRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x12\n\nmax_blocks\x18\x02 \x01(\r\x12\x12\n\nmin_blocks\x18\x03 \x01(\r\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x11\n\tworkspace\x18\x05 \x01(\x08\x12\r\n\x05ttl_s\x18\x06 \x01(\x01\"G\n\x0fReserveResponse\x12\x34\n\x06\x62locks\x18\x01 \x03(\x0b\x32$.infinitellm.internal.v1.BlockHandle\"1\n\rAttachRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"U\n\x0e\x41ttachResponse\x12\r\n\x05\x66ound\x18\x01 \x03(\r\x12\x34\n\x06\x62locks\x18\x02 \x03(\x0b\x32$.infinitellm.internal.v1.BlockHandle\"e\n\x0bSealRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x34\n\x06\x62locks\x18\x02 \x03(\x0b\x32$.infinitellm.internal.v1.BlockHandle\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\"D\n\x0cSealResponse\x12\x34\n\x06\x62locks\x18\x01 \x03(\x0b\x32$.infinitellm.internal.v1.BlockHandle\"Z\n\x0eReleaseRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x34\n\x06\x62locks\x18\x02 \x03(\x0b\x32$.infinitellm.internal.v1.BlockHandle\"\x11\n\x0fReleaseResponse\"\x10\n\x0eGetPoolRequest\"\xa3\x01\n\x0fGetPoolResponse\x12\x31\n\x05stats\x18\x01 \x01(\x0b\x32\".infinitellm.internal.v1.PoolStats\x12\x37\n\x08geometry\x18\x02 \x01(\x0b\x32%.infinitellm.internal.v1.PoolGeometry\x12\x10\n\x08sessions\x18\x03 \x01(\r\x12\x12\n\nviolations\x18\x04 \x03(\t2\xbd\x04\n\x0fKvDaemonService\x12`\n\x07Session\x12\'.infinitellm.internal.v1.SessionRequest\x1a(.infinitellm.internal.v1.SessionResponse(\x01\x30\x01\x12\\\n\x07Reserve\x12\'.infinitellm.internal.v1.ReserveRequest\x1a(.infinitellm.internal.v1.ReserveResponse\x12Y\n\x06\x41ttach\x12&.infinitellm.internal.v1.AttachRequest\x1a\'.infinitellm.internal.v1.AttachResponse\x12S\n\x04Seal\x12$.infinitellm.internal.v1.SealRequest\x1a%.infinitellm.internal.v1.SealResponse\x12\\\n\x07Release\x12\'.infinitellm.internal.v1.ReleaseRequest\x1a(.infinitellm.internal.v1.ReleaseResponse\x12\\\n\x07GetPool\x12\'.infinitellm.internal.v1.GetPoolRequest\x1a(.infinitellm.internal.v1.GetPoolResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&infinitellm/internal/v1/kvdaemon.proto\x12\x17infinitellm.internal.v1\x1a\"infinitellm/internal/v1/pool.proto\"\x80\x01\n\x0eSessionRequest\x12\x34\n\x04open\x18\x01 \x01(\x0b\x32$.infinitellm.internal.v1.OpenSessionH\x00\x12-\n\x04ping\x18\x02 \x01(\x0b\x32\x1d.infinitellm.internal.v1.PingH\x00\x42\t\n\x07request\"z\n\x0bOpenSession\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x37\n\x08geometry\x18\x03 \x01(\x0b\x32%.infinitellm.internal.v1.PoolGeometry\x12\x0e\n\x06mapped\x18\x04 \x01(\x08\"\x06\n\x04Ping\"\x86\x01\n\x0fSessionResponse\x12\x38\n\x06opened\x18\x01 \x01(\x0b\x32&.infinitellm.internal.v1.SessionOpenedH\x00\x12-\n\x04pong\x18\x02 \x01(\x0b\x32\x1d.infinitellm.internal.v1.PongH\x00\x42\n\n\x08response\"\xbc\x01\n\rSessionOpened\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x02 \x01(\r\x12\x1b\n\x13\x64\x61taplane_addresses\x18\x03 \x03(\t\x12\x13\n\x0bpool_socket\x18\x04 \x01(\t\x12\x17\n\x0fping_interval_s\x18\x05 \x01(\x01\x12\x19\n\x11session_timeout_s\x18\x06 \x01(\x01\x12\x1b\n\x13shm_socket_identity\x18\x07 \x01(\t\"9\n\x04Pong\x12\x31\n\x05stats\x18\x01 \x01(\x0b\x32\".infinitellm.internal.v1.PoolStats\"\x82\x01\n\x0eReserveRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x12\n\nmax_blocks\x18\x02 \x01(\r\x12\x12\n\nmin_blocks\x18\x03 \x01(\r\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x11\n\tworkspace\x18\x05 \x01(\x08\x12\r\n\x05ttl_s\x18\x06 \x01(\x01\"G\n\x0fReserveResponse\x12\x34\n\x06\x62locks\x18\x01 \x03(\x0b\x32$.infinitellm.internal.v1.BlockHandle\"1\n\rAttachRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"U\n\x0e\x41ttachResponse\x12\r\n\x05\x66ound\x18\x01 \x03(\r\x12\x34\n\x06\x62locks\x18\x02 \x03(\x0b\x32$.infinitellm.internal.v1.BlockHandle\"e\n\x0bSealRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x34\n\x06\x62locks\x18\x02 \x03(\x0b\x32$.infinitellm.internal.v1.BlockHandle\x12\x0c\n\x04keys\x18\x03 \x01(\x0c\"D\n\x0cSealResponse\x12\x34\n\x06\x62locks\x18\x01 \x03(\x0b\x32$.infinitellm.internal.v1.BlockHandle\"Z\n\x0eReleaseRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x34\n\x06\x62locks\x18\x02 \x03(\x0b\x32$.infinitellm.internal.v1.BlockHandle\"\x11\n\x0fReleaseResponse\"\x10\n\x0eGetPoolRequest\"\xa3\x01\n\x0fGetPoolResponse\x12\x31\n\x05stats\x18\x01 \x01(\x0b\x32\".infinitellm.internal.v1.PoolStats\x12\x37\n\x08geometry\x18\x02 \x01(\x0b\x32%.infinitellm.internal.v1.PoolGeometry\x12\x10\n\x08sessions\x18\x03 \x01(\r\x12\x12\n\nviolations\x18\x04 \x03(\t2\xbd\x04\n\x0fKvDaemonService\x12`\n\x07Session\x12\'.infinitellm.internal.v1.SessionRequest\x1a(.infinitellm.internal.v1.SessionResponse(\x01\x30\x01\x12\\\n\x07Reserve\x12\'.infinitellm.internal.v1.ReserveRequest\x1a(.infinitellm.internal.v1.ReserveResponse\x12Y\n\x06\x41ttach\x12&.infinitellm.internal.v1.AttachRequest\x1a\'.infinitellm.internal.v1.AttachResponse\x12S\n\x04Seal\x12$.infinitellm.internal.v1.SealRequest\x1a%.infinitellm.internal.v1.SealResponse\x12\\\n\x07Release\x12\'.infinitellm.internal.v1.ReleaseRequest\x1a(.infinitellm.internal.v1.ReleaseResponse\x12\\\n\x07GetPool\x12\'.infinitellm.internal.v1.GetPoolRequest\x1a(.infinitellm.internal.v1.GetPoolResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,29 +41,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONRESPONSE']._serialized_start=367
   _globals['_SESSIONRESPONSE']._serialized_end=501
   _globals['_SESSIONOPENED']._serialized_start=504
-  _globals['_SESSIONOPENED']._serialized_end=663
-  _globals['_PONG']._serialized_start=665
-  _globals['_PONG']._serialized_end=722
-  _globals['_RESERVEREQUEST']._serialized_start=725
-  _globals['_RESERVEREQUEST']._serialized_end=855
-  _globals['_RESERVERESPONSE']._serialized_start=857
-  _globals['_RESERVERESPONSE']._serialized_end=928
-  _globals['_ATTACHREQUEST']._serialized_start=930
-  _globals['_ATTACHREQUEST']._serialized_end=979
-  _globals['_ATTACHRESPONSE']._serialized_start=981
-  _globals['_ATTACHRESPONSE']._serialized_end=1066
-  _globals['_SEALREQUEST']._serialized_start=1068
-  _globals['_SEALREQUEST']._serialized_end=1169
-  _globals['_SEALRESPONSE']._serialized_start=1171
-  _globals['_SEALRESPONSE']._serialized_end=1239
-  _globals['_RELEASEREQUEST']._serialized_start=1241
-  _globals['_RELEASEREQUEST']._serialized_end=1331
-  _globals['_RELEASERESPONSE']._serialized_start=1333
-  _globals['_RELEASERESPONSE']._serialized_end=1350
-  _globals['_GETPOOLREQUEST']._serialized_start=1352
-  _globals['_GETPOOLREQUEST']._serialized_end=1368
-  _globals['_GETPOOLRESPONSE']._serialized_start=1371
-  _globals['_GETPOOLRESPONSE']._serialized_end=1534
-  _globals['_KVDAEMONSERVICE']._serialized_start=1537
-  _globals['_KVDAEMONSERVICE']._serialized_end=2110
+  _globals['_SESSIONOPENED']._serialized_end=692
+  _globals['_PONG']._serialized_start=694
+  _globals['_PONG']._serialized_end=751
+  _globals['_RESERVEREQUEST']._serialized_start=754
+  _globals['_RESERVEREQUEST']._serialized_end=884
+  _globals['_RESERVERESPONSE']._serialized_start=886
+  _globals['_RESERVERESPONSE']._serialized_end=957
+  _globals['_ATTACHREQUEST']._serialized_start=959
+  _globals['_ATTACHREQUEST']._serialized_end=1008
+  _globals['_ATTACHRESPONSE']._serialized_start=1010
+  _globals['_ATTACHRESPONSE']._serialized_end=1095
+  _globals['_SEALREQUEST']._serialized_start=1097
+  _globals['_SEALREQUEST']._serialized_end=1198
+  _globals['_SEALRESPONSE']._serialized_start=1200
+  _globals['_SEALRESPONSE']._serialized_end=1268
+  _globals['_RELEASEREQUEST']._serialized_start=1270
+  _globals['_RELEASEREQUEST']._serialized_end=1360
+  _globals['_RELEASERESPONSE']._serialized_start=1362
+  _globals['_RELEASERESPONSE']._serialized_end=1379
+  _globals['_GETPOOLREQUEST']._serialized_start=1381
+  _globals['_GETPOOLREQUEST']._serialized_end=1397
+  _globals['_GETPOOLRESPONSE']._serialized_start=1400
+  _globals['_GETPOOLRESPONSE']._serialized_end=1563
+  _globals['_KVDAEMONSERVICE']._serialized_start=1566
+  _globals['_KVDAEMONSERVICE']._serialized_end=2139
 # @@protoc_insertion_point(module_scope)

@@ -131,6 +131,7 @@ class SessionOpened(_message.Message):
     POOL_SOCKET_FIELD_NUMBER: _builtins.int
     PING_INTERVAL_S_FIELD_NUMBER: _builtins.int
     SESSION_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    SHM_SOCKET_IDENTITY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.int
     """Names the session in every other call and in the data plane's hello."""
     total_blocks: _builtins.int
@@ -140,6 +141,10 @@ class SessionOpened(_message.Message):
     """The client must ping at least this often."""
     session_timeout_s: _builtins.float
     """Silence that ends the session, on either side."""
+    shm_socket_identity: _builtins.str
+    """What tells the socket of the shm address from every other one of every machine: who finds it at that path is on the
+    same host. Empty where the daemon offers no shm.
+    """
     @_builtins.property
     def dataplane_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Data-plane addresses, for example "shm:/run/infinite-llm/kv-0.data"."""
@@ -153,10 +158,11 @@ class SessionOpened(_message.Message):
         pool_socket: _builtins.str = ...,
         ping_interval_s: _builtins.float = ...,
         session_timeout_s: _builtins.float = ...,
+        shm_socket_identity: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataplane_addresses", b"dataplane_addresses", "ping_interval_s", b"ping_interval_s", "pool_socket", b"pool_socket", "session_id", b"session_id", "session_timeout_s", b"session_timeout_s", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataplane_addresses", b"dataplane_addresses", "ping_interval_s", b"ping_interval_s", "pool_socket", b"pool_socket", "session_id", b"session_id", "session_timeout_s", b"session_timeout_s", "shm_socket_identity", b"shm_socket_identity", "total_blocks", b"total_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
