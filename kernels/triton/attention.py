@@ -135,7 +135,7 @@ def attend(
     if window > 0:
         oldest = first_pos + tile * TILE_ROWS // GROUP - window
     left = (full_begin - begin) * PARTS
-    for masked in range(0, left + (end - full_end) * PARTS):
+    for masked in range(left + (end - full_end) * PARTS):
         step = tl.where(masked < left, begin * PARTS + masked, full_end * PARTS + masked - left)
         offset = step % PARTS * TILE_KEYS + key
         key_pos = tl.load(block_pos + step // PARTS) + offset

@@ -60,9 +60,7 @@ class TritonKernels(AttentionKernels):
         gpu = self._gpu(q.device)
 
         def tiling_of(kind: Kind) -> Tiling:
-            dtype = str(pool.dtype).removeprefix("torch.")
-            shape = Shape(kind, dtype, pool.element_size(), head_dim, group, block_tokens)
-            return self._fixed.get(kind) or self._cache.tiling(gpu, shape)
+            return self._fixed.get(kind) or self._cache.tiling(gpu, shape_of(pool, q_heads, kind))
 
         def make() -> Prepared:
             return prepare(plan, rows, kv_heads, group, block_tokens, params.window, gpu, tiling_of)
@@ -86,7 +84,12 @@ class TritonKernels(AttentionKernels):
         rows, q_heads = q.shape[0], q.shape[1]
         part_out, part_lse = self._partials(q.device, kv_heads, prepared.places, head_dim)
         capped, scale = params.softcap > 0, abs(params.scale)
-        shape = {"KV_HEADS": kv_heads, "GROUP": q_heads // kv_heads, "HEAD_DIM": head_dim, "TILE_DIM": tile_dim(head_dim)}
+        shape = {
+            "KV_HEADS": kv_heads,
+            "GROUP": q_heads // kv_heads,
+            "HEAD_DIM": head_dim,
+            "TILE_DIM": tile_dim(head_dim),
+        }
         for launch in prepared.launches:
             attend[(launch.capacity * kv_heads,)](
                 q,
@@ -115,6 +118,7 @@ class TritonKernels(AttentionKernels):
                 WIDEN=self._interpreted and pool.dtype == torch.bfloat16,
                 num_warps=launch.tiling.num_warps,
                 num_stages=launch.tiling.num_stages,
+                maxnreg=launch.tiling.max_registers or None,
             )
         merge_rows = 1 if plan.max_query_len == 1 else _MERGE_ROWS
         merge_items[(-(-rows // merge_rows) * q_heads,)](
@@ -184,21 +188,13 @@ class TritonKernels(AttentionKernels):
             )
 
     def _gpu(self, device: torch.device) -> Gpu:
-        if device.type != "cuda":
-            return INTERPRETER
-        index = torch.cuda.current_device() if device.index is None else device.index
+        index = -1 if device.index is None else device.index
         if index not in self._gpus:
-            known = torch.cuda.get_device_properties(index)
-            self._gpus[index] = Gpu(
-                known.name,
-                (known.major, known.minor),
-                known.multi_processor_count,
-                known.shared_memory_per_block_optin,
-            )
+            self._gpus[index] = describe_gpu(device)
         return self._gpus[index]
 
     def _partials(self, device: torch.device, kv_heads: int, places: int, head_dim: int) -> tuple[Tensor, Tensor]:
-        """part_out [kv_heads, places, head_dim] and part_lse [kv_heads, places], float32, used again by the next call."""
+        """part_out [kv_heads, places, head_dim], part_lse [kv_heads, places]: float32, used again by the next call."""
         size = kv_heads * places * (head_dim + 1)
         bucket = triton.next_power_of_2(max(1, size))
         key = (-1 if device.index is None else device.index, bucket)
@@ -207,6 +203,20 @@ class TritonKernels(AttentionKernels):
             memory = self._parts[key] = torch.empty(bucket, dtype=torch.float32, device=device)
         out_size = kv_heads * places * head_dim
         return memory[:out_size].view(kv_heads, places, head_dim), memory[out_size:size].view(kv_heads, places)
+
+
+def shape_of(pool: Tensor, q_heads: int, kind: Kind) -> Shape:
+    """What tilings for queries over this pool are chosen by."""
+    dtype = str(pool.dtype).removeprefix("torch.")
+    return Shape(kind, dtype, pool.element_size(), pool.shape[5], q_heads // pool.shape[2], pool.shape[4])
+
+
+def describe_gpu(device: torch.device) -> Gpu:
+    if device.type != "cuda":
+        return INTERPRETER
+    known = torch.cuda.get_device_properties(device)
+    shared_memory = getattr(known, "shared_memory_per_block_optin", known.shared_memory_per_block)
+    return Gpu(known.name, (known.major, known.minor), known.multi_processor_count, shared_memory)
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[object]:

@@ -76,7 +76,7 @@ def prepare(
     for kind, low, high in kinds if plan.segments else ():
         tiling = tiling_of(kind)
         if kind is Kind.PREFILL and plan.max_query_len * group <= _SHORT_ROWS < tiling.tile_rows:
-            tiling = replace(tiling, tile_rows=_SHORT_ROWS, num_warps=min(tiling.num_warps, 4))
+            tiling = replace(tiling, tile_rows=_SHORT_ROWS, num_warps=min(tiling.num_warps, 4), max_registers=0)
         target = max(1, tiling.programs * gpu.multiprocessors // kv_heads)
         tiles = rows * group // tiling.tile_rows + plan.segments
         count = torch.empty(1, dtype=torch.int32, device=device)
@@ -110,8 +110,8 @@ def prepare(
 class PreparedPlans:
     """Schedules of the plans that were used last.
 
-    A schedule belongs to a plan object and the contents of its tensors. While a CUDA graph is captured, it belongs to
-    that capture as well: the graph must make it anew at each replay, when the tensors may hold another batch.
+    A schedule belongs to a plan object. While a CUDA graph is captured, it belongs to that capture as well: the graph
+    makes it anew at each replay, when the plan's tensors may hold another batch.
     """
 
     def __init__(self) -> None:
@@ -122,8 +122,7 @@ class PreparedPlans:
         capture = _capture_id(plan.query_pos)
         if capture == _UNKNOWN:
             return make()
-        tensors = (plan.query_start, plan.query_pos, plan.block_start, plan.block_ids, plan.block_pos)
-        whole = (id(plan), capture, key, *(tensor._version for tensor in tensors))
+        whole = (id(plan), capture, key)
         found = self._kept.get(whole)
         # The plan is kept with it, so that no other gets its id.
         prepared = make() if found is None else found[1]

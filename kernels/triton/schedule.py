@@ -61,9 +61,7 @@ def schedule(
     own = tl.program_id(0)
     segment = tl.arange(0, TILE_SEGMENTS)
     known = segment < segments
-    rows = tl.load(query_start + segment + 1, mask=known, other=0) - tl.load(
-        query_start + segment, mask=known, other=0
-    )
+    rows = tl.load(query_start + segment + 1, mask=known, other=0) - tl.load(query_start + segment, mask=known, other=0)
     blocks = tl.load(block_start + segment + 1, mask=known, other=0) - tl.load(
         block_start + segment, mask=known, other=0
     )

@@ -1,13 +1,13 @@
 """How the attention kernel cuts its work: the sizes of tiles and programs, what they are by default, what may be tried.
 
 The best sizes depend on the GPU and on the shapes of the model; ``tuning`` measures them. Where nothing was measured,
-the defaults here stand. They follow from what a multiprocessor has: decoding wants bytes in flight (two or three tiles of
-keys and values of 16 KiB each for every program, and two programs beside each other), prefill wants large products.
+the defaults here stand. They follow from what a multiprocessor has: decoding wants bytes in flight (two or three tiles
+of keys and values of 16 KiB each for every program, and two programs beside each other), prefill wants large products.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 MIN_DOT = 16  # smallest side of a matrix product on tensor cores
@@ -30,6 +30,7 @@ class Tiling:
         num_warps: of a program.
         num_stages: tiles of keys and values that are on their way while one is computed, plus one.
         programs: items per multiprocessor that the blocks of a batch are dealt out to.
+        max_registers: of a thread, so that two programs fit beside each other; 0: as many as the compiler likes.
     """
 
     tile_rows: int
@@ -37,6 +38,7 @@ class Tiling:
     num_warps: int
     num_stages: int
     programs: int
+    max_registers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,32 +101,40 @@ def default(gpu: Gpu, shape: Shape) -> Tiling:
     elif shape.element_size > 2 or tile_dim(shape.head_dim) > 128:
         # Without tensor cores, or with an accumulator twice as wide, 128 rows do not fit into registers.
         wanted = Tiling(64, min(keys, 32), num_warps=4, num_stages=2, programs=4)
+    elif gpu.capability >= (9, 0):
+        # Two programs of 128 registers beside each other: one's products run while the other takes exponentials.
+        wanted = Tiling(128, keys, num_warps=8, num_stages=2, programs=4, max_registers=128)
     else:
-        wanted = Tiling(128, keys, num_warps=8 if gpu.capability >= (9, 0) else 4, num_stages=3, programs=4)
-    return next(filter(lambda tiling: fits(gpu, shape, tiling), _fewer_stages(wanted)), _fewer_stages(wanted)[-1])
+        wanted = Tiling(128, keys, num_warps=8, num_stages=3, programs=4)
+    fewer = [replace(wanted, num_stages=stages) for stages in range(wanted.num_stages, 0, -1)]
+    return next((tiling for tiling in fewer if fits(gpu, shape, tiling)), fewer[-1])
 
 
 def candidates(gpu: Gpu, shape: Shape) -> list[Tiling]:
-    """What is worth measuring, the default first."""
-    first = default(gpu, shape)
-    keys = [size for size in (32, 64, 128) if MIN_DOT <= size <= shape.block_tokens] or [shape.block_tokens]
+    """What is worth measuring, the default first. Each is a kernel of its own to compile: seconds."""
+    keys = max(MIN_DOT, min(shape.block_tokens, 64))
+    half = max(MIN_DOT, keys // 2)
     if shape.kind is Kind.DECODE:
-        tried = [
-            Tiling(decode_rows(shape.group), size, warps, stages, programs)
-            for size in keys
-            for warps in (2, 4, 8)
-            for stages in (2, 3, 4, 5)
-            for programs in (4, 8)
-        ]
+        rows = decode_rows(shape.group)
+        sizes = [(keys, 4, 2), (keys, 4, 3), (keys, 4, 4), (keys, 8, 3), (keys, 2, 3), (half, 4, 4), (half, 2, 4)]
+        tried = [Tiling(rows, *chosen, programs=4) for chosen in sizes]
     else:
         tried = [
-            Tiling(rows, size, warps, stages, 4)
-            for rows in (64, 128)
-            for size in keys
-            for warps in (4, 8)
-            for stages in (2, 3, 4)
+            Tiling(128, keys, num_warps=8, num_stages=2, programs=4, max_registers=128),
+            Tiling(128, keys, num_warps=8, num_stages=2, programs=4),
+            Tiling(128, keys, num_warps=8, num_stages=3, programs=4),
+            Tiling(128, half, num_warps=8, num_stages=3, programs=4, max_registers=128),
+            Tiling(128, keys, num_warps=4, num_stages=2, programs=4),
+            Tiling(64, keys, num_warps=4, num_stages=2, programs=4),
+            Tiling(64, keys, num_warps=4, num_stages=2, programs=4, max_registers=168),
         ]
-    return [first, *(tiling for tiling in tried if tiling != first and fits(gpu, shape, tiling))]
+    usable = [tiling for tiling in tried if fits(gpu, shape, tiling)]
+    return list(dict.fromkeys([default(gpu, shape), *usable]))
+
+
+def with_other_programs(tiling: Tiling) -> list[Tiling]:
+    """The same kernel with its work dealt out otherwise."""
+    return [replace(tiling, programs=programs) for programs in (2, 8, 16) if programs != tiling.programs]
 
 
 def fits(gpu: Gpu, shape: Shape, tiling: Tiling) -> bool:
@@ -133,11 +143,6 @@ def fits(gpu: Gpu, shape: Shape, tiling: Tiling) -> bool:
     flying = tiling.num_stages * 2 * tiling.tile_keys * row_bytes
     resident = tiling.tile_rows * max(row_bytes, tiling.tile_keys * shape.element_size)
     return flying + resident <= gpu.shared_memory
-
-
-def _fewer_stages(tiling: Tiling) -> list[Tiling]:
-    sizes = (tiling.tile_rows, tiling.tile_keys, tiling.num_warps)
-    return [Tiling(*sizes, stages, tiling.programs) for stages in range(tiling.num_stages, 0, -1)]
 
 
 def _power(number: int) -> int:

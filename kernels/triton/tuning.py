@@ -1,8 +1,8 @@
 """Which sizes of tiles were measured to be the best, and the file that keeps them.
 
 The file is JSON, ``{"version": 1, "gpus": {name of the GPU: {shape: sizes}}}``, in the directory that
-INFINITE_LLM_KERNEL_CACHE names, or ``infinite-llm`` in the user's cache directory (XDG_CACHE_HOME, ``~/.cache``). A file
-that cannot be read, or is of another make, is as good as none: it is reported, and the defaults stand.
+INFINITE_LLM_KERNEL_CACHE names, or ``infinite-llm`` in the user's cache directory (XDG_CACHE_HOME, ``~/.cache``). A
+file that cannot be read, or is of another make, is as good as none: it is reported, and the defaults stand.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from kernels.triton.tiling import Gpu, Shape, Tiling, default
+from kernels.triton.tiling import Gpu, Kind, Shape, Tiling, candidates, default, with_other_programs
 
 _log = logging.getLogger(__name__)
 
@@ -67,8 +67,19 @@ class TilingCache:
             _log.warning("tuned kernel sizes are not kept in %s: %s", self.path, error)
 
 
-def fastest(tried: Iterable[Tiling], measure: Callable[[Tiling], float]) -> Tiling | None:
-    """The tiling whose ``measure`` is least. One that cannot be launched is passed over; None: none can."""
+def choose(gpu: Gpu, shape: Shape, measure: Callable[[Tiling], float]) -> Tiling | None:
+    """The best sizes for a shape, or None if nothing could be measured.
+
+    Args:
+        measure: seconds of a launch with these sizes; raises what it likes if they cannot be launched.
+    """
+    best = _fastest(candidates(gpu, shape), measure)
+    if best is None or shape.kind is Kind.PREFILL:
+        return best
+    return _fastest([best, *with_other_programs(best)], measure)
+
+
+def _fastest(tried: Iterable[Tiling], measure: Callable[[Tiling], float]) -> Tiling | None:
     best, least = None, float("inf")
     for tiling in tried:
         try:
@@ -92,9 +103,7 @@ def _read(path: Path) -> dict[str, dict[str, Tiling]]:
     try:
         if found["version"] != _VERSION:
             raise ValueError(f"version {found['version']}; this program knows {_VERSION}")
-        return {
-            name: {key: _tiling(sizes) for key, sizes in shapes.items()} for name, shapes in found["gpus"].items()
-        }
+        return {name: {key: _tiling(sizes) for key, sizes in shapes.items()} for name, shapes in found["gpus"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         _log.warning("tuned kernel sizes in %s are ignored: not a file of this program (%r)", path, error)
         return {}
@@ -102,13 +111,13 @@ def _read(path: Path) -> dict[str, dict[str, Tiling]]:
 
 def _tiling(sizes: dict[str, int]) -> Tiling:
     numbers = [sizes[name] for name in _SIZES]
-    if any(type(number) is not int or not 1 <= number <= _LARGEST for number in numbers):
+    if any(type(number) is not int or not 0 <= number <= _LARGEST for number in numbers):
         raise ValueError(f"sizes {sizes}")
     tiling = Tiling(*numbers)
-    for name, least in (("tile_rows", 16), ("tile_keys", 16), ("num_warps", 1)):
+    for name, least in (("tile_rows", 16), ("tile_keys", 16), ("num_warps", 1), ("num_stages", 1), ("programs", 1)):
         number = getattr(tiling, name)
-        if number < least or number & (number - 1):
-            raise ValueError(f"{name} must be a power of two of at least {least}, got {number}")
+        if number < least or (name not in ("num_stages", "programs") and number & (number - 1)):
+            raise ValueError(f"{name} cannot be {number}")
     return tiling
 
 
