@@ -35,6 +35,7 @@ def score(queries, keys, scale, softcap, CAPPED: tl.constexpr):
 def attend(
     q,  # [rows, q_heads, head_dim], rows q_stride apart
     pool,  # [num_blocks, layers, kv_heads, 2, BLOCK_TOKENS, HEAD_DIM]; already moved to the layer
+    pool_rows,  # the same as a descriptor of rows of HEAD_DIM, in boxes of TILE_KEYS; None unless DESCRIBED
     block_ids,
     block_pos,
     count,  # [1], items: the schedule
@@ -58,6 +59,7 @@ def attend(
     TILE_DIM: tl.constexpr,  # power of two, at least HEAD_DIM
     CAPPED: tl.constexpr,
     NEGATED: tl.constexpr,  # the scale was negative
+    DESCRIBED: tl.constexpr,  # unmasked tiles are copied by the tensor memory accelerator; HEAD_DIM is TILE_DIM
     WIDEN: tl.constexpr,  # multiply in float32 whatever the pool's dtype
 ):
     # Neighbours read neighbouring heads of the same blocks: together a contiguous slab.
@@ -110,7 +112,12 @@ def attend(
     for step in range(full_begin * PARTS, full_end * PARTS):
         following = tl.load(block_ids + tl.minimum(step + 1, last) // PARTS)
         keys_at = keys_of_head + block.to(tl.int64) * block_stride + step % PARTS * (TILE_KEYS * HEAD_DIM)
-        if HEAD_DIM == TILE_DIM:
+        if DESCRIBED:
+            first_key = kv_head * (2 * BLOCK_TOKENS) + step % PARTS * TILE_KEYS
+            first_key += block * (block_stride // HEAD_DIM).to(tl.int32)
+            keys = pool_rows.load([first_key, 0])
+            values = pool_rows.load([first_key + BLOCK_TOKENS, 0])
+        elif HEAD_DIM == TILE_DIM:
             keys = tl.load(keys_at + elements)
             values = tl.load(keys_at + BLOCK_TOKENS * HEAD_DIM + elements)
         else:

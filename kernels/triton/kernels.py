@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.checks import check_attention, check_merge, check_pool, check_store
 from kernels.interface import AttentionKernels, AttentionPlan, LayerParams
@@ -83,6 +84,7 @@ class TritonKernels(AttentionKernels):
         kv_heads, block_tokens, head_dim = pool.shape[2], pool.shape[4], pool.shape[5]
         rows, q_heads = q.shape[0], q.shape[1]
         part_out, part_lse = self._partials(q.device, kv_heads, prepared.places, head_dim)
+        layer = pool[:, params.layer]
         capped, scale = params.softcap > 0, abs(params.scale)
         shape = {
             "KV_HEADS": kv_heads,
@@ -91,9 +93,12 @@ class TritonKernels(AttentionKernels):
             "TILE_DIM": tile_dim(head_dim),
         }
         for launch in prepared.launches:
+            tile_keys = min(launch.tiling.tile_keys, block_tokens)
+            described = launch.tiling.descriptors and _describable(layer)
             attend[(launch.capacity * kv_heads,)](
                 q,
-                pool[:, params.layer],
+                layer,
+                _rows_of(layer, tile_keys) if described else None,
                 plan.block_ids,
                 plan.block_pos,
                 launch.count,
@@ -111,14 +116,16 @@ class TritonKernels(AttentionKernels):
                 **shape,
                 BLOCK_TOKENS=block_tokens,
                 TILE_ROWS=launch.tiling.tile_rows,
-                TILE_KEYS=min(launch.tiling.tile_keys, block_tokens),
+                TILE_KEYS=tile_keys,
                 CAPPED=capped,
                 NEGATED=params.scale < 0,
+                DESCRIBED=described,
                 # The interpreter multiplies bfloat16 as if it were integers.
                 WIDEN=self._interpreted and pool.dtype == torch.bfloat16,
                 num_warps=launch.tiling.num_warps,
                 num_stages=launch.tiling.num_stages,
                 maxnreg=launch.tiling.max_registers or None,
+                enable_fp_fusion=True,  # Triton's next default is not to
             )
         merge_rows = 1 if plan.max_query_len == 1 else _MERGE_ROWS
         merge_items[(-(-rows // merge_rows) * q_heads,)](
@@ -203,6 +210,22 @@ class TritonKernels(AttentionKernels):
             memory = self._parts[key] = torch.empty(bucket, dtype=torch.float32, device=device)
         out_size = kv_heads * places * head_dim
         return memory[:out_size].view(kv_heads, places, head_dim), memory[out_size:size].view(kv_heads, places)
+
+
+def _describable(layer: Tensor) -> bool:
+    """What descriptors ask for: whole tiles of aligned rows."""
+    head_dim = layer.shape[4]
+    return head_dim == tile_dim(head_dim) and layer.stride(0) % head_dim == 0 and layer.data_ptr() % 16 == 0
+
+
+def _rows_of(layer: Tensor, tile_keys: int) -> TensorDescriptor:
+    """A layer of the pool, [num_blocks, kv_heads, 2, block_tokens, head_dim], as rows of head_dim.
+
+    Rows of other layers lie between a block's and the next one's; nobody asks for them.
+    """
+    head_dim = layer.shape[4]
+    rows = (layer.stride(0) * (layer.shape[0] - 1) + layer[0].numel()) // head_dim
+    return TensorDescriptor(layer, [rows, head_dim], [head_dim, 1], [tile_keys, head_dim])
 
 
 def shape_of(pool: Tensor, q_heads: int, kind: Kind) -> Shape:

@@ -31,6 +31,7 @@ class Tiling:
         num_stages: tiles of keys and values that are on their way while one is computed, plus one.
         programs: items per multiprocessor that the blocks of a batch are dealt out to.
         max_registers: of a thread, so that two programs fit beside each other; 0: as many as the compiler likes.
+        descriptors: tiles are copied by the tensor memory accelerator where the pool's layout allows it (Hopper).
     """
 
     tile_rows: int
@@ -39,6 +40,7 @@ class Tiling:
     num_stages: int
     programs: int
     max_registers: int = 0
+    descriptors: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,8 @@ def candidates(gpu: Gpu, shape: Shape) -> list[Tiling]:
             Tiling(64, keys, num_warps=4, num_stages=2, programs=4),
             Tiling(64, keys, num_warps=4, num_stages=2, programs=4, max_registers=168),
         ]
+    if gpu.capability >= (9, 0):
+        tried += [replace(tiling, descriptors=True) for tiling in tried[:3]]
     usable = [tiling for tiling in tried if fits(gpu, shape, tiling)]
     return list(dict.fromkeys([default(gpu, shape), *usable]))
 

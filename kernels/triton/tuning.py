@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from kernels.triton.tiling import Gpu, Kind, Shape, Tiling, candidates, default, with_other_programs
 
@@ -22,7 +23,6 @@ _log = logging.getLogger(__name__)
 CACHE_VARIABLE = "INFINITE_LLM_KERNEL_CACHE"
 _FILE = "triton-tilings.json"
 _VERSION = 1  # of the kernels' sizes and what they mean
-_SIZES = tuple(field.name for field in fields(Tiling))
 _LARGEST = 4096
 
 
@@ -109,11 +109,12 @@ def _read(path: Path) -> dict[str, dict[str, Tiling]]:
         return {}
 
 
-def _tiling(sizes: dict[str, int]) -> Tiling:
-    numbers = [sizes[name] for name in _SIZES]
-    if any(type(number) is not int or not 0 <= number <= _LARGEST for number in numbers):
-        raise ValueError(f"sizes {sizes}")
-    tiling = Tiling(*numbers)
+def _tiling(sizes: dict[str, Any]) -> Tiling:
+    chosen = {field.name: sizes[field.name] for field in fields(Tiling)}
+    for name, number in chosen.items():
+        if type(number) is not (bool if name == "descriptors" else int) or not 0 <= number <= _LARGEST:
+            raise ValueError(f"{name} cannot be {number!r}")
+    tiling = Tiling(**chosen)
     for name, least in (("tile_rows", 16), ("tile_keys", 16), ("num_warps", 1), ("num_stages", 1), ("programs", 1)):
         number = getattr(tiling, name)
         if number < least or (name not in ("num_stages", "programs") and number & (number - 1)):

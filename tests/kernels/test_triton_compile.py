@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,10 +49,15 @@ def compile_kernel(
 ):
     """kernel for one variant of its constants, as a launch with aligned tensors has it; element is the pool's type."""
     data = dict.fromkeys(("q", "k", "v", "pool", "sinks"), f"*{element}")
+    described = f"tensordesc<{element}[{constants.get('TILE_KEYS')}, {constants.get('TILE_DIM')}]>"
+    data["pool_rows"] = described if constants.get("DESCRIBED") else "constexpr"
     known = {**PLAN, **SCHEDULE, **STRIDES, **NUMBERS, **SCALARS, **POINTERS, **data, **(types or {})}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else known[name] for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
+    values |= {
+        (index,): None for index, name in enumerate(names) if signature[name] == "constexpr" and name not in constants
+    }
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
@@ -67,6 +73,7 @@ def compile_attend(gpu: Gpu, shape: Shape, tiling: Tiling, capped: bool = False,
         "num_warps": tiling.num_warps,
         "num_stages": tiling.num_stages,
         "maxnreg": tiling.max_registers or None,
+        "enable_fp_fusion": True,
     }
     sizes = {
         "KV_HEADS": 8,
@@ -78,6 +85,7 @@ def compile_attend(gpu: Gpu, shape: Shape, tiling: Tiling, capped: bool = False,
         "TILE_DIM": tile_dim(shape.head_dim),
         "CAPPED": capped,
         "NEGATED": False,
+        "DESCRIBED": tiling.descriptors,
         "WIDEN": False,
         **constants,
     }
@@ -128,6 +136,14 @@ def test_prefill_on_hopper(tmp_path: Path) -> None:
     assert stack <= 128
     assert 2 * 32 * tiling.num_warps * registers <= REGISTERS
     assert 2 * (kernel.metadata.shared + 1024) <= HOPPER.shared_memory + 1024
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_descriptors_on_hopper(kind: Kind, tmp_path: Path) -> None:
+    shape = bfloat16(kind)
+    kernel = compile_attend(HOPPER, shape, replace(default(HOPPER, shape), descriptors=True))
+    assert kernel.asm["ptx"].count("cp.async.bulk.tensor") >= 4
+    assert registers_and_stack(kernel, tmp_path)[1] <= 128
 
 
 def test_prefill_on_ampere(tmp_path: Path) -> None:

@@ -84,12 +84,12 @@ def test_items_are_all_of_the_work_in_equal_parts(window: int, rows: int) -> Non
 
 
 @pytest.mark.parametrize("tile_rows", [16, 64, 128])
-@pytest.mark.parametrize("tile_keys", [16, 32])
-def test_other_tiles(tile_rows: int, tile_keys: int) -> None:
+@pytest.mark.parametrize(("tile_keys", "descriptors"), [(16, False), (32, False), (16, True)])
+def test_other_tiles(tile_rows: int, tile_keys: int, descriptors: bool) -> None:
     """Tiles smaller than a block, rows of one position in two tiles, items of the smallest size."""
     tilings = {
-        Kind.DECODE: Tiling(16, tile_keys, 2, 2, 64),
-        Kind.PREFILL: Tiling(tile_rows, tile_keys, 4, 2, 64),
+        Kind.DECODE: Tiling(16, tile_keys, 2, 2, 64, descriptors=descriptors),
+        Kind.PREFILL: Tiling(tile_rows, tile_keys, 4, 2, 64, descriptors=descriptors),
     }
     kernels = TritonKernels(tilings)
     case = make_case([context(500, 1, 32), context(110, 50, 32)], group=3, block_tokens=32, kv_heads=1, window=300)
