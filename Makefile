@@ -20,15 +20,21 @@ VLLM ?= .peers/vllm
 MACHINE ?= $(shell uname -n)
 BENCHMARKS ?= smoke kernel_cpu engine_vs_vllm pooled_vs_vllm distance growth pooling planner_scale token_path \
 	telemetry_cost vllm_bench dataplane attention_parallelism
+# The GPU targets run on a bare machine: python with torch, triton and pytest, and the wheels in WHEELS, if any.
+GPU_PYTHON ?= python3
+GPU_PACKAGES := build/gpu-packages
+GPU_WORKERS ?= 12
+WHEELS ?=
 KERNEL_SOURCES := $(wildcard kernels/cpu/src/*.c kernels/cpu/src/*.h)
 
 # $(call protoc,DIR) generates messages, stubs and their types under DIR.
 protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=$(1) \
 	--grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $$(find proto -name '*.proto' | sort)
+gpu_python = PYTHONPATH="$(CURDIR)/$(GPU_PACKAGES):$(CURDIR):$(CURDIR)/sdk$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON)
 # The names and checksums of all generated files in the current directory.
 generated = find infinitellm -name '*_pb2*' -type f -not -path '*/__pycache__/*' -exec sha256sum {} + | sort -k2
 
-.PHONY: help setup run test test-chaos test-exact fuzz soak bench peers lint proto proto-check dashboards clean images deploy undeploy port-forward
+.PHONY: help setup run test test-chaos test-exact test-gpu fuzz soak bench bench-gpu gpu-packages peers lint proto proto-check dashboards clean images deploy undeploy port-forward
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +53,15 @@ test-chaos: setup ## Kill and stop processes at random while they serve (CHAOS_S
 test-exact: setup ## Hold every architecture, over every transport, against transformers with real processes
 	ALL_ARCHITECTURES=1 $(BIN)/python -m pytest tests/cluster/test_serving_architectures.py $(ARGS)
 
+test-gpu: gpu-packages ## Run the tests that need a GPU, without a virtual environment (WHEELS=DIR carries what python3 lacks)
+	@$(gpu_python) -c 'import pytest' || { echo "test-gpu needs pytest: 'pip download pytest -d DIR' elsewhere, then 'make test-gpu WHEELS=DIR'" >&2; exit 1; }
+	@$(gpu_python) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: no GPU that torch can use")'
+	@# Kernels are compiled by as many processes as there are cores, if pytest-xdist is there: hundreds of variants.
+	workers=$$($(gpu_python) -c 'import importlib.util as u; print("-n $(GPU_WORKERS)" if u.find_spec("xdist") else "")'); \
+	INFINITE_LLM_TEST_DEVICE=cuda $(gpu_python) -m pytest -m gpu $$workers tests/kernels $(ARGS)
+	others=$$(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v '^tests/kernels/' || true); \
+	test -z "$$others" || $(gpu_python) -m pytest -m gpu $$others $(ARGS)
+
 fuzz: setup ## Try the properties on FUZZ_TIMES=100 as many cases as make test does, new ones each time
 	FUZZ_TIMES=$(FUZZ_TIMES) $(BIN)/python -m pytest --timeout=36000 $$(grep -rl 'from fuzzing import' tests) $(ARGS)
 
@@ -61,6 +76,12 @@ bench: setup peers ## Run all benchmarks (hours; a quiet machine) and write benc
 		--json benchmarks/results/simulator-32-a100.json
 	$(BIN)/python -m benchmarks.simulator --all --cluster large --json benchmarks/results/simulator-1000-a100.json
 	$(BIN)/python -m benchmarks.comparison --machine $(MACHINE)
+
+bench-gpu: gpu-packages ## Run the benchmarks that need a GPU (minutes) and write benchmarks/results/kernel-gpu-MACHINE.json
+	$(gpu_python) -m benchmarks.kernel_gpu --json benchmarks/results/kernel-gpu-$(MACHINE).json $(ARGS)
+
+gpu-packages:
+	@test -z "$(WHEELS)" || $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(GPU_PACKAGES) $(WHEELS)/*.whl
 
 peers: $(VLLM)/.installed ## Make the environment of vLLM on CPUs that benchmarks compare with (VLLM=.peers/vllm; 3 GiB)
 

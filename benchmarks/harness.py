@@ -55,6 +55,25 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True)
+class Ratio:
+    """How the speeds of two peers relate: in each repetition the one is compared with the other."""
+
+    values: tuple[float, ...]
+
+    @staticmethod
+    def of_speeds(peer: Samples, other: Samples, work: float = 1.0) -> Ratio:
+        """Speed of ``peer`` in units of ``other``'s, from seconds; ``work`` says how many times as much it does."""
+        return Ratio(tuple(work * theirs / own for own, theirs in zip(peer.values, other.values, strict=True)))
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def cells(self, name: str) -> dict[str, float]:
+        return {name: self.median, f"{name}_min": min(self.values), f"{name}_max": max(self.values)}
+
+
+@dataclass(frozen=True, slots=True)
 class Peer:
     """One of the things that are compared: each call of ``measure`` answers one sample (seconds, say)."""
 

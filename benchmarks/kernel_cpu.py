@@ -8,16 +8,14 @@ calls of a layer with a plan that was seen before against those with a new one.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from benchmarks.harness import Peer, Run, Samples, main
+from benchmarks.harness import Peer, Ratio, Run, main
 from benchmarks.kernel_cpu_cases import ContiguousCase, LayerCase, PagedCase, ProductsCase
 from kernels.cpu import CpuKernels
 
@@ -41,25 +39,6 @@ _ATTEMPTS = 3
 _CALLS = 300
 
 Clock = Callable[[], float]
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """How the speeds of two peers relate: in each repetition the one is compared with the other."""
-
-    values: tuple[float, ...]
-
-    @staticmethod
-    def of_speeds(peer: Samples, other: Samples, work: float = 1.0) -> Ratio:
-        """Speed of ``peer`` in units of ``other``'s, from seconds; ``work`` says how many times as much it does."""
-        return Ratio(tuple(work * theirs / own for own, theirs in zip(peer.values, other.values, strict=True)))
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.values)
-
-    def cells(self, name: str) -> dict[str, float]:
-        return {name: self.median, f"{name}_min": min(self.values), f"{name}_max": max(self.values)}
 
 
 def layer_by_layer(call: Callable[[int], None], layers: Sequence[int]) -> None:

@@ -50,7 +50,8 @@ class AttentionPlan:
     A segment is one sequence's rows and those of its blocks that lie in one pool. Its rows stand one after another and
     have consecutive positions. Its blocks need not be consecutive: each has the position of its first token. A key is
     visible if its position is not after the query's (which also hides the unwritten end of a tail block) and lies
-    inside the window. All tensors are int32, contiguous and on the pool's device.
+    inside the window. All tensors are int32, contiguous and on the pool's device. Implementations keep what they make
+    of a plan for the step's other layers: another batch takes another plan object, or the replay of a CUDA graph.
 
     Attributes:
         query_start: [S + 1] rows of segment s are query_start[s] .. query_start[s + 1].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import oracle
 import pytest
@@ -148,6 +149,33 @@ def test_rows_of_no_segment_see_nothing(kernels: AttentionKernels) -> None:
     case = make_case([context(5, 3)])
     plan = make_plan([Segment(1, 4, (0,))], [int(case.plan.block_ids[0])], row_offset=1)
     check(kernels, dataclasses.replace(case, plan=plan))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_batches(kernels: AttentionKernels, seed: int) -> None:
+    """Some segments of any length, with any of the blocks before their queries, in any shape of model."""
+    chance = random.Random(seed)
+    block_tokens = chance.choice([16, 32, 64])
+    segments = []
+    for _ in range(chance.randint(1, 5)):
+        rows, pos = (
+            chance.choice([1, 1, 1, 2, 9, 45]),
+            chance.choice([0, chance.randint(0, 40), chance.randint(0, 500)]),
+        )
+        blocks = range(0, pos + rows, block_tokens)
+        segments.append(Segment(rows, pos, tuple(sorted(chance.sample(blocks, chance.randint(0, len(blocks)))))))
+    case = make_case(
+        segments,
+        kv_heads=chance.choice([1, 2]),
+        group=chance.choice([1, 2, 3, 4, 7, 8, 17]),
+        head_dim=chance.choice([16, 24, 64, 72]),
+        block_tokens=block_tokens,
+        dtype=chance.choice([torch.float32, torch.bfloat16, torch.float16]),
+        window=chance.choice([0, 0, 1, 30, 200]),
+        softcap=chance.choice([0.0, 0.0, 20.0]),
+        seed=seed,
+    )
+    check(kernels, case)
 
 
 @pytest.mark.parametrize("rows", [1, 40])

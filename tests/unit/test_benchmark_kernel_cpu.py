@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.harness import Samples, main
-from benchmarks.kernel_cpu import QUESTION, Ratio, add_arguments, measure
+from benchmarks.harness import Ratio, Samples, main
+from benchmarks.kernel_cpu import QUESTION, add_arguments, measure
 from benchmarks.kernel_cpu_cases import ContiguousCase, PagedCase, ProductsCase
 from kernels.cpu import CpuKernels, find_library
 

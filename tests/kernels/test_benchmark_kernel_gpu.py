@@ -1,0 +1,100 @@
+"""``python -m benchmarks.kernel_gpu`` in a small run: what it measures and how its numbers belong together.
+
+In Triton's interpreter; the clock and the sizes are those of the test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run by test_triton_interpreter.py", allow_module_level=True)
+
+from benchmarks.harness import main
+from benchmarks.kernel_gpu import QUESTION, add_arguments, measure
+from benchmarks.kernel_gpu_cases import PagedCase
+from kernels.triton import TritonKernels
+from kernels.triton.tune import plan_of
+from kernels.triton.tuning import CACHE_VARIABLE
+
+
+def cpu_clock(work: Callable[[], None]) -> Callable[[], float]:
+    def seconds() -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in (("STEP_BYTES", 1 << 16), ("COPY_BYTES", 1 << 16), ("PRODUCT_SIDE", 32)):
+        monkeypatch.setattr(f"benchmarks.kernel_gpu_cases.{name}", value)
+    monkeypatch.setattr("benchmarks.kernel_gpu.find_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("benchmarks.kernel_gpu._MANY", 3)
+    monkeypatch.setattr("benchmarks.kernel_gpu._GOAL_CONTEXT", 256)
+    monkeypatch.setattr("benchmarks.kernel_gpu._GOAL_DIM", 32)
+    monkeypatch.setattr("benchmarks.kernel_gpu._GOAL_CHUNK", 64)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+
+
+def test_a_small_run_measures_every_part(small: None, tmp_path: Path) -> None:
+    sizes = "--kv-heads 1 --contexts 256 64 --prefill-contexts 256 --chunks 64 --head-dims 32 --groups 4"
+    file = tmp_path / "kernel.json"
+    arguments = ["--quick", "--tune", "never", *sizes.split(), "--json", str(file)]
+    assert main("kernel_gpu", QUESTION, partial(measure, clock=cpu_clock), add_arguments, arguments) == 0
+    result = json.loads(file.read_text())
+    decode = [row for row in result["rows"] if row["part"] == "decode"]
+    assert [(row["batch"], row["context"]) for row in decode] == [
+        ("one", 256), ("one", 64), ("many", 64), ("ragged", 256)
+    ]  # fmt: skip
+    for row in decode:
+        assert 0 < row["of_copy_min"] <= row["of_copy"] <= row["of_copy_max"]
+        assert ("of_flash" in row) == (row["batch"] != "ragged")
+    prefill = result["rows"][-1]
+    assert (prefill["part"], prefill["rows"], prefill["context"]) == ("prefill", 64, 256)
+    assert {name: target["value"] for name, target in result["targets"].items()} == {
+        "decode_group4_256_of_copy": decode[0]["of_copy"],
+        "decode_group4_256_of_flash": decode[0]["of_flash"],
+        "prefill_group4_64x256": prefill["of_product"],
+    }
+
+
+def test_a_wrong_result_ends_the_run(small: None) -> None:
+    case = PagedCase([256, 64], 32, 2, 1, torch.device("cpu"), rows=3)
+    case.check(TritonKernels())
+
+    class Wrong(TritonKernels):
+        def micro_attention(self, q, pool, plan, params, out, lse) -> None:
+            super().micro_attention(q, pool, plan, params, out, lse)
+            out[-1] += 0.1
+
+    with pytest.raises(SystemExit, match="out is off by"):
+        case.check(Wrong())
+
+
+def test_plans_are_of_whole_sequences() -> None:
+    plan = plan_of([128, 64], 2, 64, torch.device("cpu"))
+    assert plan.query_start.tolist() == [0, 2, 4]
+    assert plan.query_pos.tolist() == [126, 62]
+    assert plan.block_start.tolist() == [0, 2, 3]
+    assert sorted(plan.block_ids.tolist()) == [0, 1, 2]
+    assert plan.block_pos.tolist() == [0, 64, 0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main("kernel_gpu", QUESTION, measure, add_arguments, ["--quick"])
+    assert ended.value.code == 2
+    assert "no GPU" in capsys.readouterr().err
