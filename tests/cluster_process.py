@@ -62,7 +62,7 @@ class Cluster:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()
                 raise AssertionError(f"the cluster did not start:\n{self.logs()}")
-            time.sleep(0.2)
+            time.sleep(0.05)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -176,14 +176,15 @@ class Cluster:
     def wait_until_no_block_is_held(self, timeout_s: float = 20.0) -> None:
         """Every pool is free or cached without users, apart from the instances' workspaces."""
         deadline = time.monotonic() + timeout_s
-        while True:
-            status = self.status()
-            pools = {daemon["kvdaemon_id"]: daemon["use"] for daemon in status["kvdaemons"]}  # type: ignore[index,attr-defined]
-            held = {name: use for name, use in pools.items() if int(use["in_use"]) or int(use["reserved"])}
-            if not held and not status["requests"]:
-                return
-            assert time.monotonic() < deadline, f"blocks are still held: {held}, requests {status['requests']}"
-            time.sleep(0.3)
+        with Client(f"127.0.0.1:{self.grpc_port}") as client:
+            while True:
+                status = client.cluster_status()
+                pools = {daemon.kvdaemon_id: daemon.use for daemon in status.kvdaemons}
+                held = {name: use for name, use in pools.items() if use.in_use or use.reserved}
+                if not held and not status.requests:
+                    return
+                assert time.monotonic() < deadline, f"blocks are still held: {held}, requests {status.requests}"
+                time.sleep(0.1)
 
 
 def free_port() -> int:

@@ -191,7 +191,7 @@ async def _open_local(
                 return session
         except UnavailableError as error:
             why = str(error)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.05)
     raise UnavailableError(
         f"kvdaemon {config.local_kvdaemon_id} did not open a session within {config.startup_timeout_s:g} s: {why}"
     )

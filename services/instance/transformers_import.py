@@ -4,7 +4,10 @@ transformers' modules name torch's compiler (``torch._dynamo``, which brings sym
 decorators, and its sharded tensors (``torch.distributed.tensor``) in type checks: half of what an instance loads, for
 functions that are never compiled and tensors that are never sharded. So, while they are imported,
 
-* transformers hears that this torch has no distributed package, which it knows from torch's builds without one; and
+* transformers hears that this torch has no distributed package, which it knows from torch's builds without one;
+* and that Hugging Face's package ``kernels`` is not there: ours is, of which it would look for the version among the
+  files of everything that is installed;
+* it reads the names in its models' files once instead of twice; and
 * a stand-in for ``torch._dynamo`` leaves decorated functions as they are. Asked for anything else it gives way to the
   real one, and it is gone afterwards: who compiles later gets the real one.
 
@@ -17,10 +20,12 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
+import transformers.utils
+from transformers.utils import import_utils
 
 _COMPILER = "torch._dynamo"
 _VMAP_INDEXING = f"{_COMPILER}._trace_wrapped_higher_order_op"
@@ -79,21 +84,32 @@ def without_compiler() -> Iterator[None]:
         _remove_stand_ins()
 
 
-def _deny_distributed() -> None:
-    """transformers asks once and keeps the answer."""
-    from transformers.utils import is_torch_distributed_available
+def _inform_transformers() -> None:
+    """Spares transformers some questions, before its modules ask them."""
+    if "transformers.modeling_utils" in sys.modules:
+        return
+    first = import_utils.define_import_structure
+    models = Path(import_utils.__file__).parents[1] / "models"
 
-    is_available = torch.distributed.is_available
-    torch.distributed.is_available = lambda: False
-    try:
-        is_torch_distributed_available()
-    finally:
-        torch.distributed.is_available = is_available
+    def names(module_path: str | Path, prefix: str | None = None) -> dict[frozenset[str], dict[str, set[str]]]:
+        if prefix is not None or Path(module_path) != models / "__init__.py":
+            return first(module_path, prefix=prefix)  # type: ignore[no-any-return]
+        found = first(models, prefix="models")  # by ``transformers`` itself, which has read all models' files
+        dotted = "models."
+        return {
+            needs: {name.removeprefix(dotted): those for name, those in parts.items() if name.startswith(dotted)}
+            for needs, parts in found.items()
+        }
+
+    import_utils.define_import_structure = names
+    for question in ("is_torch_distributed_available", "is_kernels_available"):
+        for module in (transformers.utils, import_utils):
+            setattr(module, question, lambda *_: False)
 
 
-_deny_distributed()
+_inform_transformers()
 with without_compiler():
-    import transformers.masking_utils  # noqa: F401  every model imports it
+    import transformers.masking_utils
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
     from transformers.modeling_utils import AttentionInterface
 

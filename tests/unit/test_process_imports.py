@@ -11,7 +11,7 @@ from random_llama import write_random_llama
 
 _COMPILER = ("torch._dynamo", "torch._inductor", "torch.onnx", "triton", "torch.distributed.tensor")
 _NEVER = {
-    "gmanager": ("torch", "transformers", "tokenizers", "llguidance", "redis", "jinja2", "pydantic"),
+    "gmanager": ("torch", "numpy", "transformers", "tokenizers", "llguidance", "redis", "jinja2", "pydantic"),
     "gateway": ("torch", "transformers", "huggingface_hub"),
     "kvdaemon": ("transformers", "tokenizers", "llguidance", "sympy", *_COMPILER),
     "instance": ("scipy", "sklearn", "pandas", *_COMPILER),
