@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from infinitellm import Client, RequestStatus
+from infinitellm import Client, ClusterStatus, RequestStatus
 
 START_TIMEOUT_S = 120.0
 REQUEST_TIMEOUT_S = 180.0
@@ -62,7 +62,7 @@ class Cluster:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()
                 raise AssertionError(f"the cluster did not start:\n{self.logs()}")
-            time.sleep(0.2)
+            time.sleep(0.05)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,25 +121,13 @@ class Cluster:
                 if line.startswith("data: ") and line != "data: [DONE]":
                     yield json.loads(line.removeprefix("data: "))
 
-    def status(self) -> dict[str, object]:
-        """``infinite-llm status --json``."""
-        command = [
-            sys.executable,
-            "-m",
-            "services.launcher.cli",
-            "status",
-            "--json",
-            "--grpc-port",
-            str(self.grpc_port),
-        ]
-        result = subprocess.run(command, capture_output=True, timeout=30, check=True)
-        answer: dict[str, object] = json.loads(result.stdout)
-        return answer
+    def status(self) -> ClusterStatus:
+        with Client(f"127.0.0.1:{self.grpc_port}") as client:
+            return client.cluster_status()
 
     def requests(self) -> tuple[RequestStatus, ...]:
-        """The running requests; quicker than ``status``."""
-        with Client(f"127.0.0.1:{self.grpc_port}") as client:
-            return client.cluster_status().requests
+        """The running requests."""
+        return self.status().requests
 
     def placements(self) -> list[dict[str, int]]:
         """For each running request, its rBlocks by daemon."""
@@ -178,12 +166,12 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         while True:
             status = self.status()
-            pools = {daemon["kvdaemon_id"]: daemon["use"] for daemon in status["kvdaemons"]}  # type: ignore[index,attr-defined]
-            held = {name: use for name, use in pools.items() if int(use["in_use"]) or int(use["reserved"])}
-            if not held and not status["requests"]:
+            pools = {daemon.kvdaemon_id: daemon.use for daemon in status.kvdaemons}
+            held = {name: use for name, use in pools.items() if use.in_use or use.reserved}
+            if not held and not status.requests:
                 return
-            assert time.monotonic() < deadline, f"blocks are still held: {held}, requests {status['requests']}"
-            time.sleep(0.3)
+            assert time.monotonic() < deadline, f"blocks are still held: {held}, requests {status.requests}"
+            time.sleep(0.1)
 
 
 def free_port() -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
-
-import numpy as np
 
 from services.core.errors import ConfigError
 
@@ -92,7 +91,7 @@ def next_block_key(previous: bytes, token_ids: Sequence[int]) -> bytes:
         token_ids: the block's own tokens, each below 2**32.
     """
     digest = hashlib.blake2b(previous, digest_size=BLOCK_KEY_BYTES)
-    digest.update(np.asarray(token_ids, "<u4").tobytes())
+    digest.update(struct.pack(f"<{len(token_ids)}I", *token_ids))
     return digest.digest()
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from kernels import LayerParams
 from services.core.errors import UnsupportedModelError
 from services.instance.dist_attention import ATTENTION_NAME, AttentionContext
+from services.instance.transformers_import import PretrainedConfig
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 

@@ -372,7 +372,7 @@ class Engine:
 
     def _idle_wait(self) -> float:
         """How long nothing can happen without an event."""
-        if self._inbox:
+        if self._inbox or self._stopping.is_set():
             return 0.0
         waits_for_room = self._scheduler.running or self._scheduler.waiting
         return _RETRY_S if waits_for_room else _IDLE_WAIT_S

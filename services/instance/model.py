@@ -11,14 +11,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.modeling_utils import AttentionInterface
 
 from services.core.blocks import PoolGeometry
 from services.core.errors import ConfigError, UnsupportedModelError
 from services.instance.architecture import AttentionShape, observe, refuse_unknown_layers, set_attention
 from services.instance.dist_attention import ATTENTION_NAME, dist_attention_forward
 from services.instance.rotary import RotaryRegimes, install, short_positions
+from services.instance.transformers_import import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    without_compiler,
+)
 
 _log = logging.getLogger(__name__)
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -115,15 +120,16 @@ def load_model(path: Path, dtype: str, max_model_len: int | None) -> Model:
     short = short_positions(path.name, text)
     length = _model_len(path.name, text, max_model_len)
     try:
-        module = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=TORCH_DTYPES[dtype],
-            attn_implementation="eager",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        with without_compiler():
+            module = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=TORCH_DTYPES[dtype],
+                attn_implementation="eager",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
     except (ValueError, KeyError, OSError) as error:
         raise UnsupportedModelError(f"{path}: transformers cannot load this checkpoint: {error}") from error
     module.eval()

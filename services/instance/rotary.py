@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from services.core.errors import UnsupportedModelError
 from services.core.sequence import Request
+from services.instance.transformers_import import PretrainedConfig
 
 _LONGROPE = "longrope"
 

@@ -62,7 +62,7 @@ class Surroundings:
 
 
 def make_plan(options: ClusterOptions, checkpoint: CheckpointInfo, around: Surroundings) -> tuple[ProcessSpec, ...]:
-    """All processes in the order of their start; they end in the reverse order.
+    """All processes in the order of their start.
 
     Raises:
         ConfigError: the overlay has keys that are not for it, or a pool is smaller than one rBlock.

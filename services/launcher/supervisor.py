@@ -12,7 +12,7 @@ import yaml
 
 from services.core.errors import UnavailableError
 from services.launcher.child import Child
-from services.launcher.plan import ProcessSpec
+from services.launcher.plan import Kind, ProcessSpec
 
 POLL_S = 0.1
 FIRST_PAUSE_S = 0.5
@@ -20,6 +20,8 @@ MAX_PAUSE_S = 10.0
 # A process that has run this long has started well; its next restart is quick again.
 STABLE_S = 30.0
 GRACE_S = 15.0
+# Of the end: the users before what they use, and together what does not use each other.
+_STAGES: tuple[tuple[Kind, ...], ...] = (("gateway",), ("instance",), ("kvdaemon", "gmanager", "redis"), ("etcd",))
 
 Report = Callable[[str], None]
 
@@ -73,12 +75,11 @@ class Supervisor:
             await asyncio.sleep(POLL_S)
 
     async def stop(self, grace_s: float = GRACE_S) -> None:
-        """Ends all children, the last started first: SIGTERM, and SIGKILL for those that are still there after
-        ``grace_s``. Children of one kind end together."""
+        """Ends all children in the order of ``_STAGES``: SIGTERM, and SIGKILL for those that are still there after
+        ``grace_s``."""
         deadline = time.monotonic() + grace_s
-        kinds = list(dict.fromkeys(slot.spec.kind for slot in reversed(self._slots)))
-        for kind in kinds:
-            children = [slot.child for slot in self._slots if slot.spec.kind == kind and slot.child is not None]
+        for kinds in _STAGES:
+            children = [slot.child for slot in self._slots if slot.spec.kind in kinds and slot.child is not None]
             for child in children:
                 child.terminate()
             for child in children:

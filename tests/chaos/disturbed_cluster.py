@@ -165,9 +165,9 @@ class DisturbedCluster:
         unchecked = set(DAEMONS)
         while unchecked:
             assert time.monotonic() < deadline, f"no answer from {unchecked}; logs: {self.cluster.run_dir}"
-            for daemon in self.cluster.status()["kvdaemons"]:  # type: ignore[attr-defined]
-                name = daemon["kvdaemon_id"]
-                if name in unchecked and (pool := ask_pool(daemon["address"])) is not None:
+            for daemon in self.cluster.status().kvdaemons:
+                name = daemon.kvdaemon_id
+                if name in unchecked and (pool := ask_pool(daemon.address)) is not None:
                     assert not pool.violations, f"{name}: {list(pool.violations)}; logs: {self.cluster.run_dir}"
                     unchecked.remove(name)
 

@@ -72,11 +72,11 @@ def tokens(streams: list[Stream]) -> int:
 def lent_blocks(cluster: DisturbedCluster) -> int:
     """Blocks that the instance to be stopped has on daemons other than its own."""
     return sum(
-        place["num_blocks"]
-        for request in cluster.cluster.status()["requests"]
-        if request["instance_id"] == STOPPED
-        for place in request["placement"]
-        if not place["local"]
+        place.num_blocks
+        for request in cluster.cluster.requests()
+        if request.instance_id == STOPPED
+        for place in request.placement
+        if not place.local
     )
 
 
@@ -85,7 +85,7 @@ def lenders(cluster: DisturbedCluster) -> list[str]:
 
 
 def addresses(cluster: DisturbedCluster) -> dict[str, str]:
-    return {daemon["kvdaemon_id"]: daemon["address"] for daemon in cluster.cluster.status()["kvdaemons"]}
+    return {daemon.kvdaemon_id: daemon.address for daemon in cluster.cluster.status().kvdaemons}
 
 
 def pool(cluster: DisturbedCluster, name: str) -> pb.GetPoolResponse:

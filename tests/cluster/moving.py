@@ -12,7 +12,6 @@ from uuid import uuid4
 import grpc
 from cluster_process import Cluster
 
-from infinitellm import Client, ClusterStatus
 from infinitellm.internal.v1 import instance_pb2, instance_pb2_grpc, kvdaemon_pb2, kvdaemon_pb2_grpc
 
 TOKEN = 1 << 40  # later than any leader that is elected here: what the gManager itself wants is refused
@@ -64,17 +63,13 @@ class Mover:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self.addresses = {daemon.kvdaemon_id: daemon.address for daemon in self.status().kvdaemons}
-
-    def status(self) -> ClusterStatus:
-        with Client(f"127.0.0.1:{self.cluster.grpc_port}") as client:
-            return client.cluster_status()
+        self.addresses = {daemon.kvdaemon_id: daemon.address for daemon in cluster.status().kvdaemons}
 
     def requests(self, count: int = 1) -> list[tuple[str, str]]:
         """(request id, address of its instance) of the running requests, once there are so many."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
-            status = self.status()
+            status = self.cluster.status()
             instances = {instance.instance_id: instance.address for instance in status.instances}
             if len(status.requests) >= count:
                 return [(request.request_id, instances[request.instance_id]) for request in status.requests]
@@ -129,7 +124,7 @@ class Mover:
     def check_ledgers(self) -> None:
         """Nothing is held, and every ledger is sound."""
         self.cluster.wait_until_no_block_is_held()
-        for daemon in self.status().kvdaemons:
+        for daemon in self.cluster.status().kvdaemons:
             with grpc.insecure_channel(daemon.address) as channel:
                 stub = kvdaemon_pb2_grpc.KvDaemonServiceStub(channel)
                 pool = stub.GetPool(kvdaemon_pb2.GetPoolRequest(), timeout=10.0, wait_for_ready=True)

@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from cluster_process import Cluster
-from test_serving import SMALL_ENGINE, prompt_of
+from test_serving import SMALL_ENGINE, Reference, assert_same_tokens, prompt_of
 
 pytestmark = pytest.mark.cluster
 
-PROMPT = prompt_of(1300, seed=21)
 TOKENS = 160
-
-
-@pytest.fixture(scope="module")
-def expected(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[int]:
-    """What an undisturbed cluster answers."""
-    arguments = ("--instances", "1", "--kvdaemons", "2", "--pool-mib", "2", "--dtype", "float32")
-    with Cluster(random_llama, tmp_path_factory.mktemp("run") / "c", *arguments, config=SMALL_ENGINE) as cluster:
-        return cluster.complete(PROMPT, max_tokens=TOKENS, ignore_eos=True).token_ids
+START_TIMEOUT_S = 120.0
 
 
 class DisturbedRequest:
-    """Streams PROMPT's completion in a thread, so that a test can do harm in mid-stream."""
+    """Streams a completion in a thread, so that a test can do harm in mid-stream."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, prompt: list[int]) -> None:
         self.token_ids: list[int] = []
         self._cluster = cluster
+        self._prompt = prompt
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            for chunk in self._cluster.stream(PROMPT, max_tokens=TOKENS, ignore_eos=True):
+            for chunk in self._cluster.stream(self._prompt, max_tokens=TOKENS, ignore_eos=True):
                 self.token_ids += chunk["choices"][0].get("token_ids") or []  # type: ignore[index]
         except BaseException as failure:
             self._failure = failure
@@ -56,12 +52,22 @@ class DisturbedRequest:
         return self.token_ids
 
 
-@pytest.fixture
-def cluster(random_llama: Path, tmp_path: Path):
+@pytest.fixture(scope="module")
+def shared(clear_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two instances, three memory-only daemons: enough room even after a loss."""
     arguments = ("--instances", "2", "--kvdaemons", "3", "--pool-mib", "2", "--dtype", "float32")
-    with Cluster(random_llama, tmp_path / "c", *arguments, config=SMALL_ENGINE) as running:
+    with Cluster(clear_llama, tmp_path_factory.mktemp("run") / "c", *arguments, config=SMALL_ENGINE) as running:
         yield running
+
+
+@pytest.fixture
+def cluster(shared: Cluster) -> Cluster:
+    """With everything there: what the test before has killed is started again."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not shared.healthy():
+        assert time.monotonic() < deadline, shared.logs()
+        time.sleep(0.1)
+    return shared
 
 
 def placed_on(cluster: Cluster) -> tuple[str, str]:
@@ -76,31 +82,41 @@ def placed_on(cluster: Cluster) -> tuple[str, str]:
     raise AssertionError(f"no request with blocks elsewhere\n{cluster.logs()}")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lender_is_lost(cluster: Cluster, expected: list[int], how: signal.Signals):
-    request = DisturbedRequest(cluster)
+# Each has a prompt of its own: none finds its blocks in a pool already. A stopped instance comes last: when it goes on
+# it ends, and is away for a while.
+@pytest.mark.parametrize(("how", "seed"), [(signal.SIGKILL, 21), (signal.SIGSTOP, 22)])
+def test_a_lender_is_lost(cluster: Cluster, clear_reference: Reference, how: signal.Signals, seed: int) -> None:
+    prompt = prompt_of(1300, seed=seed)
+    request = DisturbedRequest(cluster, prompt)
     request.wait_for_tokens(5)
     _, lender = placed_on(cluster)
-    pid = cluster.pid(lender)
-    cluster.signal(lender, how)
-    assert request.finish() == expected
-    if how is signal.SIGSTOP:
-        import os
-
-        os.kill(pid, signal.SIGCONT)
+    with harmed(cluster, lender, how):
+        tokens = request.finish()
+    assert_same_tokens(tokens, *clear_reference(prompt, TOKENS))
     cluster.wait_until_no_block_is_held()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_the_computing_instance_is_lost(cluster: Cluster, expected: list[int], how: signal.Signals):
-    request = DisturbedRequest(cluster)
+@pytest.mark.parametrize(("how", "seed"), [(signal.SIGKILL, 23), (signal.SIGSTOP, 24)])
+def test_the_computing_instance_is_lost(
+    cluster: Cluster, clear_reference: Reference, how: signal.Signals, seed: int
+) -> None:
+    prompt = prompt_of(1300, seed=seed)
+    request = DisturbedRequest(cluster, prompt)
     request.wait_for_tokens(5)
     instance, _ = placed_on(cluster)
-    pid = cluster.pid(instance)
-    cluster.signal(instance, how)
-    assert request.finish() == expected
-    if how is signal.SIGSTOP:
-        import os
-
-        os.kill(pid, signal.SIGCONT)
+    with harmed(cluster, instance, how):
+        tokens = request.finish()
+    assert_same_tokens(tokens, *clear_reference(prompt, TOKENS))
     cluster.wait_until_no_block_is_held()
+
+
+@contextmanager
+def harmed(cluster: Cluster, member: str, how: signal.Signals) -> Iterator[None]:
+    """Who is stopped goes on afterwards."""
+    pid = cluster.pid(member)
+    os.kill(pid, how)
+    try:
+        yield
+    finally:
+        if how is signal.SIGSTOP:
+            os.kill(pid, signal.SIGCONT)

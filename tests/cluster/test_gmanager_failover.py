@@ -129,9 +129,9 @@ def wait_for_status(cluster: Cluster, leader: str, requests: int) -> None:
     deadline = time.monotonic() + 20
     while True:
         status = cluster.status()
-        ids = [gmanager["gmanager_id"] for gmanager in status["gmanagers"] if gmanager["leads"]]  # type: ignore[attr-defined]
-        reported = [daemon for daemon in status["kvdaemons"] if daemon["use"]["total"]]  # type: ignore[attr-defined]
-        if ids == [leader] and len(reported) == 4 and len(status["requests"]) >= requests:  # type: ignore[arg-type]
+        ids = [gmanager.gmanager_id for gmanager in status.gmanagers if gmanager.leads]
+        reported = [daemon for daemon in status.kvdaemons if daemon.use.total]
+        if ids == [leader] and len(reported) == 4 and len(status.requests) >= requests:
             return
         assert time.monotonic() < deadline, f"{status}\n{cluster.logs()}"
         time.sleep(0.2)

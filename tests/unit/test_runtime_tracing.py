@@ -75,7 +75,7 @@ def test_the_ratio_is_of_requests_that_nobody_has_decided_on() -> None:
 def test_without_tracing_nothing_of_it_is_loaded() -> None:
     """The small image's services neither."""
     code = (
-        "import sys, services.gateway.__main__, services.gmanager.__main__\n"
+        "import sys, services.gateway.service, services.gmanager.service\n"
         "from services.runtime.tracing import make_tracing\n"
         "make_tracing(None, 'gateway', 'g', 'c').close()\n"
         "ours = ('opentelemetry.sdk.trace', 'opentelemetry.exporter', 'torch')\n"

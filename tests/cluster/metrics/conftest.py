@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,6 @@ def run(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             run.count(short, cluster.complete(short, max_tokens=20, ignore_eos=True).token_ids)
         assert cluster.request(prompt_of(4000, seed=53), max_tokens=4).status_code == 400
         cluster.wait_until_no_block_is_held()
-        run.use = {daemon["kvdaemon_id"]: daemon["use"] for daemon in cluster.status()["kvdaemons"]}  # type: ignore[index,attr-defined]
+        run.use = {daemon.kvdaemon_id: dataclasses.asdict(daemon.use) for daemon in cluster.status().kvdaemons}
         run.quiet = scrape(cluster)
         yield run
