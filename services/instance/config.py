@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from services.core.errors import ConfigError
+from services.dataplane.device_name import parse_device
 from services.dataplane.link_spec import parse_link
 from services.dataplane.select import Scheme
 from services.instance.passes import PASSES, PassName
@@ -28,6 +29,7 @@ class InstanceConfig:
         socket_dir: directory for Unix sockets, shared with the local daemon.
         dtype: element type of weights and KV cache.
         transport: data plane to other daemons.
+        device: what computes: cpu, cuda or cuda:N; the local daemon's pool must lie there.
         link: emulate such a link to every daemon, as in "25gbit,50us"; the daemons must be told the same.
         max_model_len: longest context in tokens; the checkpoint's own limit where not given.
         max_num_seqs: sequences in one batch at most.
@@ -61,6 +63,7 @@ class InstanceConfig:
     listen: str = "127.0.0.1:0"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     transport: Scheme = "shm"
+    device: str = "cpu"
     link: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 32
@@ -89,6 +92,10 @@ class InstanceConfig:
                 raise ConfigError(f"instance config: {name} must be at least 1, got {getattr(self, name)}")
         if self.block_tokens % 16:
             raise ConfigError(f"instance config: block_tokens must be a multiple of 16, got {self.block_tokens}")
+        if parse_device(self.device).kind != "cpu" and self.block_tokens & (self.block_tokens - 1):
+            raise ConfigError(
+                f"instance config: block_tokens must be a power of two on device {self.device}, got {self.block_tokens}"
+            )
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"instance config: max_model_len must be at least 2, got {self.max_model_len}")
         if self.max_batch_tokens < self.max_num_seqs:

@@ -61,6 +61,7 @@ class Model:
 
     Attributes:
         attention_modules: of each layer, the one that called the attention function when the model was loaded.
+        device: where its weights are, and what it is given must be.
         compute: a forward, as ``forward`` but for the rotary regimes; transformers' own unless a pass replaces it.
     """
 
@@ -68,6 +69,7 @@ class Model:
         self, module: nn.Module, attention_modules: tuple[nn.Module, ...], shape: ModelShape, rotary: RotaryRegimes
     ) -> None:
         self.module = module
+        self.device = next(module.parameters()).device
         self.attention_modules = attention_modules
         self.shape = shape
         self.rotary = rotary
@@ -102,7 +104,7 @@ class Model:
         return logits
 
 
-def load_model(path: Path, dtype: str, max_model_len: int | None) -> Model:
+def load_model(path: Path, dtype: str, max_model_len: int | None, device: torch.device | str = "cpu") -> Model:
     """Loads a checkpoint from disk: safetensors only, no remote code.
 
     Raises:
@@ -126,6 +128,7 @@ def load_model(path: Path, dtype: str, max_model_len: int | None) -> Model:
         )
     except (ValueError, KeyError, OSError) as error:
         raise UnsupportedModelError(f"{path}: transformers cannot load this checkpoint: {error}") from error
+    module.to(device)
     module.eval()
     module.requires_grad_(False)
     set_attention(module)

@@ -216,7 +216,7 @@ def test_a_daemon_that_hangs_up(directory):
 
 
 def test_clients_that_speak_something_else(daemon):
-    for data in (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"IFLLMKV1", b""):
+    for data in (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"IFLLMKV2", b""):
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(daemon.path))
             client.settimeout(DEADLINE_S)
@@ -231,8 +231,8 @@ def test_a_client_that_talks_on_and_a_server_that_closes(daemon):
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(daemon.path))
         client.settimeout(DEADLINE_S)
-        client.send(b"IFLLMKV1" + (2).to_bytes(8, "little") + b"more than asked for")
-        _, fds, _, _ = socket.recv_fds(client, 9, 1)
+        client.send(b"IFLLMKV2" + (2).to_bytes(8, "little") + b"more than asked for")
+        _, fds, _, _ = socket.recv_fds(client, 10, 1)
         os.close(fds[0])
     daemon.wait_for_hang_ups([2])
     daemon.call(daemon.server.close)

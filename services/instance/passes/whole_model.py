@@ -66,7 +66,7 @@ class WholeModel:
         angles = [rotary(x, positions[None]) for rotary in self._rotaries]
         last, count = len(self._layers) - 1, len(logit_rows)
         # Not every module takes no rows at all: one is computed then.
-        wanted = None if count == len(token_ids) else logit_rows if count else torch.zeros(1, dtype=torch.int64)
+        wanted = None if count == len(token_ids) else logit_rows if count else logit_rows.new_zeros(1)
         for at, (layer, which) in enumerate(self._layers):
             embedded = None if which is None else angles[which]
             x = layer(x, position_embeddings=embedded, rows=wanted if at == last else None)
@@ -80,7 +80,8 @@ def fuse_model(model: Model, traced: Trace) -> int:
     if whole is None:
         return 0
     for every in (1, 3):  # all rows, and some of them
-        arguments = (traced.token_ids, traced.positions, torch.arange(0, len(traced.token_ids), every))
+        rows = torch.arange(0, len(traced.token_ids), every, device=model.device)
+        arguments = (traced.token_ids, traced.positions, rows)
         expected = model.forward(*arguments)
         with torch.inference_mode():
             got = whole(*arguments)
