@@ -42,7 +42,7 @@ def prompt_of(length: int, seed: int) -> list[int]:
 
 
 def test_the_same_tokens_as_on_the_cpu(model: Path, device: InterpretedDevice) -> None:
-    """A prompt over three pools, blocks that spill while others decode, a cached prefix, a move, draws with a seed."""
+    """A prompt over three pools, blocks that spill while others decode, a cached prefix, draws with a seed."""
     long, short = prompt_of(500, 1), prompt_of(70, 2)
     answers: list[dict[str, list[int]]] = []
     for on in (None, device):
@@ -51,10 +51,12 @@ def test_the_same_tokens_as_on_the_cpu(model: Path, device: InterpretedDevice) -
             rig.submit("drawn", short, 60, temperature=0.9, seed=7)
             rig.wait_until(lambda rig=rig: len(dict(rig.snapshot.placement).get("long", {})) > 1)
             rig.wait("long", "drawn")
-            rig.submit("again", long, 10)
-            rig.wait("again")
-            assert rig.cached_tokens("again") > 0
-            answers.append({name: rig.tokens(name) for name in ("long", "drawn", "again")})
+            for name in ("first", "second"):
+                rig.submit(name, prompt_of(200, 4), 4)
+                rig.wait(name)
+            assert rig.cached_tokens("second") == 64 * 3
+            assert rig.tokens("second") == rig.tokens("first")
+            answers.append({name: rig.tokens(name) for name in ("long", "drawn")})
             rig.check_nothing_held()
     on_cpu, staged = answers
     assert staged == on_cpu

@@ -143,10 +143,8 @@ def test_several_gmanagers_stand_for_election() -> None:
 
 
 def test_a_gpu_and_daemons_that_lend_host_memory_to_it() -> None:
-    devices = {
-        name: spec.config["device"] for name, spec in plan(device="cuda").items() if "-0" in name and "kv" in name
-    }
-    assert devices == {"kvdaemon-0": "cuda", "kvdaemon-mem-0": "cuda"}
+    specs = plan(device="cuda")
+    assert [specs[name].config["device"] for name in ("kvdaemon-0", "kvdaemon-mem-0", "instance-0")] == ["cuda"] * 3
     specs = plan(device="cuda:1", memory_device="cpu")
     wanted = {"kvdaemon-1": "cuda:1", "kvdaemon-mem-1": "cpu", "instance-1": "cuda:1"}
     assert {name: specs[name].config["device"] for name in wanted} == wanted
