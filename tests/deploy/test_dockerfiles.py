@@ -27,7 +27,7 @@ def modules_of(image: str) -> set[str]:
         for name in OVERLAYS
         for pod in pods(overlay(name))
         for container in pod.all_containers
-        if container["image"].startswith(f"infinite-llm/{image}:")
+        if container["image"].startswith(f"infinite-llm/{image}:") and "args" in container
     }
 
 
