@@ -29,7 +29,17 @@ import infinitellm
 from benchmarks.checkpoints import SHAPES, CheckpointShape, random_prompt, write_random_checkpoint
 from benchmarks.filled_cache import CacheFiller
 from benchmarks.filled_requests import NEAR, FilledModel, time_answer
-from benchmarks.gpu_plan import BLOCK_TOKENS, DTYPE, LENDERS, deal, fit, geometry_of, with_layers
+from benchmarks.gpu_plan import (
+    BLOCK_TOKENS,
+    DTYPE,
+    LENDERS,
+    chunk_tokens_for,
+    deal,
+    fit,
+    geometry_of,
+    weight_bytes,
+    with_layers,
+)
 from benchmarks.harness import Run, main
 from benchmarks.long_request import VoidMeasurementError
 from benchmarks.mps import mps, mps_is_installed
@@ -49,12 +59,14 @@ QUESTION = "what do long contexts cost in a cluster whose processes share one GP
 CONTEXTS = (131072, 524288, 1048576)
 PREFILLED = (131072,)
 NEEDLE_TOKENS = 1_000_000
-_SHAPE = "llama-3-8b"
 _CHUNK_TOKENS = 4096
 _NEEDLE_CHUNK_TOKENS = 8192
 _NEEDLE_LAYERS = 8  # 8 KiB of KV a token
 _NEEDLE_POOL_MIB = 3200  # three of them hold it, two do not
 _REQUEST_TIMEOUT_S = 3600.0
+_STATUS_TIMEOUT_S = 20.0
+_TAIL_TOKENS = 1024
+_POLL_S = 0.05
 _SHOW_S = 2.0
 _MIXED_STEP_S = 5.0  # a chunk behind a million tokens takes so long; there is nobody beside it
 
@@ -85,12 +97,12 @@ def _needle(run: Run, path: Path, with_mps: bool) -> None:
         model=path,
         instances=2,
         kvdaemons=1,
-        pool_mib=max(64, _NEEDLE_POOL_MIB * tokens // NEEDLE_TOKENS),
+        pool_mib=max(16, _NEEDLE_POOL_MIB * tokens // NEEDLE_TOKENS),
         dtype=DTYPE,
         http_port=0,
         grpc_port=0,
         device=run.options.device,
-        overlay=_overlay(_NEEDLE_CHUNK_TOKENS),
+        overlay=_overlay(chunk_tokens_for(tokens, _NEEDLE_CHUNK_TOKENS)),
     )
 
     async def body(clusters: Sequence[LocalCluster]) -> int:
@@ -119,8 +131,11 @@ def _llama(run: Run, directory: Path, spread: bool, with_mps: bool) -> None:
     """One cluster for all contexts; each begins with the one before it."""
     options = run.options
     contexts = sorted(options.contexts)
-    wanted = SHAPES[_SHAPE] if options.layers is None else with_layers(SHAPES[_SHAPE], options.layers)
-    fitting = fit(wanted, _gpu_mib(options), contexts[-1], _CHUNK_TOKENS, spread)
+    wanted = SHAPES[options.shape]
+    if options.layers is not None:
+        wanted = with_layers(wanted, options.layers)
+    chunk_tokens = chunk_tokens_for(contexts[-1], _CHUNK_TOKENS)
+    fitting = fit(wanted, _gpu_mib(options), contexts[-1], chunk_tokens, spread)
     shape = with_layers(wanted, fitting.layers)
     model = _checkpoint(run, directory / shape.name, shape)
     cluster = ClusterOptions(
@@ -133,7 +148,7 @@ def _llama(run: Run, directory: Path, spread: bool, with_mps: bool) -> None:
         grpc_port=0,
         start_timeout_s=600.0,
         device=options.device,
-        overlay=_overlay(_CHUNK_TOKENS),
+        overlay=_overlay(chunk_tokens),
     )
 
     async def body(clusters: Sequence[LocalCluster]) -> int:
@@ -161,7 +176,7 @@ def _llama(run: Run, directory: Path, spread: bool, with_mps: bool) -> None:
                             steps.append(answer.step_ms)
                     run.row(
                         {
-                            "what": _SHAPE,
+                            "what": options.shape,
                             "context": context,
                             "layers": shape.settings["num_hidden_layers"],
                             "mps": "with" if with_mps else "without",
@@ -200,7 +215,7 @@ async def _prefill(
 
 
 class _Answer:
-    """One request, as its client sees it. ``daemons``: that held its blocks when its first token had come."""
+    """One request, as its client sees it. ``daemons``: that held its blocks when its tokens had come."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -215,35 +230,56 @@ class _Answer:
 
 
 async def _ask(client: AsyncClient, prompt: Sequence[int], count: int, show: Callable[[str], None]) -> _Answer:
-    """Sends a prompt and takes ``count`` tokens."""
+    """Sends a prompt and takes ``count`` tokens; the request goes on while its placement is looked up."""
     answer = _Answer()
     started = shown = time.perf_counter()
-    events = client.generate(prompt, max_tokens=count, ignore_eos=True, progress=True, timeout_s=_REQUEST_TIMEOUT_S)
+    request_id = ""
+    events = client.generate(
+        prompt, max_tokens=count + _TAIL_TOKENS, ignore_eos=True, progress=True, timeout_s=_REQUEST_TIMEOUT_S
+    )
     async with aclosing(events):
         async for event in events:
             now = time.perf_counter()
+            request_id = event.request_id
             if isinstance(event, Progress) and now - shown >= _SHOW_S:
                 shown = now
                 show(f"prefill {event.computed_tokens:,}/{event.prompt_tokens:,}, {now - started:.0f} s")
-                answer.daemons = max(answer.daemons, await _daemons(client, event.request_id))
             elif isinstance(event, Tokens):
                 answer.ttft_s = answer.ttft_s or now - started
                 answer.tokens += event.ids
                 answer.arrived += [now] * len(event.ids)
+                if len(answer.tokens) >= count:
+                    break
+        answer.daemons = await _seen(client, request_id, lambda blocks: sum(blocks) * BLOCK_TOKENS > len(prompt))
+    await _seen(client, request_id, lambda blocks: not blocks)
+    del answer.tokens[count:], answer.arrived[count:]
     return answer
 
 
-async def _daemons(client: AsyncClient, request_id: str) -> int:
-    """How many daemons hold a request's blocks, by the cluster's status."""
-    requests = (await client.cluster_status()).requests
-    return max((len(request.placement) for request in requests if request.request_id == request_id), default=0)
+async def _seen(client: AsyncClient, request_id: str, wanted: Callable[[Sequence[int]], bool]) -> int:
+    """Waits until the cluster's status shows a request's blocks, of each daemon, as wanted; answers how many daemons.
+
+    Raises:
+        VoidMeasurementError: it does not.
+    """
+    deadline = time.monotonic() + _STATUS_TIMEOUT_S
+    while time.monotonic() < deadline:
+        requests = (await client.cluster_status()).requests
+        blocks = [place.num_blocks for r in requests if r.request_id == request_id for place in r.placement]
+        if wanted(blocks):
+            return sum(count > 0 for count in blocks)
+        await asyncio.sleep(_POLL_S)
+    raise VoidMeasurementError(f"the cluster's status did not show request {request_id} as it should be")
 
 
 def _checkpoint(run: Run, path: Path, shape: CheckpointShape) -> FilledModel:
     """Writes the checkpoint, unless an earlier placement has."""
     if not path.exists():
-        if shutil.disk_usage(path.parent).free < 24 << 30:
-            raise ConfigError(f"{path.parent} has no room for a checkpoint of 16 GiB: choose another --directory")
+        needed = weight_bytes(shape)
+        if shutil.disk_usage(path.parent).free < needed:
+            raise ConfigError(
+                f"{path.parent} has no room for {needed >> 30} GiB of weights: choose another --directory"
+            )
         run.progress.update(f"writing {path.name}")
         # In a process of its own: this one must have nothing on the GPU.
         device = "cuda" if run.options.device.startswith("cuda") else "cpu"
@@ -292,6 +328,7 @@ def _named(spread: bool) -> str:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="llama-3-8b", help="default %(default)s")
     parser.add_argument(
         "--contexts", type=int, nargs="+", default=CONTEXTS, metavar="TOKENS", help="default %(default)s"
     )
@@ -301,8 +338,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=PREFILLED,
         metavar="TOKENS",
-        help="contexts computed in full for the time to the first token (default %(default)s; a million takes a quarter "
-        "of an hour on an H100 with 32 layers)",
+        help="contexts computed in full for the time to the first token (default %(default)s; a million takes a "
+        "quarter of an hour on an H100 with 32 layers)",
     )
     parser.add_argument(
         "--placements", nargs="+", choices=("local", "spread"), default=("local", "spread"), help="default: both"
@@ -314,9 +351,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-needle", action="store_true", help="only the Llama")
     parser.add_argument("--device", default="cuda", help="of all processes (default %(default)s)")
     parser.add_argument("--gpu-mib", type=int, metavar="N", help="memory to fill (default: what nvidia-smi calls free)")
-    parser.add_argument(
-        "--directory", type=Path, metavar="DIR", help="for the checkpoints, 16 GiB (default: temporary)"
-    )
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="for the checkpoints, up to 16 GiB")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def geometry_of(shape: CheckpointShape) -> PoolGeometry:
 def with_layers(shape: CheckpointShape, layers: int) -> CheckpointShape:
     """The same model with fewer layers."""
     return dataclasses.replace(
-        shape, name=f"{shape.name}-{layers}", settings={**shape.settings, "num_hidden_layers": layers}
+        shape, name=f"{shape.name.partition('@')[0]}@{layers}", settings={**shape.settings, "num_hidden_layers": layers}
     )
 
 

@@ -7,7 +7,7 @@ work that it needs. torch's allocator of pinned memory takes a buffer back when 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ import kernels
 from kernels import AttentionKernels
 from services.core.errors import ConfigError
 from services.dataplane.cuda_pool import CudaPool, map_cuda_pool
-from services.dataplane.device import Download, Stopwatch
+from services.dataplane.device import Download, Recording, Stopwatch
 from services.dataplane.host_device import tensor_bytes
 from services.dataplane.kv_pool import Grant, Mapping, Pool
 from services.dataplane.staged_device import StagedDevice
@@ -25,13 +25,16 @@ _LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16, and what the kernels' tiles need
 
 
 class CudaDevice(StagedDevice):
-    """
+    """A recording is a CUDA graph.
+
     Args:
         index: of the GPU among those that the process sees.
 
     Raises:
         ConfigError: there is no such GPU, or it is too old.
     """
+
+    records = True
 
     def __init__(self, index: int) -> None:
         capabilities = [torch.cuda.get_device_capability(at) for at in range(torch.cuda.device_count())]
@@ -41,6 +44,7 @@ class CudaDevice(StagedDevice):
         self.enter_thread()
         self._up = torch.cuda.Stream(self.tensors)  # type: ignore[no-untyped-call]
         self._down = torch.cuda.Stream(self.tensors)  # type: ignore[no-untyped-call]
+        self._graphs = torch.cuda.graph_pool_handle()  # graphs never run at the same time: they share what they free
 
     def load_kernels(self, num_threads: int) -> AttentionKernels:
         return kernels.load(self.tensors, num_threads)
@@ -76,6 +80,17 @@ class CudaDevice(StagedDevice):
 
     def stopwatch(self) -> Stopwatch:
         return _CudaStopwatch(self.tensors)
+
+    def record(self, work: Callable[[], Sequence[Tensor]]) -> Recording:
+        computing = torch.cuda.current_stream(self.tensors)
+        self._up.wait_stream(computing)
+        with torch.cuda.stream(self._up):  # libraries set themselves up in a first call, which cannot be captured
+            work()
+        computing.wait_stream(self._up)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._graphs):
+            outputs = tuple(work())
+        return Recording(graph.replay, outputs)
 
     def _staging(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)

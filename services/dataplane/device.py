@@ -10,7 +10,8 @@ A device is used by one thread at a time, and by each of its threads after ``ent
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,6 +31,19 @@ class Download(ABC):
     @abstractmethod
     def wait(self) -> memoryview:
         """Its bytes. Nobody else writes to them as long as the answer is held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Work that can be done again, with the same tensors.
+
+    Attributes:
+        replay: does it; what it reads and writes lies where it lay when it was recorded.
+        outputs: what it answers, each time.
+    """
+
+    replay: Callable[[], None]
+    outputs: tuple[Tensor, ...]
 
 
 class Stopwatch(ABC):
@@ -54,9 +68,11 @@ class Device(ABC):
     Attributes:
         name: as in the configuration.
         tensors: where the pool's and the model's tensors are.
+        records: whether ``record`` gains anything.
     """
 
     name: str
+    records: bool = False
     tensors: torch.device
 
     @abstractmethod
@@ -107,6 +123,10 @@ class Device(ABC):
 
     @abstractmethod
     def stopwatch(self) -> Stopwatch: ...
+
+    @abstractmethod
+    def record(self, work: Callable[[], Sequence[Tensor]]) -> Recording:
+        """Does work that asks the device only, maybe twice, and keeps what it asks for."""
 
 
 class BlockBytes:

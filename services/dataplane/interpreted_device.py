@@ -7,14 +7,15 @@ left on the wrong side, or read before it is there, is wrong here too.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kernels import AttentionKernels
 from services.core.errors import ConfigError
-from services.dataplane.device import Download, Stopwatch
-from services.dataplane.host_device import HostDevice, HostStopwatch, tensor_bytes
+from services.dataplane.device import Download, Recording, Stopwatch
+from services.dataplane.host_device import HostDevice, HostStopwatch, record_by_repeating, tensor_bytes
 from services.dataplane.kv_pool import Grant, KvPool, Mapping
 from services.dataplane.staged_device import StagedDevice
 
@@ -28,6 +29,7 @@ class InterpretedDevice(StagedDevice):
     """
 
     name = "interpreter"
+    records = True
     tensors = torch.device("cpu")
 
     def __init__(self) -> None:
@@ -70,6 +72,9 @@ class InterpretedDevice(StagedDevice):
 
     def stopwatch(self) -> Stopwatch:
         return HostStopwatch()
+
+    def record(self, work: Callable[[], Sequence[Tensor]]) -> Recording:
+        return record_by_repeating(work)
 
 
 class _UnderWay(Download):

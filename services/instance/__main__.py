@@ -29,6 +29,7 @@ from services.instance.metrics import InstanceState
 from services.instance.model import Model, load_model
 from services.instance.passes.apply import apply_passes
 from services.instance.probe import probe
+from services.instance.recorded_model import record_steps
 from services.instance.servicer import InstanceServicer
 from services.rmanager.daemon_client import DaemonSession
 from services.rmanager.gmanager_client import GManagerClient
@@ -60,6 +61,8 @@ def main() -> None:
         model = load_model(config.model, config.dtype, config.max_model_len, device.tensors)
         probe(model, device.load_kernels(config.num_threads), config.block_tokens, config.dtype)
         apply_passes(model, config.passes, config.num_threads)
+        if config.record_steps:
+            record_steps(model, device, config.max_num_seqs)
         asyncio.run(serve(config, model, device))
     except InfiniteLLMError as error:
         sys.exit(f"infinite-llm instance: {error}")

@@ -39,6 +39,8 @@ class InstanceConfig:
         block_tokens: tokens of an rBlock.
         num_threads: of the model and of the kernels.
         passes: over the loaded model, as services/instance/passes names them; all that apply where not given.
+        record_steps: on a GPU, keep what small steps ask it for between attention calls (CUDA graphs), and ask again at
+            once; costs seconds at start and some memory.
         ship_float32: ship partial outputs as float32 instead of ``dtype``.
         transfer_timeout_s: a daemon that has not answered a layer's query by then counts as lost.
         call_timeout_s: deadline of a control call to a daemon.
@@ -72,6 +74,7 @@ class InstanceConfig:
     block_tokens: int = 64
     num_threads: int = 1
     passes: tuple[PassName, ...] = PASSES
+    record_steps: bool = True
     ship_float32: bool = False
     transfer_timeout_s: float = 60.0
     call_timeout_s: float = 10.0

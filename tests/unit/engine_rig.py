@@ -56,6 +56,7 @@ from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, 
 from services.instance.passes import PASSES, PassName
 from services.instance.passes.apply import apply_passes
 from services.instance.probe import probe
+from services.instance.recorded_model import record_steps
 from services.instance.scheduler import Scheduler
 from services.runtime.grammars import Grammars
 
@@ -88,6 +89,7 @@ class EngineRig:
         self.model = load_model(model, dtype, None)
         probe(self.model, attention_kernels, block_tokens, dtype)
         apply_passes(self.model, passes)
+        record_steps(self.model, device, max_num_seqs)
         geometry = self.model.shape.geometry(block_tokens, dtype)
         self.local = Daemon(hub, "local", geometry, local_blocks, True, device)
         self.lenders = [Daemon(hub, f"lender-{n}", geometry, blocks, False, device) for n, blocks in enumerate(lenders)]

@@ -15,6 +15,7 @@ from small_llama import write_small_llama
 from kernels import AttentionKernels
 from kernels.reference import ReferenceKernels
 from services.dataplane.interpreted_device import InterpretedDevice
+from services.instance.recorded_model import RecordedModel
 
 
 class _StagedDevice(InterpretedDevice):
@@ -56,6 +57,7 @@ def test_the_same_tokens_as_on_the_cpu(model: Path, device: InterpretedDevice) -
                 rig.wait(name)
             assert rig.cached_tokens("second") == 64 * 3
             assert rig.tokens("second") == rig.tokens("first")
+            assert isinstance(rig.model.compute, RecordedModel) is (on is device)
             answers.append({name: rig.tokens(name) for name in ("long", "drawn")})
             rig.check_nothing_held()
     on_cpu, staged = answers
