@@ -16,6 +16,7 @@ import torch
 
 from services.core.errors import ConfigError
 
+_PAGE_BYTES = 2 << 20
 HANDLE_BYTES = 64  # cudaIpcMemHandle_t
 _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 _LIBRARY = re.compile(r"\S*/libcudart[-.\w]*\.so[.\d]*$", re.MULTILINE)
@@ -65,7 +66,8 @@ class CudaRuntime:
             CudaError: there is not that much.
         """
         pointer = c_void_p()
-        self._call("cudaMalloc", byref(pointer), c_size_t(size))
+        # CUDA puts what is smaller into one page with others, and its handle would be that of the page.
+        self._call("cudaMalloc", byref(pointer), c_size_t(-(-size // _PAGE_BYTES) * _PAGE_BYTES))
         assert pointer.value is not None
         memory = CudaMemory(pointer.value, size)
         # At the process's end the driver does it.

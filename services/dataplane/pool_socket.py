@@ -222,8 +222,10 @@ def map_pool(socket_path: Path, session_id: int, deadline: float, device: Device
         if len(answer) < _ANSWER.size:
             raise PeerLostError(f"the daemon behind {socket_path} hung up before it passed the pool")
         status, kind, pool_bytes = _ANSWER.unpack_from(answer)
-        if status != _MAPPED or kind not in list(MemoryKind):
+        if status != _MAPPED:
             raise SessionRevokedError(f"the daemon behind {socket_path} lets session {session_id:#x} map no pool")
+        if kind not in list(MemoryKind):
+            raise PeerLostError(f"the daemon behind {socket_path} has memory of kind {kind}: it is of another version")
         grant = Grant(MemoryKind(kind), pool_bytes, answer[_ANSWER.size :], tuple(fds))
         return MappedPool((device or HostDevice()).map_pool(grant), sock)
     except TimeoutError as error:
