@@ -63,6 +63,20 @@ SHAPES: Mapping[str, CheckpointShape] = {
             },
         ),
         CheckpointShape(
+            "llama-3-8b",
+            "LlamaConfig",
+            {
+                "vocab_size": 128256,
+                "hidden_size": 4096,
+                "intermediate_size": 14336,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 1 << 21,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+            },
+        ),
+        CheckpointShape(
             "qwen2.5-0.5b",
             "Qwen2Config",
             {
@@ -82,13 +96,17 @@ SHAPES: Mapping[str, CheckpointShape] = {
 }
 
 
-def write_random_checkpoint(directory: Path, shape: CheckpointShape) -> int:
+def write_random_checkpoint(directory: Path, shape: CheckpointShape, device: str = "cpu") -> int:
     """Writes configuration, bfloat16 weights and tokenizer; answers the number of parameters.
 
     Equal shapes give equal bytes.
+
+    Args:
+        device: where the weights are drawn; a GPU draws billions of them in a moment, and others than the CPU does.
     """
     torch.manual_seed(_SEED)
-    model = AutoModelForCausalLM.from_config(shape.make_config(), dtype=torch.bfloat16)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(shape.make_config(), dtype=torch.bfloat16)
     model.save_pretrained(directory)
     make_tokenizer(shape.settings["vocab_size"]).save_pretrained(directory)
     return sum(parameter.numel() for parameter in model.parameters())

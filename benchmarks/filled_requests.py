@@ -143,13 +143,15 @@ def _get(url: str) -> str:
     return body.decode()
 
 
-async def time_answer(client: AsyncClient, filled: Sequence[int], draw: random.Random) -> FilledAnswer:
-    """One request behind a filled prefix.
+async def time_answer(
+    client: AsyncClient, filled: Sequence[int], draw: random.Random, shape: CheckpointShape = SHAPE
+) -> FilledAnswer:
+    """One request behind a filled prefix, to a model of that shape.
 
     Raises:
         VoidMeasurementError: the prefix was not found, or not all of it.
     """
-    prompt = (*filled, *random_prompt(SHAPE, _TAIL, draw))
+    prompt = (*filled, *random_prompt(shape, _TAIL, draw))
     times: list[float] = []
     cached = 0
     started = time.perf_counter()

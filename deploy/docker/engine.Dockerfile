@@ -37,5 +37,7 @@ USER root
 # Triton compiles a stub for each kernel with the system's C compiler when it is first used. CUDA's own libraries came
 # with torch; the driver is the node's.
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# MPS is used where a control daemon listens in this directory, and else not.
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    CUDA_MPS_PIPE_DIRECTORY=/run/nvidia-mps CUDA_MPS_LOG_DIRECTORY=/run/nvidia-mps
 USER 10001:10001

@@ -1,27 +1,96 @@
-"""The memory of a pool: one memfd of rBlocks, mapped by its daemon and by the instance beside it.
+"""The memory of a pool: one piece of rBlocks, mapped by its daemon and by the instance beside it.
 
 A pool is bytes until a geometry cuts it into blocks. Any number of tensors may look at the same bytes, in any number of
-processes; who may write which block is the ledger's business.
+processes; who may write which block is the ledger's business. In host memory a pool is a memfd (here); in a GPU's it is
+one allocation of CUDA's (``cuda_pool``).
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from services.core.blocks import PoolGeometry
-from services.core.errors import ConfigError
-from services.dataplane.memfd import create_memfd, map_memfd
+from services.core.errors import ConfigError, PeerLostError
+from services.dataplane.memfd import create_memfd, map_foreign_memfd, map_memfd
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class KvPool:
+class MemoryKind(IntEnum):
+    """Where a pool lies; part of the protocol between a daemon and the instance beside it."""
+
+    HOST = 0
+    CUDA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a daemon passes to a process so that it can map the pool.
+
+    Attributes:
+        descriptor: bytes that name the memory; of a memfd none.
+        fds: file descriptors that go along; the receiver owns its own.
+    """
+
+    kind: MemoryKind
+    pool_bytes: int
+    descriptor: bytes = b""
+    fds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """Another process's pool in this one.
+
+    Attributes:
+        memory: lives as long as any tensor that looks at the pool.
+        content: [pool_bytes] uint8.
+        unmap: to be called once ``memory`` is gone.
+    """
+
+    memory: object
+    content: Tensor
+    unmap: Callable[[], None]
+
+
+class Pool(ABC):
     """A daemon's pool memory, allocated in full.
+
+    Attributes:
+        linger_s: how long after the end of a process its work on the memory may still be under way.
+    """
+
+    pool_bytes: int
+    linger_s: float = 0.0
+
+    @abstractmethod
+    def grant(self) -> Grant:
+        """For passing it on; good until ``close``."""
+
+    @abstractmethod
+    def as_tensor(self, geometry: PoolGeometry) -> Tensor:
+        """The pool as blocks: ``[num_blocks, layers, kv_heads, 2, block_tokens, head_dim]`` of ``geometry.dtype``.
+
+        Raises:
+            ConfigError: the pool does not hold a single block.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives up the memory, which goes with the last tensor and the last process that looks at it. Idempotent."""
+
+
+class KvPool(Pool):
+    """A pool in host memory.
 
     Args:
         pool_bytes: size; the part behind the last whole block stays unused.
@@ -41,31 +110,49 @@ class KvPool:
 
     @property
     def fd(self) -> int:
-        """The memfd, for passing it on. The pool keeps it open until ``close``."""
+        """The memfd. The pool keeps it open until ``close``."""
         return self._fd
 
+    def grant(self) -> Grant:
+        return Grant(MemoryKind.HOST, self.pool_bytes, fds=(self._fd,))
+
     def as_tensor(self, geometry: PoolGeometry) -> Tensor:
-        """The pool as blocks: ``[num_blocks, layers, kv_heads, 2, block_tokens, head_dim]`` of ``geometry.dtype``."""
         assert self._memory is not None, "the pool is closed"
         return pool_tensor(self._memory, geometry)
 
     def close(self) -> None:
-        """Gives up the memory, which goes with the last tensor and the last process that looks at it. Idempotent."""
         if self._memory is not None:
             self._memory = None
             os.close(self._fd)
 
 
+def map_memory(grant: Grant) -> Mapping:
+    """Maps a pool in host memory.
+
+    Raises:
+        PeerLostError: the memfd is missing, or is not one of that size that touching is safe in.
+    """
+    if not grant.fds:
+        raise PeerLostError("the daemon passed no memory")
+    memory = map_foreign_memfd(grant.fds[0], grant.pool_bytes)
+    return Mapping(memory, torch.frombuffer(memory, dtype=torch.uint8), lambda: None)
+
+
 def pool_tensor(memory: mmap.mmap, geometry: PoolGeometry) -> Tensor:
-    """A mapped pool as ``[num_blocks, layers, kv_heads, 2, block_tokens, head_dim]``. It keeps the mapping alive.
+    """As ``blocks_of``; the tensor keeps the mapping alive."""
+    return blocks_of(torch.frombuffer(memory, dtype=torch.uint8), geometry)
+
+
+def blocks_of(content: Tensor, geometry: PoolGeometry) -> Tensor:
+    """A pool's memory, [pool_bytes] uint8, as ``[num_blocks, layers, kv_heads, 2, block_tokens, head_dim]``.
 
     Raises:
         ConfigError: the pool does not hold a single block.
     """
-    num_blocks = len(memory) // geometry.block_bytes
+    num_blocks = len(content) // geometry.block_bytes
     if num_blocks == 0:
         raise ConfigError(
-            f"a pool of {len(memory)} bytes holds no block of {geometry.block_bytes} bytes; make it larger"
+            f"a pool of {len(content)} bytes holds no block of {geometry.block_bytes} bytes; make it larger"
         )
-    flat = torch.frombuffer(memory, dtype=torch.uint8, count=num_blocks * geometry.block_bytes)
+    flat = content[: num_blocks * geometry.block_bytes]
     return flat.view(_DTYPES[geometry.dtype]).view(num_blocks, *geometry.block_shape)

@@ -1,10 +1,13 @@
 """How an instance gets at the pool of the daemon beside it, and how the daemon learns that it let go.
 
 The daemon listens on a Unix socket. An instance presents its session id, which only the daemon and the instance know,
-and gets the pool's memfd. The connection then stays open, silent, for as long as the mapping exists: its hang-up proves
-that nobody writes to the session's open blocks any more. A stopped process still holds it; a killed one does not.
+and gets the pool: a memfd, or the name of memory on a GPU (``Grant``). The connection then stays open, silent, for as
+long as the mapping exists: its hang-up proves that nobody writes to the session's open blocks any more. A stopped
+process still holds it; a killed one does not. What a killed process has asked a GPU for may still be under way: such a
+pool lingers before it believes in the hang-up.
 
-    request, little-endian: magic [8], session_id u64;  answer: status u8 (0 mapped, 1 refused), pool_bytes u64
+    request, little-endian: magic [8], session_id u64
+    answer: status u8 (0 mapped, 1 refused), memory u8 (MemoryKind), pool_bytes u64, then the memory's descriptor
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import mmap
 import os
 import socket
 import struct
@@ -24,15 +26,17 @@ from pathlib import Path
 from torch import Tensor
 
 from services.core.blocks import PoolGeometry
-from services.core.errors import PeerLostError, SessionRevokedError, TransferTimeoutError
-from services.dataplane.kv_pool import KvPool, pool_tensor
-from services.dataplane.memfd import map_foreign_memfd
+from services.core.errors import ConfigError, PeerLostError, SessionRevokedError, TransferTimeoutError
+from services.dataplane.device import Device
+from services.dataplane.host_device import HostDevice
+from services.dataplane.kv_pool import Grant, Mapping, MemoryKind, Pool, blocks_of
 from services.dataplane.unix_socket import UnixListener, connect_unix
 
 _log = logging.getLogger(__name__)
 _REQUEST = struct.Struct("<8sQ")
-_ANSWER = struct.Struct("<BQ")
-_MAGIC = b"IFLLMKV1"
+_ANSWER = struct.Struct("<BBQ")
+_LONGEST_DESCRIPTOR = 256
+_MAGIC = b"IFLLMKV2"
 _MAPPED, _REFUSED = 0, 1
 _REQUEST_TIMEOUT_S = 5.0
 _ACCEPT_PAUSE_S = 1.0
@@ -53,20 +57,19 @@ class PoolSocketServer:
     Args:
         path: of the Unix socket; a stale file of a dead process is replaced.
         may_map: whether the session exists and may map the pool. A session has at most one mapping at a time.
-        hung_up: called exactly once for each session that was given the pool, when its mapping is gone (not by
-            ``close``).
+        hung_up: called exactly once for each session that was given the pool, when its mapping is gone and nothing
+            that it began is under way (not by ``close``).
 
     Raises:
         ConfigError: the socket cannot be bound.
     """
 
-    def __init__(
-        self, path: Path, pool: KvPool, may_map: Callable[[int], bool], hung_up: Callable[[int], None]
-    ) -> None:
+    def __init__(self, path: Path, pool: Pool, may_map: Callable[[int], bool], hung_up: Callable[[int], None]) -> None:
         self._pool = pool
         self._may_map = may_map
         self._hung_up = hung_up
         self._clients: set[_Client] = set()
+        self._lingering: dict[int, asyncio.TimerHandle] = {}  # by session
         self._listener = UnixListener(path)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._accept_again: asyncio.TimerHandle | None = None
@@ -87,6 +90,8 @@ class PoolSocketServer:
                 loop.remove_reader(client.sock)
                 client.sock.close()
             self._clients.clear()
+            for timer in self._lingering.values():
+                timer.cancel()
         self._listener.close()
 
     def _accept(self) -> None:
@@ -130,16 +135,19 @@ class PoolSocketServer:
 
     def _answer(self, client: _Client) -> None:
         magic, session_id = _REQUEST.unpack(client.request)
-        mapped = any(other.session_id == session_id for other in self._clients)
+        mapped = session_id in self._lingering or any(other.session_id == session_id for other in self._clients)
         if magic != _MAGIC or mapped or not self._may_map(session_id):
             with contextlib.suppress(OSError):
-                client.sock.send(_ANSWER.pack(_REFUSED, 0))
+                client.sock.send(_ANSWER.pack(_REFUSED, 0, 0))
             self._drop(client)
             return
         # From here on the client may hold the memory, whether or not the answer reaches it.
         client.session_id = session_id
+        grant = self._pool.grant()
+        assert len(grant.descriptor) <= _LONGEST_DESCRIPTOR
+        answer = _ANSWER.pack(_MAPPED, grant.kind, grant.pool_bytes) + grant.descriptor
         try:
-            socket.send_fds(client.sock, [_ANSWER.pack(_MAPPED, self._pool.pool_bytes)], [self._pool.fd])
+            socket.send_fds(client.sock, [answer], list(grant.fds))
         except OSError:
             self._drop(client)
 
@@ -149,37 +157,56 @@ class PoolSocketServer:
         client.sock.close()
         self._clients.discard(client)
         if client.session_id is not None:
-            self._hung_up(client.session_id)
+            self._lose(client.session_id)
+
+    def _lose(self, session_id: int) -> None:
+        """A mapping is gone."""
+        assert self._loop is not None
+        if self._pool.linger_s:
+            self._lingering[session_id] = self._loop.call_later(self._pool.linger_s, self._end_lingering, session_id)
+        else:
+            self._hung_up(session_id)
+
+    def _end_lingering(self, session_id: int) -> None:
+        del self._lingering[session_id]
+        self._hung_up(session_id)
 
 
 class MappedPool:
-    """The instance's side: another process's pool in this one's memory."""
+    """The instance's side: another process's pool in this one."""
 
-    def __init__(self, memory: mmap.mmap, sock: socket.socket) -> None:
-        self.pool_bytes = len(memory)
-        self._memory: mmap.mmap | None = memory
+    def __init__(self, mapping: Mapping, sock: socket.socket) -> None:
+        self.pool_bytes = len(mapping.content)
+        self._content: Tensor | None = mapping.content
         # The daemon gives the session's blocks away after the hang-up, so the socket outlives every tensor, and at the
         # process's end every thread: there the system closes it.
-        weakref.finalize(memory, os.close, sock.detach()).atexit = False
+        weakref.finalize(mapping.memory, _let_go, mapping.unmap, sock.detach()).atexit = False
 
     def as_tensor(self, geometry: PoolGeometry) -> Tensor:
         """The pool as blocks: ``[num_blocks, layers, kv_heads, 2, block_tokens, head_dim]`` of ``geometry.dtype``."""
-        assert self._memory is not None, "the mapping is closed"
-        return pool_tensor(self._memory, geometry)
+        assert self._content is not None, "the mapping is closed"
+        return blocks_of(self._content, geometry)
 
     def close(self) -> None:
         """Gives up the mapping. It goes, and the daemon learns of it, with the last tensor over it. Idempotent."""
-        self._memory = None
+        self._content = None
 
 
-def map_pool(socket_path: Path, session_id: int, deadline: float) -> MappedPool:
+def _let_go(unmap: Callable[[], None], fd: int) -> None:
+    unmap()
+    os.close(fd)
+
+
+def map_pool(socket_path: Path, session_id: int, deadline: float, device: Device | None = None) -> MappedPool:
     """Maps the pool of the daemon that listens on ``socket_path``. Blocks until ``deadline`` at most.
 
     Args:
         session_id: of an open session with that daemon, below 2**64.
         deadline: in terms of ``time.monotonic()``.
+        device: that is to look at it; the CPU where none is given.
 
     Raises:
+        ConfigError: the pool does not lie where the device can look at it.
         PeerLostError: nobody listens there, or the daemon hung up.
         SessionRevokedError: the daemon knows no such session, or the session has mapped the pool already.
         TransferTimeoutError: no answer before the deadline.
@@ -190,20 +217,24 @@ def map_pool(socket_path: Path, session_id: int, deadline: float) -> MappedPool:
         sock.send(_REQUEST.pack(_MAGIC, session_id))
         sock.settimeout(max(deadline - time.monotonic(), 1e-3))
         # The answer is a single write of a few bytes: it arrives whole or not at all.
-        answer, fds, _, _ = socket.recv_fds(sock, _ANSWER.size, 1, socket.MSG_CMSG_CLOEXEC)
-        if len(answer) != _ANSWER.size:
+        longest = _ANSWER.size + _LONGEST_DESCRIPTOR
+        answer, fds, _, _ = socket.recv_fds(sock, longest, 1, socket.MSG_CMSG_CLOEXEC)
+        if len(answer) < _ANSWER.size:
             raise PeerLostError(f"the daemon behind {socket_path} hung up before it passed the pool")
-        status, pool_bytes = _ANSWER.unpack(answer)
-        if status != _MAPPED or not fds:
+        status, kind, pool_bytes = _ANSWER.unpack_from(answer)
+        if status != _MAPPED:
             raise SessionRevokedError(f"the daemon behind {socket_path} lets session {session_id:#x} map no pool")
-        return MappedPool(map_foreign_memfd(fds[0], pool_bytes), sock)
+        if kind not in list(MemoryKind):
+            raise PeerLostError(f"the daemon behind {socket_path} has memory of kind {kind}: it is of another version")
+        grant = Grant(MemoryKind(kind), pool_bytes, answer[_ANSWER.size :], tuple(fds))
+        return MappedPool((device or HostDevice()).map_pool(grant), sock)
     except TimeoutError as error:
         sock.close()
         raise TransferTimeoutError(f"the daemon behind {socket_path} did not pass the pool in time") from error
     except OSError as error:
         sock.close()
         raise PeerLostError(f"the daemon behind {socket_path} hung up: {error.strerror}") from error
-    except (PeerLostError, SessionRevokedError):
+    except (ConfigError, PeerLostError, SessionRevokedError):
         sock.close()
         raise
     finally:

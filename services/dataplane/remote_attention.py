@@ -2,6 +2,9 @@
 
 For every step: ``begin_step`` tells each daemon the plan; for every layer ``submit`` sends the query rows, the caller
 computes its local part meanwhile, and ``collect`` merges what came back. One message per daemon and layer each way.
+
+On a GPU the caller only asks for its local part. Queries that are still on their way to host memory at ``submit`` are
+sent at the beginning of ``collect``, which by then has the GPU's whole local part to hide the way there and back.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from kernels import AttentionKernels, LayerParams
 from kernels.cpu.asking import CompiledAsker
 from services.core.errors import PeerLostError, TransferTimeoutError
 from services.dataplane import wire
+from services.dataplane.device import Device, Download
+from services.dataplane.host_device import HostDevice
 from services.dataplane.peers import AnswerTimes, Peer, PeerSet
 from services.dataplane.wire import Header, Kind, PlanSegment, SegmentTrace
 
@@ -47,10 +52,16 @@ class PeerShare:
 
 @dataclass(slots=True)
 class _Asked:
-    """A daemon in a step. ``asker``: what asks it in compiled code, from the first layer on, where there is such."""
+    """A daemon in a step.
+
+    Attributes:
+        rows: the share's, on the device.
+        asker: what asks it in compiled code, from the first layer on, where there is such.
+    """
 
     peer: Peer
     share: PeerShare
+    rows: Tensor
     asker: CompiledAsker | None = None
 
 
@@ -62,21 +73,39 @@ class _Waiting(NamedTuple):
     sent_at: float
 
 
+class _Query(NamedTuple):
+    """A query on its way to host memory."""
+
+    asked: _Asked
+    header: Header
+    rows: Download
+
+
 class RemoteAttention:
     """The instance's side of DistAttention. Used by the engine thread.
 
     Args:
         out_dtype: element type of the partial outputs on the wire; the log-sum-exp is always float32.
         timeout_s: a daemon that has not answered a layer by then counts as lost.
+        device: that has the queries and the partial states; the CPU where none is given.
     """
 
-    def __init__(self, peers: PeerSet, kernels: AttentionKernels, out_dtype: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        peers: PeerSet,
+        kernels: AttentionKernels,
+        out_dtype: str,
+        timeout_s: float,
+        device: Device | None = None,
+    ) -> None:
         self._peers = peers
         self._kernels = kernels
         self._out_dtype = out_dtype
         self._timeout_s = timeout_s
+        self._device = device or HostDevice()
         self._step = 0
         self._asked: list[_Asked] = []
+        self._unsent: deque[_Query] = deque()  # of the layer under way
         self._waiting: deque[_Waiting] = deque()  # of the layer under way
         self.answers: dict[str, AnswerTimes] = {}  # of the step
         self.merge_s = 0.0  # of the step
@@ -99,15 +128,17 @@ class RemoteAttention:
         self.answers = {}
         self.merge_s = 0.0
         gone = []
-        for share in shares:  # all of them: what a plan has named once counts as known from then on
+        rows = self._device.upload([share.rows for share in shares])
+        # All of them: what a plan has named once counts as known from then on.
+        for share, its_rows in zip(shares, rows, strict=True):
             try:
-                self._send_plan(share)
+                self._send_plan(share, its_rows)
             except PeerLostError:
                 gone.append(share.kvdaemon_id)
         if gone:
             raise PeerLostError(f"no data connection to kvdaemon {', '.join(gone)}")
 
-    def _send_plan(self, share: PeerShare) -> None:
+    def _send_plan(self, share: PeerShare, rows: Tensor) -> None:
         peer = self._peers.get(share.kvdaemon_id)
         forgotten = self._forgotten.pop(share.kvdaemon_id, [])
         if forgotten:
@@ -115,22 +146,37 @@ class RemoteAttention:
         if share.traces:
             peer.send(Header(Kind.TRACE, rows=len(share.traces)), [wire.pack_traces(share.traces)])
         peer.send(Header(Kind.PLAN, step=self._step, rows=len(share.segments)), wire.pack_plan(share.segments))
-        self._asked.append(_Asked(peer, share))
+        self._asked.append(_Asked(peer, share, rows))
 
     def submit(self, params: LayerParams, q: Tensor) -> bool:
-        """Sends the layer's queries; answers whether there is anything to collect.
+        """Sends the layer's queries, or begins to; answers whether there is anything to collect.
 
         Args:
-            q: [rows of the batch, q_heads, head_dim], on the CPU.
+            q: [rows of the batch, q_heads, head_dim].
         """
+        whole: Download | None = None
         for asked in self._asked:
             if 0 < params.window <= asked.share.distance:
                 continue
             sent_at = time.perf_counter()
-            sequence = self._ask(asked, params, q) or self._send(asked, params, q)
-            asked.peer.expected.add(sequence)
-            self._waiting.append(_Waiting(asked, sequence, sent_at))
-        return bool(self._waiting)
+            sequence = self._ask(asked, params, q)
+            if sequence:
+                self._sent(asked, sequence, sent_at)
+                continue
+            if len(asked.rows) == len(q):
+                whole = rows = whole or self._device.download(q)
+            else:
+                rows = self._device.download(q.index_select(0, asked.rows))
+            query = _Query(asked, self._query_header(asked, params, q), rows)
+            if rows.arrived:
+                self._send(query)
+            else:
+                self._unsent.append(query)
+        return bool(self._waiting or self._unsent)
+
+    def _sent(self, asked: _Asked, sequence: int, sent_at: float) -> None:
+        asked.peer.expected.add(sequence)
+        self._waiting.append(_Waiting(asked, sequence, sent_at))
 
     def _ask(self, asked: _Asked, params: LayerParams, q: Tensor) -> int:
         """Sends a query in compiled code and answers its sequence number; 0 where that cannot be."""
@@ -149,14 +195,12 @@ class RemoteAttention:
         asker.set_query(q, params)
         return asked.peer.ask(asker)
 
-    def _send(self, asked: _Asked, params: LayerParams, q: Tensor) -> int:
-        rows = asked.share.rows
-        part = q.contiguous() if len(rows) == len(q) else q.index_select(0, rows)
-        header = Header(
+    def _query_header(self, asked: _Asked, params: LayerParams, q: Tensor) -> Header:
+        return Header(
             Kind.QUERY,
             step=self._step,
             layer=params.layer,
-            rows=len(part),
+            rows=len(asked.rows),
             q_heads=q.shape[1],
             head_dim=q.shape[2],
             dtype=_DTYPES[q.dtype],
@@ -165,7 +209,11 @@ class RemoteAttention:
             softcap=params.softcap,
             window=params.window,
         )
-        return asked.peer.send(header, [part.view(torch.uint8).numpy().data.cast("B")])
+
+    def _send(self, query: _Query) -> None:
+        rows = query.rows.wait()
+        sent_at = time.perf_counter()
+        self._sent(query.asked, query.asked.peer.send(query.header, [rows]), sent_at)
 
     def collect(self, out: Tensor, lse: Tensor) -> None:
         """Waits for the layer's partial states and merges them, in the order in which they were asked for.
@@ -177,6 +225,8 @@ class RemoteAttention:
         Raises:
             PeerLostError, TransferTimeoutError: the step must be discarded.
         """
+        while self._unsent:
+            self._send(self._unsent.popleft())
         deadline = time.monotonic() + self._timeout_s
         if any(waiting.asked.asker is None for waiting in self._waiting):
             self._peers.poll(0.0)
@@ -206,7 +256,7 @@ class RemoteAttention:
 
     def _merge(self, waiting: _Waiting, looked_at: float, out: Tensor, lse: Tensor) -> AnswerTimes | None:
         """Merges an answer that has been received, if it has."""
-        rows = waiting.asked.share.rows
+        rows = waiting.asked.rows
         arrived = waiting.asked.peer.partials.pop(waiting.sequence, None)
         if arrived is None:
             return None
@@ -215,10 +265,11 @@ class RemoteAttention:
         count = shape[0] * shape[1] * shape[2]
         dtype = _TORCH_DTYPES[header.dtype]
         part_out = torch.frombuffer(payload, dtype=dtype, count=count).view(shape)
-        part_lse = torch.frombuffer(payload, dtype=torch.float32, offset=count * dtype.itemsize)
+        part_lse = torch.frombuffer(payload, dtype=torch.float32, offset=count * dtype.itemsize).view(shape[:2])
         all_rows = len(rows) == len(out)
         begun = time.perf_counter()
-        self._kernels.merge_partials(out, lse, part_out, part_lse.view(shape[:2]), None if all_rows else rows)
+        part_out, part_lse = self._device.upload([part_out, part_lse])
+        self._kernels.merge_partials(out, lse, part_out, part_lse, None if all_rows else rows)
         self.merge_s += time.perf_counter() - begun
         message.release()
         return AnswerTimes(1, taken_at - waiting.sent_at, taken_at > looked_at)
@@ -236,6 +287,7 @@ class RemoteAttention:
 
     def _abandon(self) -> None:
         """Drops what an earlier, discarded step still waits for; late answers are released on arrival."""
+        self._unsent.clear()
         for waiting in self._waiting:
             peer = waiting.asked.peer
             peer.expected.discard(waiting.sequence)

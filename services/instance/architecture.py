@@ -93,7 +93,8 @@ def observe(module: nn.Module, layers: int) -> Observed:
     calls: dict[int, _Call] = {}
     for part in module.modules():  # parents before their parts: in the end each part has its own observer
         _Observer(part, calls).attach_to(part)
-    token, first_row = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=next(module.parameters()).device)
+    first_row = token[0]
     try:
         module(input_ids=token, position_ids=token, use_cache=False, logits_to_keep=first_row)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from opentelemetry.trace import Tracer
 
-import kernels
 from services.core.blocks import BlockHandle, BlockKeySpace, PoolGeometry
 from services.core.errors import ConfigError
 from services.core.placement import BlockCount, InstanceSnapshot, MoveReport, PeerTransport
+from services.dataplane.device import Device
 from services.dataplane.peers import PeerSet
 from services.dataplane.pool_socket import MappedPool
 from services.dataplane.remote_attention import RemoteAttention
@@ -123,6 +123,7 @@ class Assembly:
 def assemble(
     config: InstanceConfig,
     model: Model,
+    device: Device,
     local: DaemonSession,
     pool: MappedPool,
     workspace: list[BlockHandle],
@@ -138,13 +139,12 @@ def assemble(
     shape = model.shape
     geometry = shape.geometry(config.block_tokens, config.dtype)
     tensor = pool.as_tensor(geometry)
-    attention_kernels = kernels.load("cpu", config.num_threads)
+    attention_kernels = device.load_kernels(config.num_threads)
     query_room, limits = _limits(config, model, geometry)
     peers = PeerSet(connecting_transport(config.transport, config.link, config.tls), limits, query_room)
-    remote = RemoteAttention(
-        peers, attention_kernels, "float32" if config.ship_float32 else config.dtype, config.transfer_timeout_s
-    )
-    attention = DistAttention(attention_kernels, tensor, remote)
+    out_dtype = "float32" if config.ship_float32 else config.dtype
+    remote = RemoteAttention(peers, attention_kernels, out_dtype, config.transfer_timeout_s, device)
+    attention = DistAttention(attention_kernels, tensor, remote, device)
     attention.attach_to(model.module)
     desk = _OrderDesk()
     keys = BlockKeySpace(shape.fingerprint, config.dtype, (0, shape.kv_heads))
@@ -160,13 +160,14 @@ def assemble(
         remote,
         desk,
         local.opened.offers,
+        device,
     )
     scored_tokens = max(1, _LOGITS_BYTES // (shape.vocab_size * TORCH_DTYPES[config.dtype].itemsize))
     scheduler = Scheduler(max_num_seqs, config.max_batch_tokens, config.mixed_step_s, scored_tokens)
     board = SnapshotBoard(local.kvdaemon_id, max_num_seqs)
     traces = NoTraces() if config.tracing is None else EngineTraces(tracer)
     engine = Engine(
-        model, attention, remote, peers, memory, scheduler, desk, publish, board.put, metrics, traces, grammars
+        model, attention, remote, peers, memory, scheduler, desk, publish, board.put, metrics, traces, grammars, device
     )
     settings = RManagerSettings(config.member_id, geometry, len(workspace), config.call_timeout_s, config.tls)
     rmanager = desk.rmanager = RManager(settings, local, gmanager, peers, engine.post, on_fatal, tracer)

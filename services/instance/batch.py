@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels import AttentionPlan
+from services.dataplane.device import Device
 from services.dataplane.remote_attention import PeerShare
 from services.dataplane.wire import PlanSegment, SegmentTrace
 from services.instance.dist_attention import StepTensors
@@ -86,6 +87,27 @@ def build_batch(
         shares=_shares(scheduled, tables, starts, reach),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         long_rows=_long_rows(scheduled, rotary),
+    )
+
+
+def upload_batch(batch: Batch, device: Device) -> Batch:
+    """The batch with its tensors on the device, but for the daemons' shares."""
+    plan = batch.step.local
+    tensors = [
+        *(batch.token_ids, batch.positions, batch.logit_rows, batch.step.slots),
+        *(plan.query_start, plan.query_pos, plan.block_start, plan.block_ids, plan.block_pos),
+    ]
+    if batch.long_rows is not None:
+        tensors.append(batch.long_rows)
+    token_ids, positions, logit_rows, slots, *rest = device.upload(tensors)
+    local = AttentionPlan(rest[0], rest[1], rest[2], rest[3], rest[4], plan.max_query_len)
+    return replace(
+        batch,
+        token_ids=token_ids,
+        positions=positions,
+        step=StepTensors(slots, local),
+        logit_rows=logit_rows,
+        long_rows=None if batch.long_rows is None else rest[5],
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from services.core.errors import ConfigError
+from services.dataplane.device_name import parse_device
 from services.dataplane.link_spec import parse_link
 from services.dataplane.select import Choice
 from services.instance.passes import PASSES, PassName
@@ -29,6 +30,7 @@ class InstanceConfig:
         dtype: element type of weights and KV cache.
         transport: data plane to other daemons. auto: for each daemon shm, if it is on this host and shares its socket's
             directory; else rdma, if both have an adapter for it (and no tls); else tcp.
+        device: what computes: cpu, cuda or cuda:N; the local daemon's pool must lie there.
         link: emulate such a link to every daemon, as in "25gbit,50us"; the daemons must be told the same.
         max_model_len: longest context in tokens; the checkpoint's own limit where not given.
         max_num_seqs: sequences in one batch at most.
@@ -38,6 +40,8 @@ class InstanceConfig:
         block_tokens: tokens of an rBlock.
         num_threads: of the model and of the kernels.
         passes: over the loaded model, as services/instance/passes names them; all that apply where not given.
+        record_steps: on a GPU, keep what small steps ask it for between attention calls (CUDA graphs), and ask again at
+            once; costs seconds at start and some memory.
         ship_float32: ship partial outputs as float32 instead of ``dtype``.
         transfer_timeout_s: a daemon that has not answered a layer's query by then counts as lost.
         call_timeout_s: deadline of a control call to a daemon.
@@ -62,6 +66,7 @@ class InstanceConfig:
     listen: str = "127.0.0.1:0"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     transport: Choice = "auto"
+    device: str = "cpu"
     link: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 32
@@ -70,6 +75,7 @@ class InstanceConfig:
     block_tokens: int = 64
     num_threads: int = 1
     passes: tuple[PassName, ...] = PASSES
+    record_steps: bool = True
     ship_float32: bool = False
     transfer_timeout_s: float = 60.0
     call_timeout_s: float = 10.0
@@ -90,6 +96,10 @@ class InstanceConfig:
                 raise ConfigError(f"instance config: {name} must be at least 1, got {getattr(self, name)}")
         if self.block_tokens % 16:
             raise ConfigError(f"instance config: block_tokens must be a multiple of 16, got {self.block_tokens}")
+        if parse_device(self.device).kind != "cpu" and self.block_tokens & (self.block_tokens - 1):
+            raise ConfigError(
+                f"instance config: block_tokens must be a power of two on device {self.device}, got {self.block_tokens}"
+            )
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"instance config: max_model_len must be at least 2, got {self.max_model_len}")
         if self.max_batch_tokens < self.max_num_seqs:

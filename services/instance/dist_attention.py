@@ -13,7 +13,6 @@ builds no mask for an attention function it does not know, so nothing quadratic 
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from torch.nn import functional
 
 from kernels import AttentionKernels, AttentionPlan, LayerParams
 from services.core.errors import UnsupportedModelError
+from services.dataplane.device import Device
+from services.dataplane.host_device import HostDevice
 from services.dataplane.remote_attention import RemoteAttention
 from services.instance.step_timings import AttentionTimes
 
@@ -31,6 +32,7 @@ ATTENTION_NAME = "infinite_llm_dist_attention"
 _CONTEXT = (
     "_infinite_llm_dist_attention"  # attribute of the attention modules; some models drop custom keyword arguments
 )
+_MARKS = 4  # of the watch, in each layer
 _HARMLESS_TENSORS = ("position_ids", "cache_position")
 
 
@@ -78,20 +80,35 @@ class DistAttention(AttentionContext):
     Args:
         pool: [num_blocks, layers, kv_heads, 2, block_tokens, head_dim], the mapped local pool.
         remote: None where there are no other daemons (the probe at load).
+        device: that has the pool; the CPU where none is given.
     """
 
-    def __init__(self, kernels: AttentionKernels, pool: Tensor, remote: RemoteAttention | None) -> None:
+    def __init__(
+        self, kernels: AttentionKernels, pool: Tensor, remote: RemoteAttention | None, device: Device | None = None
+    ) -> None:
         self._kernels = kernels
         self._pool = pool
         self._head_dim, self._dtype = pool.shape[5], pool.dtype
         self._remote = remote
         self._step: StepTensors | None = None
         self.calls = 0
-        self.times = AttentionTimes()  # of the step
+        self._watch = (device or HostDevice()).stopwatch()
+        self._times = AttentionTimes()
 
     def begin_step(self, step: StepTensors) -> None:
+        """``step``: on the device."""
         self._step = step
-        self.times.reset()
+        self._watch.reset()  # a discarded step leaves marks
+        self._times.reset()
+
+    @property
+    def times(self) -> AttentionTimes:
+        """Of the step; its layers are done, the device has settled."""
+        marks = self._watch.take()
+        for at in range(0, len(marks), _MARKS):
+            begun, local_begun, local_ended, ended = marks[at : at + _MARKS]
+            self._times.add(ended - begun, local_ended - local_begun, local_begun - begun)
+        return self._times
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, params: LayerParams, sinks: Tensor | None) -> Tensor:
         step = self._step
@@ -100,17 +117,17 @@ class DistAttention(AttentionContext):
         value_dim, dtype = v.shape[2], q.dtype
         q, k, v = self._fit(q), self._fit(k), self._fit(v)
         self._kernels.store_kv(k, v, self._pool, step.slots, params.layer)
-        begun = time.perf_counter()
+        self._watch.mark()
         remote = self._remote if self._remote is not None and self._remote.submit(params, q) else None
         merging = remote is not None or sinks is not None
-        out = torch.empty(q.shape, dtype=torch.float32 if merging else q.dtype)
-        lse = torch.empty(q.shape[:2], dtype=torch.float32)
-        local_begun = time.perf_counter()
+        out = torch.empty(q.shape, dtype=torch.float32 if merging else q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        self._watch.mark()
         self._kernels.micro_attention(q, self._pool, step.local, params, out, lse)
-        local_ended = time.perf_counter()
+        self._watch.mark()
         if remote is not None:
             remote.collect(out, lse)
-        self.times.add(time.perf_counter() - begun, local_ended - local_begun, local_begun - begun)
+        self._watch.mark()
         if sinks is not None:
             self._kernels.merge_sinks(out, lse, sinks)
         if value_dim < self._head_dim:

@@ -19,9 +19,11 @@ from prometheus_client import CollectorRegistry
 from services.core.errors import InfiniteLLMError, InvalidRequestError, PeerLostError, TransferTimeoutError
 from services.core.placement import MOST_WAITING_TOLD, RunningRequest, WaitingRequest
 from services.core.sequence import RequestAge, Sequence, SequenceState
+from services.dataplane.device import Device
+from services.dataplane.host_device import HostDevice
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import RemoteAttention
-from services.instance.batch import build_batch
+from services.instance.batch import build_batch, upload_batch
 from services.instance.control import (
     Abort,
     AbortStream,
@@ -71,6 +73,7 @@ class Engine:
         metrics: what the engine counts; None where nobody asks.
         traces: what it tells of single requests; None likewise.
         grammars: of the model's tokenizer, for structured outputs; None refuses them.
+        device: that has the model and the pool; the CPU where none is given.
     """
 
     def __init__(
@@ -87,8 +90,10 @@ class Engine:
         metrics: EngineMetrics | None = None,
         traces: Traces | None = None,
         grammars: Grammars | None = None,
+        device: Device | None = None,
     ) -> None:
         self._model = model
+        self._device = device or HostDevice()
         self._attention = attention
         self._remote = remote
         self._peers = peers
@@ -121,6 +126,7 @@ class Engine:
 
     def run(self) -> None:
         """The loop; returns after ``Stop``."""
+        self._device.enter_thread()
         while not self._stopping.is_set():
             begun = time.perf_counter()
             self._take_events()
@@ -141,6 +147,7 @@ class Engine:
         """One transaction: plan, forward, sample, commit. ``begun`` (perf_counter): the round it belongs to."""
         tables = [self._memory.table(item.sequence) for item in scheduled]
         batch = build_batch(scheduled, tables, self._model.rotary, self._model.shape.attention.reach)
+        batch = upload_batch(batch, self._device)
         self._steps += 1
         try:
             self._remote.begin_step(self._steps, batch.shares)
@@ -150,6 +157,9 @@ class Engine:
             _log.warning("step discarded", extra={"step": self._steps, "why": str(error)})
             self._metrics.discarded_step()
             return
+        finally:
+            # Blocks that are sealed next can be read by others, and those of a discarded step be given to others.
+            self._device.settle()
         self._traces.step(scheduled, begun, self._attention.times, self._remote.answers)
         sampled = [item.sequence for item in scheduled if item.samples]
         samples = iter(self._sampler.draw(sampled_logits(logits, scheduled), sampled))

@@ -18,12 +18,13 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from services.core.blocks import BlockHandle, BlockKeySpace, BlockRef, PoolGeometry, next_block_key
 from services.core.placement import MoveEnd
 from services.core.sequence import RequestAge, Sequence
+from services.dataplane.device import BlockBytes, Device
+from services.dataplane.host_device import HostDevice
 from services.dataplane.negotiation import Offers
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import RemoteAttention
@@ -64,6 +65,7 @@ class BlockMemory:
         pool: [num_blocks, layers, kv_heads, 2, block_tokens, head_dim], the mapped local pool.
         workspace: the open blocks held at start. So many, and one for each sequence, are held from then on.
         local_offers: how other daemons can reach the local one.
+        device: that has the pool; the CPU where none is given.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class BlockMemory:
         remote: RemoteAttention,
         control: Control,
         local_offers: Offers,
+        device: Device | None = None,
     ) -> None:
         self.geometry = geometry
         self._key_space = keys
@@ -93,9 +96,9 @@ class BlockMemory:
         self._places: deque[BlockRef] = deque()  # elsewhere, each for a block that makes room for an admitted tail
         self._sealing: dict[BlockHandle, _Sealing] = {}
         self._holds = Holds(local_kvdaemon_id, local_session_id, peers, control)
-        pool_bytes = pool.view(torch.uint8).view(pool.shape[0], geometry.block_bytes).numpy()
+        content = BlockBytes(pool, device or HostDevice())
         self._transfers = Transfers(
-            pool_bytes, local_offers, peers, remote, self._holds, control, free_workspace=self._free.append
+            content, local_offers, peers, remote, self._holds, control, free_workspace=self._free.append
         )
         self._moves = Moves(
             self._transfers,

@@ -66,6 +66,7 @@ class Model:
 
     Attributes:
         attention_modules: of each layer, the one that called the attention function when the model was loaded.
+        device: where its weights are, and what it is given must be.
         compute: a forward, as ``forward`` but for the rotary regimes; transformers' own unless a pass replaces it.
     """
 
@@ -73,6 +74,7 @@ class Model:
         self, module: nn.Module, attention_modules: tuple[nn.Module, ...], shape: ModelShape, rotary: RotaryRegimes
     ) -> None:
         self.module = module
+        self.device = next(module.parameters()).device
         self.attention_modules = attention_modules
         self.shape = shape
         self.rotary = rotary
@@ -107,14 +109,14 @@ class Model:
         return logits
 
 
-def load_model(path: Path, dtype: str, max_model_len: int | None) -> Model:
+def load_model(path: Path, dtype: str, max_model_len: int | None, device: torch.device | str = "cpu") -> Model:
     """Loads a checkpoint from disk: safetensors only, no remote code.
 
     Raises:
         ConfigError: the directory holds no such checkpoint, or max_model_len exceeds what the model was made for.
         UnsupportedModelError: its architecture cannot be served exactly; the message says why.
     """
-    config, weights = _read_config(path)
+    config = _read_config(path)
     text = config.get_text_config(decoder=True)
     refuse_unknown_layers(path.name, text)
     short = short_positions(path.name, text)
@@ -132,6 +134,7 @@ def load_model(path: Path, dtype: str, max_model_len: int | None) -> Model:
             )
     except (ValueError, KeyError, OSError) as error:
         raise UnsupportedModelError(f"{path}: transformers cannot load this checkpoint: {error}") from error
+    module.to(device)
     module.eval()
     module.requires_grad_(False)
     set_attention(module)
@@ -139,23 +142,22 @@ def load_model(path: Path, dtype: str, max_model_len: int | None) -> Model:
     if short is not None:
         install(module, short, rotary)
     observed = observe(module, int(text.num_hidden_layers))
-    shape = ModelShape(path.name, observed.shape, int(text.vocab_size), length, _fingerprint(path, weights))
+    shape = ModelShape(path.name, observed.shape, int(text.vocab_size), length, checkpoint_fingerprint(path))
     _log.info("model loaded", extra={"model": shape.name, "parameters": sum(p.numel() for p in module.parameters())})
     return Model(module, observed.modules, shape, rotary)
 
 
-def _read_config(path: Path) -> tuple[PretrainedConfig, list[Path]]:
-    """The checkpoint's configuration and its weight files. Raises as ``load_model``."""
+def _read_config(path: Path) -> PretrainedConfig:
+    """The checkpoint's configuration, once there are weights as well. Raises as ``load_model``."""
     if not (path / "config.json").is_file():
         raise ConfigError(f"{path}: no config.json there; give the directory of a transformers checkpoint")
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
+    if not any(path.glob("*.safetensors")):
         raise ConfigError(f"{path}: no *.safetensors there; pickled weights are not loaded, convert them first")
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         raise UnsupportedModelError(f"{path}: transformers cannot read config.json: {error}") from error
-    return config, weights
+    return config
 
 
 def _model_len(name: str, config: PretrainedConfig, wanted: int | None) -> int:
@@ -172,15 +174,17 @@ def _model_len(name: str, config: PretrainedConfig, wanted: int | None) -> int:
     return int(length)
 
 
-def _fingerprint(path: Path, weights: list[Path]) -> str:
-    """Hash of config.json and of every weight file's name, size and header (the header names every tensor).
+def checkpoint_fingerprint(path: Path) -> str:
+    """What names a checkpoint in its blocks' keys.
+
+    A hash of config.json and of every weight file's name, size and header (the header names every tensor).
 
     Replicas on other hosts must agree, so no times or inodes; whole weights are too long to read at each start, so a
     sample of their bytes stands for them.
     """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(json.loads((path / "config.json").read_text()), sort_keys=True).encode())
-    for file in weights:
+    for file in sorted(path.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as stream:

@@ -64,7 +64,8 @@ def probe(model: Model, kernels: AttentionKernels, block_tokens: int, dtype: str
     for number, length in enumerate(_lengths(model)):
         sequences.append(_by_eager(model, length, number == 0, blocks))
         blocks += -(-length // block_tokens)
-    pool = torch.zeros(blocks, *model.shape.geometry(block_tokens, dtype).block_shape, dtype=TORCH_DTYPES[dtype])
+    block_shape = model.shape.geometry(block_tokens, dtype).block_shape
+    pool = torch.zeros(blocks, *block_shape, dtype=TORCH_DTYPES[dtype], device=model.device)
     attention = DistAttention(kernels, pool, None)
     attention.attach_to(model.module)
     for start in range(0, max(len(s.tokens) for s in sequences), _CHUNK):
@@ -78,7 +79,10 @@ def _try_chunk(
     name = type(model.module).__name__
     chunks = [slice(start, min(start + _CHUNK, len(s.tokens))) for s in alive]
     counts = [chunk.stop - start for chunk in chunks]
-    plan, slots, positions = _plan(start, counts, [s.first_block for s in alive], block_tokens)
+    with model.device:  # whatever is made here is made there
+        plan, slots, positions = _plan(start, counts, [s.first_block for s in alive], block_tokens)
+        long_rows = torch.tensor([s.long_rotary for s in alive]).repeat_interleave(torch.tensor(counts))
+        rows = torch.arange(sum(counts))
     expected = [
         [s.attention[layer][chunk] for s, chunk in zip(alive, chunks, strict=True)]
         for layer in range(model.shape.attention.layers)
@@ -87,9 +91,8 @@ def _try_chunk(
     attention.calls = 0
     attention.begin_step(StepTensors(slots, plan))
     tokens = torch.cat([s.tokens[chunk] for s, chunk in zip(alive, chunks, strict=True)])
-    long_rows = torch.tensor([s.long_rotary for s in alive]).repeat_interleave(torch.tensor(counts))
     with _attention_outputs(model, got, [torch.cat(parts) for parts in expected]):
-        logits = model.forward(tokens, positions, torch.arange(sum(counts)), long_rows)
+        logits = model.forward(tokens, positions, rows, long_rows)
     if attention.calls != model.shape.attention.layers:
         raise UnsupportedModelError(
             f"{name} called the attention function {attention.calls} times for {model.shape.attention.layers} layers; "
@@ -143,12 +146,12 @@ def _lengths(model: Model) -> tuple[int, ...]:
 def _by_eager(model: Model, length: int, long_rotary: bool, first_block: int) -> _Sequence:
     """A sequence of random tokens, computed at once by transformers' own eager attention."""
     tokens = torch.randint(0, model.shape.vocab_size, (length,), generator=torch.Generator().manual_seed(length))
-    rows = torch.arange(length)
+    tokens, rows = tokens.to(model.device), torch.arange(length, device=model.device)
     outputs: list[Tensor] = []
     set_attention(model.module, "eager")
     try:
         with _attention_outputs(model, outputs, None):
-            logits = model.forward(tokens, rows, rows, torch.full((length,), long_rotary))
+            logits = model.forward(tokens, rows, rows, torch.full((length,), long_rotary, device=model.device))
     finally:
         set_attention(model.module)
     return _Sequence(tokens, long_rotary, tuple(outputs), logits, first_block)

@@ -35,6 +35,11 @@ class RotaryRegimes:
         self._max_model_len = max_model_len
         self.long_rows: Tensor | None = None  # [rows] bool; None: all are short
 
+    @property
+    def several(self) -> bool:
+        """Whether the model has more than one regime."""
+        return self._limit is not None
+
     def is_long(self, request: Request) -> bool:
         """The last token drawn is never computed, so the last position is two less than the tokens' number."""
         longest = min(request.prompt_tokens + request.sampling.max_tokens, self._max_model_len)

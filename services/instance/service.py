@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-import kernels
 from infinitellm.internal.v1.instance_pb2_grpc import add_InstanceServiceServicer_to_server
 from services.core.errors import ConfigError, InfiniteLLMError, UnavailableError
+from services.dataplane.device import Device
+from services.dataplane.devices import open_device
 from services.dataplane.pool_socket import map_pool
 from services.instance.assembly import assemble, size_workspace
 from services.instance.config import InstanceConfig
@@ -28,6 +29,7 @@ from services.instance.metrics import InstanceState
 from services.instance.model import Model, load_model
 from services.instance.passes.apply import apply_passes
 from services.instance.probe import probe
+from services.instance.recorded_model import record_steps
 from services.instance.servicer import InstanceServicer
 from services.rmanager.daemon_client import DaemonSession
 from services.rmanager.gmanager_client import GManagerClient
@@ -55,16 +57,19 @@ def main() -> int:
         config = load_config(InstanceConfig, arguments.config)
         setup_logging("instance", config.member_id)
         torch.set_num_threads(config.num_threads)
-        model = load_model(config.model, config.dtype, config.max_model_len)
-        probe(model, kernels.load("cpu", config.num_threads), config.block_tokens, config.dtype)
+        device = open_device(config.device)
+        model = load_model(config.model, config.dtype, config.max_model_len, device.tensors)
+        probe(model, device.load_kernels(config.num_threads), config.block_tokens, config.dtype)
         apply_passes(model, config.passes, config.num_threads)
-        asyncio.run(serve(config, model))
+        if config.record_steps:
+            record_steps(model, device, config.max_num_seqs)
+        asyncio.run(serve(config, model, device))
     except InfiniteLLMError as error:
         sys.exit(f"infinite-llm instance: {error}")
     return 0
 
 
-async def serve(config: InstanceConfig, model: Model) -> None:
+async def serve(config: InstanceConfig, model: Model, device: Device) -> None:
     """Runs the instance until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -79,7 +84,7 @@ async def serve(config: InstanceConfig, model: Model) -> None:
     local = await _open_local(config, membership, model, lambda reason: None if stop.is_set() else _end(reason))
     opened = local.opened
     deadline = time.monotonic() + config.call_timeout_s
-    pool = await asyncio.to_thread(map_pool, Path(opened.pool_socket), opened.session_id, deadline)
+    pool = await asyncio.to_thread(map_pool, Path(opened.pool_socket), opened.session_id, deadline, device)
     size = size_workspace(config, opened.total_blocks)
     workspace = await local.reserve(size.blocks, size.blocks, workspace=True)
     if not workspace:
@@ -91,6 +96,7 @@ async def serve(config: InstanceConfig, model: Model) -> None:
     parts = assemble(
         config,
         model,
+        device,
         local,
         pool,
         workspace,

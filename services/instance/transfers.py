@@ -15,13 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-import numpy as np
-from numpy.typing import NDArray
-
 from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, BlockRef
 from services.core.errors import PeerLostError
 from services.core.placement import MoveEnd
 from services.core.sequence import Sequence
+from services.dataplane.device import BlockBytes
 from services.dataplane.negotiation import Offers
 from services.dataplane.peers import Copied, PeerSet, Sealed
 from services.dataplane.remote_attention import RemoteAttention
@@ -68,14 +66,14 @@ class Transfers:
     """All transfers of one engine.
 
     Args:
-        pool: [num_blocks, block_bytes] uint8, the mapped local pool.
+        pool: the mapped local pool.
         local_offers: how other daemons can reach the local one.
         free_workspace: takes back a local block of the workspace.
     """
 
     def __init__(
         self,
-        pool: NDArray[np.uint8],
+        pool: BlockBytes,
         local_offers: Offers,
         peers: PeerSet,
         remote: RemoteAttention,
@@ -194,7 +192,7 @@ class Transfers:
         try:
             peer = self._peers.get(through)
             if transfer.target.kvdaemon_id == through:
-                content = memoryview(self._pool[transfer.source.handle.block])
+                content = self._pool.read(transfer.source.handle.block)
                 if not peer.has_room_to_write(BLOCK_KEY_BYTES + len(content)):
                     return False
                 self._peers.write_block(through, tag, transfer.target.handle, transfer.key, content)

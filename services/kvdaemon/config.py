@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.core.errors import ConfigError
+from services.dataplane.device_name import parse_device
 from services.dataplane.link_spec import parse_link
 from services.dataplane.select import Choice, ListenOptions
 from services.runtime.tls import MutualTls, TlsConfig
@@ -36,6 +37,7 @@ class KvDaemonConfig:
         tls: identity on gRPC and on the tcp data plane.
         etcd_tls: towards etcd.
         allow_insecure: listen on addresses that other hosts reach, without TLS.
+        device: where the pool lies and is computed on: cpu (host memory), cuda or cuda:N (that GPU's).
         link: emulate such a link to every instance, as in "25gbit,50us"; the instances must be told the same.
         num_threads: threads of the attention kernels.
         session_timeout_s: silence of a client after which its session ends.
@@ -58,6 +60,7 @@ class KvDaemonConfig:
     tls: MutualTls | None = None
     etcd_tls: TlsConfig | None = None
     allow_insecure: bool = False
+    device: str = "cpu"
     link: str | None = None
     num_threads: int = 1
     session_timeout_s: float = 5.0
@@ -74,6 +77,7 @@ class KvDaemonConfig:
             raise ConfigError(
                 f"kvdaemon config: transports must name at least one data plane and each once, got {self.transports}"
             )
+        parse_device(self.device)
         if self.link is not None:
             parse_link(self.link)
 

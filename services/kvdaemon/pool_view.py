@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,40 +12,50 @@ from kernels import AttentionKernels, LayerParams
 from kernels.cpu.answering import CompiledQueries
 from services.core.blocks import DTYPE_BYTES, PoolGeometry
 from services.core.errors import InvalidRequestError
-from services.dataplane.kv_pool import KvPool
+from services.dataplane.device import BlockBytes, Device, upload_plan
+from services.dataplane.host_device import HostDevice
+from services.dataplane.kv_pool import Pool
 from services.dataplane.wire import HEADER_BYTES, Header
 from services.kvdaemon.segments import StepPlan
 
+_ALIGNMENT = 64  # bytes, of lse behind out
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class PoolView:
-    """Owned by the worker thread. The buffers that ``attend`` answers are reused by the next call."""
+    """Owned by the worker thread. The bytes that ``attend`` and ``read`` answer are reused by the next call.
 
-    def __init__(self, pool: KvPool, kernels: AttentionKernels) -> None:
+    Args:
+        device: that has the pool and the kernels; the CPU where none is given.
+    """
+
+    def __init__(self, pool: Pool, kernels: AttentionKernels, device: Device | None = None) -> None:
         self._pool = pool
         self._kernels = kernels
+        self._device = device or HostDevice()
         self._geometry: PoolGeometry | None = None
         self._blocks: Tensor  # [num_blocks, layers, kv_heads, 2, block_tokens, head_dim]
-        self._bytes: Tensor  # [num_blocks, block_bytes] uint8, the same memory
-        self._out = torch.empty(0, dtype=torch.uint8)
-        self._lse = torch.empty(0, dtype=torch.uint8)
+        self._bytes: BlockBytes  # the same memory
+        self._answer = torch.empty(0, dtype=torch.uint8)
 
     def use(self, geometry: PoolGeometry) -> None:
         """Looks at the memory as blocks of this geometry from now on."""
         if geometry != self._geometry:
             self._blocks = self._pool.as_tensor(geometry)
-            self._bytes = self._blocks.view(len(self._blocks), -1).view(torch.uint8)
+            self._bytes = BlockBytes(self._blocks, self._device)
             self._geometry = geometry
 
     def write(self, block: int, content: memoryview) -> None:
         """Fills a block. ``content``: block_bytes bytes, [layers, kv_heads, 2, block_tokens, head_dim]."""
-        self._bytes[block].copy_(torch.frombuffer(content, dtype=torch.uint8))
+        self._bytes.write(block, content)
 
     def read(self, block: int) -> memoryview:
-        """The contents of a block, as ``write`` takes them, in the pool's own memory."""
-        content: memoryview = self._bytes[block].numpy().data
-        return content
+        """The contents of a block, as ``write`` takes them."""
+        return self._bytes.read(block)
+
+    def place(self, plan: StepPlan) -> StepPlan:
+        """The plan where the kernels can read it."""
+        return replace(plan, attention=upload_plan(plan.attention, self._device))
 
     def context_tokens(self, plan: StepPlan) -> float:
         """Tokens of all blocks of a plan, divided by the number of layers: one layer's share of a step's work."""
@@ -80,18 +91,22 @@ class PoolView:
             raise InvalidRequestError(
                 f"QUERY of {query.rows} rows: its answer is longer than the {max_answer_bytes} bytes of a message"
             )
-        self._out, self._lse = _at_least(self._out, out_bytes), _at_least(self._lse, lse_bytes)
-        out, lse = self._out[:out_bytes], self._lse[:lse_bytes]
+        lse_start = -(-out_bytes // _ALIGNMENT) * _ALIGNMENT
+        if len(self._answer) < lse_start + lse_bytes:
+            self._answer = torch.empty(lse_start + lse_bytes, dtype=torch.uint8, device=self._device.tensors)
+        answer = self._answer[: lse_start + lse_bytes]
         if query.rows:
+            (q,) = self._device.upload([torch.frombuffer(payload, dtype=_TORCH_DTYPES[query.dtype]).view(shape)])
             self._kernels.micro_attention(
-                torch.frombuffer(payload, dtype=_TORCH_DTYPES[query.dtype]).view(shape),
+                q,
                 self._blocks,
                 plan.attention,
                 LayerParams(query.layer, query.scale, query.window, query.softcap),
-                out.view(_TORCH_DTYPES[query.out_dtype]).view(shape),
-                lse.view(torch.float32).view(shape[:2]),
+                answer[:out_bytes].view(_TORCH_DTYPES[query.out_dtype]).view(shape),
+                answer[lse_start:].view(torch.float32).view(shape[:2]),
             )
-        return out.numpy().data, lse.numpy().data
+        content = self._device.download(answer).wait()
+        return content[:out_bytes], content[lse_start:]
 
 
 def _check(query: Header, payload: memoryview, plan: StepPlan, geometry: PoolGeometry) -> None:
@@ -113,8 +128,3 @@ def _check(query: Header, payload: memoryview, plan: StepPlan, geometry: PoolGeo
         wrong = f"{len(payload)} bytes; its shape takes {expected}"
     if wrong:
         raise InvalidRequestError(f"QUERY that cannot be answered: {wrong}")
-
-
-def _at_least(buffer: Tensor, size: int) -> Tensor:
-    """The buffer, or a new one if it is too small."""
-    return buffer if buffer.numel() >= size else torch.empty(size, dtype=torch.uint8)

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-import kernels
 from infinitellm.internal.v1.kvdaemon_pb2_grpc import add_KvDaemonServiceServicer_to_server
 from services.core.errors import InfiniteLLMError
 from services.core.placement import KvDaemonSnapshot
-from services.dataplane.kv_pool import KvPool
+from services.dataplane.device import Device
+from services.dataplane.devices import open_device
 from services.dataplane.pool_socket import PoolSocketServer
 from services.dataplane.select import listening_transport
 from services.kvdaemon.config import KvDaemonConfig
@@ -71,12 +71,14 @@ async def serve(config: KvDaemonConfig) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
 
-    pool = KvPool(config.pool_bytes)
+    device = open_device(config.device)
+    pool = device.make_pool(config.pool_bytes)
     shared = SharedLedger(Ledger(config.pool_bytes, lambda: secrets.randbits(64)))
     data_plane = listening_transport(config.transports, config.dataplane, config.link)
     tracing = make_tracing(config.tracing, "kvdaemon", config.member_id, config.cluster)
     traces = None if config.tracing is None else HostedTraces(tracing.tracer)
-    worker = Worker(data_plane.transport, shared, PoolView(pool, kernels.load("cpu", config.num_threads)), traces)
+    view = PoolView(pool, device.load_kernels(config.num_threads), device)
+    worker = Worker(data_plane.transport, shared, view, traces)
     sessions = Sessions(shared, worker.sessions_ended)
     pool_socket = PoolSocketServer(config.pool_socket, pool, sessions.may_map, sessions.hung_up)
     terms = SessionTerms(data_plane.offers, str(config.pool_socket), config.ping_interval_s, config.session_timeout_s)
@@ -87,7 +89,7 @@ async def serve(config: KvDaemonConfig) -> None:
     registry.register(DaemonState(config.member_id, shared, worker))
     metrics = MetricsPort(config.metrics_listen, registry, config.allow_insecure)
 
-    thread = threading.Thread(target=_run, args=(worker,), name="worker", daemon=True)
+    thread = threading.Thread(target=_run, args=(worker, device), name="worker", daemon=True)
     thread.start()
     pool_socket.start()
     await server.start()
@@ -119,8 +121,15 @@ async def serve(config: KvDaemonConfig) -> None:
         lambda: registration.entered and not stop.is_set(),
     )
     await health.start()
-    data_addresses = data_plane.offers.addresses
-    _log.info("serving", extra={"address": address, "data_addresses": data_addresses, "pool_mib": config.pool_mib})
+    _log.info(
+        "serving",
+        extra={
+            "address": address,
+            "data_addresses": data_plane.offers.addresses,
+            "pool_mib": config.pool_mib,
+            "device": device.name,
+        },
+    )
 
     await stop.wait()
     _log.info("stopping")
@@ -143,10 +152,11 @@ def _snapshot(shared: SharedLedger) -> KvDaemonSnapshot:
         return KvDaemonSnapshot(ledger.stats(), ledger.geometry)
 
 
-def _run(worker: Worker) -> None:
+def _run(worker: Worker, device: Device) -> None:
     """The worker's thread. An error here is a bug, and a process that answers gRPC but computes nothing is worse than
     a dead one, which its instances notice at once."""
     try:
+        device.enter_thread()
         ask_for_short_slices(_SLICE_S)
         worker.run()
     except BaseException:

@@ -194,7 +194,7 @@ class Worker:
         for segment in segments:
             self._check_readable(client, segment.blocks)
         self._count_compiled(client)
-        client.plan = client.segments.plan(header.step, segments)
+        client.plan = self._pool.place(client.segments.plan(header.step, segments))
         self._compile(client, client.plan)
         if self._traces is not None:
             client.traced = self._traces.of(client.connection, segments)

@@ -96,6 +96,17 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="of weights and KV cache (default %(default)s)",
     )
     command.add_argument(
+        "--device",
+        default=default.device,
+        metavar="cpu|cuda|cuda:N",
+        help="where instances and the pools beside them are (default %(default)s)",
+    )
+    command.add_argument(
+        "--memory-device",
+        metavar="cpu|cuda|cuda:N",
+        help="where the pools of further daemons are (default: as --device; cpu lends host memory to a GPU)",
+    )
+    command.add_argument(
         "--transport",
         choices=("auto", "shm", "tcp", "rdma", "gloo", "nccl"),
         default=default.transport,
@@ -244,6 +255,8 @@ def _cluster_options(options: argparse.Namespace) -> ClusterOptions:
         dtype=options.dtype,
         http_port=options.http_port,
         grpc_port=options.grpc_port,
+        device=options.device,
+        memory_device=options.memory_device,
         transport=options.transport,
         link=options.link,
         max_model_len=options.max_model_len,

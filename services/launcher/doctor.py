@@ -12,6 +12,7 @@ from enum import Enum
 from services.core.errors import ConfigError
 from services.launcher.binaries import find_binary
 from services.launcher.console import table
+from services.launcher.gpu_check import judge_gpus, judge_mps, look_for_gpus
 from services.launcher.ports import claim_port
 
 _LEAST_PYTHON = (3, 11)
@@ -51,7 +52,7 @@ def findings(http_port: int, grpc_port: int) -> Iterator[Finding]:
     yield _looked_at("torch", _torch)
     yield _looked_at("transformers", lambda: (Verdict.OK, _version("transformers")))
     yield _looked_at("CPU kernels", _cpu_kernels)
-    yield _looked_at("CUDA", _cuda)
+    yield from _gpus()
     for binary in ("etcd", "redis-server"):
         yield _looked_at(binary, lambda name=binary: (Verdict.OK, str(find_binary(name))))  # type: ignore[misc]
     yield _looked_at("memory", _memory)
@@ -95,12 +96,16 @@ def _cpu_kernels() -> tuple[Verdict, str]:
     return Verdict.OK, instructions
 
 
-def _cuda() -> tuple[Verdict, str]:
-    import torch
-
-    if not torch.cuda.is_available():
-        return Verdict.OK, "no device: everything runs on the CPU"
-    return Verdict.OK, ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+def _gpus() -> Iterator[Finding]:
+    try:
+        facts = look_for_gpus()
+    except ImportError:  # of torch: told already
+        return
+    works, detail = judge_gpus(facts)
+    yield Finding("GPU", Verdict.OK if works else Verdict.SLOW, detail)
+    if facts.names:
+        works, detail = judge_mps(facts)
+        yield Finding("MPS", Verdict.OK if works else Verdict.SLOW, detail)
 
 
 def _memory() -> tuple[Verdict, str]:

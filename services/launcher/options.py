@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.core.errors import ConfigError
+from services.dataplane.device_name import parse_device
 from services.dataplane.link_spec import parse_link
 
 # The kinds of services that a --config file may add keys to.
@@ -24,6 +25,8 @@ class ClusterOptions:
         kvdaemons: further KV daemons, which lend memory only.
         pool_mib: memory of each daemon's pool.
         http_port, grpc_port: of the gateway; 0 takes a free one.
+        device: of instances and of the daemons beside them.
+        memory_device: of the further KV daemons; None: the same.
         transport: data plane between instances and daemons; auto: the best that each two of them have.
         link: emulate such a link between each instance and daemon, as in "25gbit,50us"; None: as fast as it goes.
         max_model_len: longest context in tokens; None: the checkpoint's own.
@@ -40,6 +43,8 @@ class ClusterOptions:
     dtype: str = "bfloat16"
     http_port: int = 8000
     grpc_port: int = 50051
+    device: str = "cpu"
+    memory_device: str | None = None
     transport: str = "auto"
     link: str | None = None
     max_model_len: int | None = None
@@ -64,6 +69,8 @@ class ClusterOptions:
                 raise ConfigError(f"{option} must be at most 65535, got {port}")
         if self.http_port == self.grpc_port != 0:
             raise ConfigError(f"--http-port and --grpc-port must differ, both are {self.http_port}")
+        for device in filter(None, (self.device, self.memory_device)):
+            parse_device(device)
         if self.link is not None:
             parse_link(self.link)
         if self.start_timeout_s <= 0:

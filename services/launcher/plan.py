@@ -19,7 +19,7 @@ DEFAULT_BLOCK_TOKENS = 64
 # What makes the processes find each other; an overlay of all services of a kind cannot mean to change it.
 _OWNED_KEYS = frozenset(
     {"cluster", "member_id", "listen", "http_listen", "grpc_listen", "etcd", "redis_url", "socket_dir", "model"}
-    | {"local_kvdaemon_id", "pool_mib", "ready_instances", "ready_kvdaemons"}
+    | {"local_kvdaemon_id", "device", "pool_mib", "ready_instances", "ready_kvdaemons"}
 )
 
 Kind = Literal["etcd", "redis", "gmanager", "kvdaemon", "instance", "gateway"]
@@ -91,6 +91,7 @@ def make_plan(options: ClusterOptions, checkpoint: CheckpointInfo, around: Surro
             name,
             listen="127.0.0.1:0",
             pool_mib=options.pool_mib,
+            device=options.device if name in local_daemons else options.memory_device or options.device,
             transports=[options.transport],
             link=options.link,
             socket_dir=str(around.sockets),
@@ -105,6 +106,7 @@ def make_plan(options: ClusterOptions, checkpoint: CheckpointInfo, around: Surro
             listen="127.0.0.1:0",
             model=str(checkpoint.path),
             dtype=options.dtype,
+            device=options.device,
             local_kvdaemon_id=daemon,
             transport=options.transport,
             link=options.link,

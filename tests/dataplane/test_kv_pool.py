@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -216,7 +217,7 @@ def test_a_daemon_that_hangs_up(directory):
 
 
 def test_clients_that_speak_something_else(daemon):
-    for data in (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"IFLLMKV1", b""):
+    for data in (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"IFLLMKV2", b""):
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(daemon.path))
             client.settimeout(DEADLINE_S)
@@ -231,8 +232,8 @@ def test_a_client_that_talks_on_and_a_server_that_closes(daemon):
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(daemon.path))
         client.settimeout(DEADLINE_S)
-        client.send(b"IFLLMKV1" + (2).to_bytes(8, "little") + b"more than asked for")
-        _, fds, _, _ = socket.recv_fds(client, 9, 1)
+        client.send(b"IFLLMKV2" + (2).to_bytes(8, "little") + b"more than asked for")
+        _, fds, _, _ = socket.recv_fds(client, 10, 1)
         os.close(fds[0])
     daemon.wait_for_hang_ups([2])
     daemon.call(daemon.server.close)
@@ -257,3 +258,42 @@ def test_nothing_is_left_open(daemon):
         del blocks
         daemon.wait_for_hang_ups(list(range(1, session + 1)))
     assert open_files() == before
+
+
+def test_a_pool_that_lingers_believes_in_a_hang_up_later(daemon):
+    """As in GPU memory: what a process began before it ended may still be under way."""
+    daemon.pool.linger_s = 0.01
+    map_pool(daemon.path, 1, soon()).close()
+    daemon.wait_for_hang_ups([1])
+    daemon.pool.linger_s = 1e6
+    map_pool(daemon.path, 2, soon()).close()
+    with pytest.raises(SessionRevokedError):  # whether its mapping is gone already or not
+        map_pool(daemon.path, 2, soon())
+    map_pool(daemon.path, 3, soon()).close()
+    assert daemon.hung_up == [1]
+    daemon.call(daemon.server.close)
+    assert daemon.hung_up == [1]
+
+
+def test_the_memory_must_be_of_a_kind_that_is_known(directory):
+    answer = struct.pack("<BBQ", 0, 7, 4096)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(directory / "newer"))
+        listener.listen()
+        thread = threading.Thread(target=lambda: listener.accept()[0].sendall(answer))
+        thread.start()
+        with pytest.raises(PeerLostError, match="memory of kind 7"):
+            map_pool(directory / "newer", 1, soon())
+        thread.join(10)
+
+
+def test_memory_that_is_not_passed(directory):
+    answer = struct.pack("<BBQ", 0, 0, 4096)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(directory / "forgets"))
+        listener.listen()
+        thread = threading.Thread(target=lambda: listener.accept()[0].sendall(answer))
+        thread.start()
+        with pytest.raises(PeerLostError, match="passed no memory"):
+            map_pool(directory / "forgets", 1, soon())
+        thread.join(10)

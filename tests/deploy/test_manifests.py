@@ -103,8 +103,8 @@ def _check_probes(container: Document) -> None:
     ports = {port["name"]: port["containerPort"] for port in container.get("ports", ())}
     probes = [container[kind] for kind in ("startupProbe", "livenessProbe", "readinessProbe") if kind in container]
     for probe in probes:
-        (handler,) = [probe[kind] for kind in ("grpc", "httpGet", "tcpSocket") if kind in probe]
-        assert handler["port"] in ports or handler["port"] in ports.values()
+        (handler,) = [probe[kind] for kind in ("grpc", "httpGet", "tcpSocket", "exec") if kind in probe]
+        assert "command" in handler or handler["port"] in ports or handler["port"] in ports.values()
 
 
 def test_services_and_budgets_select_pods_and_their_ports(documents: tuple[Document, ...]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from manifests import OVERLAYS, Document, Pod, config_files, cores, mib, named, of_kind, overlay, pods
+from manifests import OVERLAYS, ROOT, Document, Pod, config_files, cores, mib, named, of_kind, overlay, pods
 
 from services.core.errors import ConfigError
 from services.gateway.config import GatewayConfig
@@ -18,12 +18,14 @@ from services.runtime.config import IDENTITY_VARIABLES, load_config
 from services.runtime.tls import MutualTls
 
 AnyConfig = GatewayConfig | GManagerConfig | InstanceConfig | KvDaemonConfig
+ON_DEVICE = InstanceConfig | KvDaemonConfig
 LOADERS: dict[str, type[AnyConfig]] = {
     "services.gateway": GatewayConfig,
     "services.gmanager": GManagerConfig,
     "services.instance": InstanceConfig,
     "services.kvdaemon": KvDaemonConfig,
 }
+MPS_DIRECTORY = "/run/nvidia-mps"  # CUDA_MPS_PIPE_DIRECTORY of the image
 SETTINGS = Path("/etc/infinite-llm/config")
 IDENTITY = {"POD_NAME": "pod-0", "POD_IP": "10.1.2.3", "NODE_NAME": "node-1"}
 PROCESS_MIB = 512  # what a daemon's process takes besides its pool, at least
@@ -116,11 +118,36 @@ def test_an_instance_finds_its_daemon(loaded: list[tuple[Pod, Document, AnyConfi
     assert all("runAsUser" not in container["securityContext"] for container in pod.containers)
 
 
+def test_an_instance_and_its_daemon_share_a_device(loaded: list[tuple[Pod, Document, AnyConfig]]) -> None:
+    """On a GPU both containers have it, see each other's processes, and find the socket of the MPS beside them."""
+    pod = next(pod for pod, _, _ in loaded if pod.name == "instance")
+    containers = {name: container for owner, container, _ in loaded if owner is pod for name in [container["name"]]}
+    devices = {config.device for owner, _, config in loaded if owner is pod and isinstance(config, ON_DEVICE)}
+    assert len(devices) == 1
+    lenders = [config for owner, _, config in loaded if owner.name == "kvdaemon" and isinstance(config, KvDaemonConfig)]
+    assert [lender.device for lender in lenders] == ["cpu"]
+    on_gpu = devices != {"cpu"}
+    assert bool(pod.spec.get("shareProcessNamespace")) is on_gpu
+    (*beside,) = (container for container in pod.spec.get("initContainers", ()) if container["name"] == "mps")
+    assert bool(beside) is on_gpu
+    for container in (*containers.values(), *beside):
+        assert ("nvidia.com/gpu" in container["resources"]["limits"]) is on_gpu
+        mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert mounted.get("mps") == (MPS_DIRECTORY if on_gpu else None)
+        assert ("runAsUser" in container["securityContext"]) is False, "MPS serves one user"
+    for server in beside:
+        assert server["restartPolicy"] == "Always"  # it runs beside the others, and before them
+        assert server["startupProbe"]["exec"]["command"] == ["test", "-p", f"{MPS_DIRECTORY}/control"]
+    dockerfile = (ROOT / "deploy" / "docker" / "engine.Dockerfile").read_text()
+    assert f"CUDA_MPS_PIPE_DIRECTORY={MPS_DIRECTORY}" in dockerfile
+
+
 def test_memory_and_threads_fit_the_container(loaded: list[tuple[Pod, Document, AnyConfig]]) -> None:
     for pod, container, config in loaded:
         requests = container["resources"]["requests"]
         if isinstance(config, KvDaemonConfig):
-            assert mib(requests["memory"]) >= config.pool_mib + PROCESS_MIB, pod.name
+            in_host_memory = config.pool_mib if config.device == "cpu" else 0
+            assert mib(requests["memory"]) >= in_host_memory + PROCESS_MIB, pod.name
             assert requests["memory"] == container["resources"]["limits"]["memory"], "a pool is taken in full"
         if isinstance(config, KvDaemonConfig | InstanceConfig) and cores(requests["cpu"]) >= 1:
             assert config.num_threads <= cores(requests["cpu"]), pod.name

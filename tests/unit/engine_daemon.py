@@ -7,9 +7,9 @@ import threading
 import time
 from dataclasses import dataclass
 
-import kernels
 from services.core.blocks import PoolGeometry
-from services.dataplane.kv_pool import KvPool
+from services.dataplane.device import Device
+from services.dataplane.kv_pool import Pool
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
 from services.dataplane.wire import Header
 from services.kvdaemon.pool_view import PoolView
@@ -38,8 +38,8 @@ class Query:
 
 
 class _RecordingPoolView(PoolView):
-    def __init__(self, pool: KvPool, queries: list[Query]) -> None:
-        super().__init__(pool, kernels.load("cpu"))
+    def __init__(self, pool: Pool, queries: list[Query], device: Device) -> None:
+        super().__init__(pool, device.load_kernels(1), device)
         self._queries = queries
 
     def attend(self, query: Header, payload: memoryview, plan: StepPlan, max_answer_bytes: int):
@@ -64,9 +64,11 @@ class Daemon:
 
     session_ids = itertools.count(1)
 
-    def __init__(self, hub: LoopbackHub, name: str, geometry: PoolGeometry, blocks: int, mapped: bool) -> None:
+    def __init__(
+        self, hub: LoopbackHub, name: str, geometry: PoolGeometry, blocks: int, mapped: bool, device: Device
+    ) -> None:
         self.name = name
-        self.pool = KvPool(blocks * geometry.block_bytes)
+        self.pool = device.make_pool(blocks * geometry.block_bytes)
         self.later_s = 0.0  # how far the ledger's clock has been put forward
         self.shared = SharedLedger(
             Ledger(self.pool.pool_bytes, lambda: next(Daemon.session_ids), lambda: time.monotonic() + self.later_s)
@@ -77,7 +79,7 @@ class Daemon:
         self._transport = LoopbackTransport(hub, name)
         self.address = self._transport.listen()
         self.queries: list[Query] = []
-        self.worker = Worker(self._transport, self.shared, _RecordingPoolView(self.pool, self.queries))
+        self.worker = Worker(self._transport, self.shared, _RecordingPoolView(self.pool, self.queries, device))
         self._thread = threading.Thread(target=self.worker.run, daemon=True)
         self._thread.start()
 

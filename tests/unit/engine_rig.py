@@ -14,10 +14,11 @@ import torch
 from engine_daemon import Daemon
 from prometheus_client import CollectorRegistry
 
-import kernels
 from services.core.blocks import BlockHandle, BlockKeySpace, BlockRef
 from services.core.errors import ContextTooLongError, PoolExhaustedError, SessionRevokedError
 from services.core.sequence import Request, SamplingParams
+from services.dataplane.device import Device
+from services.dataplane.host_device import HostDevice
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
 from services.dataplane.negotiation import Offers
 from services.dataplane.peers import PeerSet
@@ -56,6 +57,7 @@ from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, 
 from services.instance.passes import PASSES, PassName
 from services.instance.passes.apply import apply_passes
 from services.instance.probe import probe
+from services.instance.recorded_model import record_steps
 from services.instance.scheduler import Scheduler
 from services.runtime.grammars import Grammars
 
@@ -79,21 +81,24 @@ class EngineRig:
         passes: SequenceOf[PassName] = PASSES,
         grammars: Grammars | None = None,
         max_scored_tokens: int = 128,
+        device: Device | None = None,
     ) -> None:
         torch.set_num_threads(1)
         hub = LoopbackHub()
-        attention_kernels = kernels.load("cpu")
+        device = device or HostDevice()
+        attention_kernels = device.load_kernels(1)
         self.model = load_model(model, dtype, None)
         probe(self.model, attention_kernels, block_tokens, dtype)
         apply_passes(self.model, passes)
+        record_steps(self.model, device, max_num_seqs)
         geometry = self.model.shape.geometry(block_tokens, dtype)
-        self.local = Daemon(hub, "local", geometry, local_blocks, mapped=True)
-        self.lenders = [Daemon(hub, f"lender-{n}", geometry, blocks, False) for n, blocks in enumerate(lenders)]
+        self.local = Daemon(hub, "local", geometry, local_blocks, True, device)
+        self.lenders = [Daemon(hub, f"lender-{n}", geometry, blocks, False, device) for n, blocks in enumerate(lenders)]
         self._opened: set[str] = set()
         peers = self.peers = PeerSet(LoopbackTransport(hub, "instance"), LIMITS, query_room=1 << 20)
-        remote = self.remote = RemoteAttention(peers, attention_kernels, dtype, timeout_s=20.0)
+        remote = self.remote = RemoteAttention(peers, attention_kernels, dtype, 20.0, device)
         pool = self.local.pool.as_tensor(geometry)
-        attention = DistAttention(attention_kernels, pool, remote)
+        attention = DistAttention(attention_kernels, pool, remote, device)
         attention.attach_to(self.model.module)
         with self.local.shared as ledger:
             blocks = ledger.reserve(self.local.session_id, workspace, workspace, workspace=True)
@@ -110,6 +115,7 @@ class EngineRig:
             remote,
             self,
             Offers((self.local.address,)),
+            device,
         )
         scheduler = Scheduler(max_num_seqs, max_batch_tokens, max_scored_tokens=max_scored_tokens)
         self.outputs: list[Output] = []
@@ -126,6 +132,7 @@ class EngineRig:
             self._take_snapshot,
             EngineMetrics(self.registry),
             grammars=grammars,
+            device=device,
         )
         self.snapshot = EngineSnapshot()
         self.move_ends: dict[str, EndMove] = {}

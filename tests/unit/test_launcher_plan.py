@@ -86,6 +86,7 @@ def test_the_default_cluster() -> None:
         "member_id": "kvdaemon-mem-1",
         "listen": "127.0.0.1:0",
         "pool_mib": 64,
+        "device": "cpu",
         "transports": ["auto"],
         "link": None,
         "socket_dir": "/run/sockets",
@@ -99,6 +100,7 @@ def test_the_default_cluster() -> None:
         "listen": "127.0.0.1:0",
         "model": "/models/m",
         "dtype": "bfloat16",
+        "device": "cpu",
         "local_kvdaemon_id": "kvdaemon-1",
         "transport": "auto",
         "link": None,
@@ -141,6 +143,14 @@ def test_several_gmanagers_stand_for_election() -> None:
     }
 
 
+def test_a_gpu_and_daemons_that_lend_host_memory_to_it() -> None:
+    specs = plan(device="cuda")
+    assert [specs[name].config["device"] for name in ("kvdaemon-0", "kvdaemon-mem-0", "instance-0")] == ["cuda"] * 3
+    specs = plan(device="cuda:1", memory_device="cpu")
+    wanted = {"kvdaemon-1": "cuda:1", "kvdaemon-mem-1": "cpu", "instance-1": "cuda:1"}
+    assert {name: specs[name].config["device"] for name in wanted} == wanted
+
+
 def test_overlay_adds_keys_to_every_service_of_a_kind() -> None:
     specs = plan(overlay={"instance": {"max_num_seqs": 8, "num_threads": 3}})
     for name in ("instance-0", "instance-1"):
@@ -163,6 +173,9 @@ def test_overlay_adds_keys_to_every_service_of_a_kind() -> None:
         ({"http_port": 70000}, "--http-port must be at most 65535"),
         ({"http_port": 9, "grpc_port": 9}, "must differ"),
         ({"link": "25gbit"}, "25gbit,50us"),
+        ({"device": "gpu"}, "device 'gpu': wanted is cpu, cuda, cuda:N"),
+        ({"memory_device": "cuda:first"}, "device 'cuda:first'"),
+        ({"overlay": {"instance": {"device": "cuda"}}}, r"instance\.device is set by the launcher"),
     ],
 )
 def test_impossible_options(options: dict[str, object], message: str) -> None:

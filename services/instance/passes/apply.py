@@ -65,7 +65,8 @@ def _check(model: Model, traced: Trace) -> None:
         for layer in traced.layers:
             handle = layer.layer.current.register_forward_hook(partial(_as_traced, layer))
             hooks.callback(handle.remove)
-        logits = model.forward(traced.token_ids, traced.positions, torch.arange(len(traced.token_ids)))
+        rows = torch.arange(len(traced.token_ids), device=model.device)
+        logits = model.forward(traced.token_ids, traced.positions, rows)
     error = typical_error(logits, traced.logits)
     if not error <= TOLERANCE[traced.logits.dtype]:  # also catches NaN
         wrong.append(f"the logits (off by {error:.3g} of their spread)")

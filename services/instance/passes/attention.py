@@ -49,16 +49,23 @@ class PlainAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, *_: object, position_embeddings: Angles | None = None, **__: object
     ) -> tuple[Tensor, None]:
-        return self.attend(hidden_states, position_embeddings), None
+        return self.finish(self.between(self.begin(hidden_states, position_embeddings))), None
 
-    def attend(self, x: Tensor, angles: Angles | None, rows: Tensor | None = None) -> Tensor:
-        """x: [1, rows, hidden]; the answer, too, or only some of its rows."""
-        qkv = self.qkv(x)[0]
+    def begin(self, x: Tensor, angles: Angles | None) -> Tensor:
+        """What the attention function gets: [1, rows, hidden] to [rows, all heads * head_dim]."""
+        qkv: Tensor = self.qkv(x)[0]
         if self.heads is not None:
             self.heads(qkv, *self.angles(angles))
-        attended = some_rows(self.between(qkv), rows)
+        return qkv
+
+    def finish(self, attended: Tensor) -> Tensor:
+        """[rows, q_heads, head_dim] to [1, rows, hidden]."""
         answer: Tensor = self.output(attended.view(1, len(attended), -1))
         return answer
+
+    def attended_shape(self, qkv: Tensor) -> tuple[int, int, int]:
+        """Of what ``between`` answers for this."""
+        return len(qkv), self._counts[0], qkv.shape[1] // self._all_heads
 
     def angles(self, angles: Angles | None) -> Angles | tuple[None, None]:
         """What this layer's heads are told of the model's angles."""

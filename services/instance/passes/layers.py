@@ -52,6 +52,27 @@ class Layer(nn.Module):
                 setattr(self, name, value)
         self.attention = attention
 
+    def begin(self, x: Tensor, angles: Angles | None) -> Tensor:
+        """All before the attention function: [1, rows, hidden] to [rows, all heads * head_dim]."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """All behind it. x: [1, rows, hidden], as ``begin`` was given; attended: [rows, q_heads, head_dim]."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *_: object,
+        position_embeddings: Angles | None = None,
+        rows: Tensor | None = None,
+        **__: object,
+    ) -> Tensor:
+        """hidden_states: [1, rows, hidden]; the answer, too."""
+        qkv = self.begin(hidden_states, position_embeddings)
+        attended = some_rows(self.attention.between(qkv), rows)
+        return self.finish(some_rows(hidden_states[0], rows)[None], attended)
+
 
 class PlainLayer(Layer):
     """Part by part.
@@ -69,19 +90,11 @@ class PlainLayer(Layer):
         self.behind_mlp = parts.behind_mlp
         self._multiplier = multiplier
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *_: object,
-        position_embeddings: Angles | None = None,
-        rows: Tensor | None = None,
-        **__: object,
-    ) -> Tensor:
-        """hidden_states: [1, rows, hidden]; the answer, too."""
-        x = hidden_states
-        y = x if self.before_attention is None else self.before_attention(x)
-        y = self._scaled(self.attention.attend(y, position_embeddings, rows), self.behind_attention)
-        x = some_rows(x[0], rows)[None]
+    def begin(self, x: Tensor, angles: Angles | None) -> Tensor:
+        return self.attention.begin(x if self.before_attention is None else self.before_attention(x), angles)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        y = self._scaled(self.attention.finish(attended), self.behind_attention)
         if isinstance(self.before_mlp, RmsNorm):
             x, y = y, self.before_mlp.op.add(y, x)  # y was computed here: it may be written to
         else:
@@ -101,18 +114,11 @@ class WholeLayer(Layer):
         super().__init__(original, attention)
         self.op = op
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *_: object,
-        position_embeddings: Angles | None = None,
-        rows: Tensor | None = None,
-        **__: object,
-    ) -> Tensor:
-        """hidden_states: [1, rows, hidden]; the answer, too."""
-        qkv = self.op.begin(hidden_states, *self.attention.angles(position_embeddings))
-        attended = some_rows(self.attention.between(qkv), rows)
-        return self.op.finish(some_rows(hidden_states[0], rows)[None], attended)
+    def begin(self, x: Tensor, angles: Angles | None) -> Tensor:
+        return self.op.begin(x, *self.attention.angles(angles))
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        return self.op.finish(x, attended)
 
 
 def fuse_layers(layers: Sequence[LayerTrace], ops: LayerOps) -> int:

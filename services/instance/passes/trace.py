@@ -130,9 +130,10 @@ class StandIn(AttentionContext):
 
 def trace(model: Model) -> Trace:
     """Takes down one forward; a ``StandIn`` is attached afterwards."""
-    rows = torch.arange(_ROWS)
+    rows = torch.arange(_ROWS, device=model.device)
     token_ids = torch.randint(0, model.shape.vocab_size, (_ROWS,), generator=torch.Generator().manual_seed(0))
     positions = torch.linspace(0, model.shape.max_model_len - 1, _ROWS, dtype=torch.float64).round().long()
+    token_ids, positions = token_ids.to(model.device), positions.to(model.device)
     recorders = [_Recorder(number) for number in range(len(model.attention_modules))]
     stand_in = _Listener(recorders)
     stand_in.attach_to(model.module)

@@ -50,28 +50,37 @@ class WholeModel:
         self,
         embedding: nn.Module,
         rotaries: Sequence[_Rotary],
-        layers: Sequence[tuple[nn.Module, int | None]],
+        layers: Sequence[tuple[Layer, int | None]],
         norm: nn.Module,
         output: nn.Module,
     ) -> None:
         self._embedding = embedding
         self._rotaries = tuple(rotaries)
-        self._layers = tuple(layers)
+        self.layers = tuple(layer for layer, _ in layers)
+        self._which = tuple(which for _, which in layers)
         self._norm = norm
         self._output = output
 
     def __call__(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
         """As ``Model.forward``."""
-        x = self._embedding(token_ids[None])
-        angles = [rotary(x, positions[None]) for rotary in self._rotaries]
-        last, count = len(self._layers) - 1, len(logit_rows)
+        x, angles = self.begin(token_ids, positions)
+        last, count = len(self.layers) - 1, len(logit_rows)
         # Not every module takes no rows at all: one is computed then.
-        wanted = None if count == len(token_ids) else logit_rows if count else torch.zeros(1, dtype=torch.int64)
-        for at, (layer, which) in enumerate(self._layers):
-            embedded = None if which is None else angles[which]
-            x = layer(x, position_embeddings=embedded, rows=wanted if at == last else None)
+        wanted = None if count == len(token_ids) else logit_rows if count else logit_rows.new_zeros(1)
+        for at, layer in enumerate(self.layers):
+            x = layer(x, position_embeddings=angles[at], rows=wanted if at == last else None)
+        return self.finish(x)[:count]
+
+    def begin(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, list[Angles | None]]:
+        """All before the layers: the first one's input, [1, rows, hidden], and each one's angles."""
+        x: Tensor = self._embedding(token_ids[None])
+        angles = [rotary(x, positions[None]) for rotary in self._rotaries]
+        return x, [None if which is None else angles[which] for which in self._which]
+
+    def finish(self, x: Tensor) -> Tensor:
+        """All behind them: [1, rows, hidden] to logits, [rows, vocab_size]."""
         logits: Tensor = self._output(self._norm(x[0]))
-        return logits[:count]
+        return logits
 
 
 def fuse_model(model: Model, traced: Trace) -> int:
@@ -80,7 +89,8 @@ def fuse_model(model: Model, traced: Trace) -> int:
     if whole is None:
         return 0
     for every in (1, 3):  # all rows, and some of them
-        arguments = (traced.token_ids, traced.positions, torch.arange(0, len(traced.token_ids), every))
+        rows = torch.arange(0, len(traced.token_ids), every, device=model.device)
+        arguments = (traced.token_ids, traced.positions, rows)
         expected = model.forward(*arguments)
         with torch.inference_mode():
             got = whole(*arguments)
@@ -92,7 +102,8 @@ def fuse_model(model: Model, traced: Trace) -> int:
 
 def _recognised(model: Model, traced: Trace) -> WholeModel | None:
     layers, outside = [layer.layer for layer in traced.layers], list(traced.outside)
-    if len(layers) < len(model.attention_modules) or not all(isinstance(layer.current, Layer) for layer in layers):
+    current = [layer.current for layer in layers if isinstance(layer.current, Layer)]
+    if len(current) < len(model.attention_modules) or len(current) < len(layers):
         return None
     if not all(same(a.output, b.input) for a, b in pairwise(layers)):
         return None
@@ -117,7 +128,7 @@ def _recognised(model: Model, traced: Trace) -> WholeModel | None:
     return WholeModel(
         embedding.current,
         [_Rotary(call.current, call.args, dict(call.kwargs)) for call in rotaries],
-        list(zip((layer.current for layer in layers), which, strict=True)),
+        list(zip(current, which, strict=True)),
         norm.current,
         output.current,
     )
