@@ -153,14 +153,32 @@ class PoolSocketServer:
 
 
 class MappedPool:
-    """The instance's side: another process's pool in this one's memory."""
+    """The instance's side: another process's pool in this one's memory.
 
-    def __init__(self, memory: mmap.mmap, sock: socket.socket) -> None:
-        self.pool_bytes = len(memory)
+    Args:
+        memfd: of the pool; owned from here on, like ``sock``.
+        sock: the connection to the daemon, an open file descriptor.
+
+    Attributes:
+        files: memfd and connection, for another process of the instance that is to map the same pool (``MappedPool`` is
+            made of them there). The daemon sees a hang-up when the last process with the connection is gone.
+
+    Raises:
+        PeerLostError: the memfd is not one that can be mapped safely.
+    """
+
+    def __init__(self, memfd: int, sock: int, pool_bytes: int) -> None:
+        self.files = (memfd, sock)
+        try:
+            memory = map_foreign_memfd(memfd, pool_bytes)
+        except PeerLostError:
+            _close_all(self.files)
+            raise
+        self.pool_bytes = pool_bytes
         self._memory: mmap.mmap | None = memory
         # The daemon gives the session's blocks away after the hang-up, so the socket outlives every tensor, and at the
         # process's end every thread: there the system closes it.
-        weakref.finalize(memory, os.close, sock.detach()).atexit = False
+        weakref.finalize(memory, _close_all, self.files).atexit = False
 
     def as_tensor(self, geometry: PoolGeometry) -> Tensor:
         """The pool as blocks: ``[num_blocks, layers, kv_heads, 2, block_tokens, head_dim]`` of ``geometry.dtype``."""
@@ -196,7 +214,7 @@ def map_pool(socket_path: Path, session_id: int, deadline: float) -> MappedPool:
         status, pool_bytes = _ANSWER.unpack(answer)
         if status != _MAPPED or not fds:
             raise SessionRevokedError(f"the daemon behind {socket_path} lets session {session_id:#x} map no pool")
-        return MappedPool(map_foreign_memfd(fds[0], pool_bytes), sock)
+        return MappedPool(fds.pop(), sock.detach(), pool_bytes)
     except TimeoutError as error:
         sock.close()
         raise TransferTimeoutError(f"the daemon behind {socket_path} did not pass the pool in time") from error
@@ -209,3 +227,8 @@ def map_pool(socket_path: Path, session_id: int, deadline: float) -> MappedPool:
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def _close_all(fds: tuple[int, ...]) -> None:
+    for fd in fds:
+        os.close(fd)

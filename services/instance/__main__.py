@@ -13,9 +13,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-import kernels
 from infinitellm.internal.v1.instance_pb2_grpc import add_InstanceServiceServicer_to_server
 from services.core.errors import ConfigError, InfiniteLLMError, UnavailableError
 from services.dataplane.pool_socket import map_pool
@@ -24,10 +21,10 @@ from services.instance.config import InstanceConfig
 from services.instance.control import Stop
 from services.instance.engine import Engine
 from services.instance.engine_metrics import EngineMetrics
+from services.instance.loading import prepare_model, prepare_part
 from services.instance.metrics import InstanceState
-from services.instance.model import Model, load_model
-from services.instance.passes.apply import apply_passes
-from services.instance.probe import probe
+from services.instance.model import Model, check_tensor_parallel
+from services.instance.ranks.leader import Ranks
 from services.instance.servicer import InstanceServicer
 from services.rmanager.daemon_client import DaemonSession
 from services.rmanager.gmanager_client import GManagerClient
@@ -54,16 +51,24 @@ def main() -> None:
     try:
         config = load_config(InstanceConfig, arguments.config)
         setup_logging("instance", config.member_id)
-        torch.set_num_threads(config.num_threads)
-        model = load_model(config.model, config.dtype, config.max_model_len)
-        probe(model, kernels.load("cpu", config.num_threads), config.block_tokens, config.dtype)
-        apply_passes(model, config.passes, config.num_threads)
-        asyncio.run(serve(config, model))
+        model, ranks = _prepare(config, arguments.config)
+        asyncio.run(serve(config, model, ranks))
     except InfiniteLLMError as error:
         sys.exit(f"infinite-llm instance: {error}")
 
 
-async def serve(config: InstanceConfig, model: Model) -> None:
+def _prepare(config: InstanceConfig, config_file: Path) -> tuple[Model, Ranks | None]:
+    """The model, and the processes that compute it together with this one, if there are any."""
+    if config.tensor_parallel == 1:
+        return prepare_model(config), None
+    check_tensor_parallel(config.model, config.tensor_parallel)
+    ranks = Ranks(config_file, config, _end)
+    model = prepare_part(config, 0, ranks.store)
+    ranks.await_ready()
+    return model, ranks
+
+
+async def serve(config: InstanceConfig, model: Model, ranks: Ranks | None) -> None:
     """Runs the instance until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -79,6 +84,8 @@ async def serve(config: InstanceConfig, model: Model) -> None:
     opened = local.opened
     deadline = time.monotonic() + config.call_timeout_s
     pool = await asyncio.to_thread(map_pool, Path(opened.pool_socket), opened.session_id, deadline)
+    if ranks is not None:
+        ranks.share_pool(pool)
     size = size_workspace(config, opened.total_blocks)
     workspace = await local.reserve(size.blocks, size.blocks, workspace=True)
     if not workspace:
@@ -100,6 +107,7 @@ async def serve(config: InstanceConfig, model: Model) -> None:
         EngineMetrics(registry),
         tracing.tracer,
         grammars,
+        ranks,
     )
     parts.rmanager.moves.leader_token = lambda: locator.fencing_token
     registry.register(InstanceState(config.member_id, parts.board, parts.peers, local))
@@ -150,6 +158,8 @@ async def serve(config: InstanceConfig, model: Model) -> None:
     await server.stop(grace=2.0)
     parts.engine.post(Stop())
     await asyncio.to_thread(thread.join, config.call_timeout_s)
+    if ranks is not None:
+        await asyncio.to_thread(ranks.close)
     await parts.rmanager.close()
     await local.close()
     await gmanager.close()
@@ -197,8 +207,8 @@ async def _open_local(
 
 
 def _end(reason: str) -> None:
-    """Ends the process at once: its pool, or its right to it, is gone. It is started anew with the daemon's successor,
-    and the gateways submit its requests elsewhere meanwhile."""
+    """Ends the process at once: its pool, its right to it, or one of its ranks is gone. It is started anew, with the
+    daemon's successor or with new ranks, and the gateways submit its requests elsewhere meanwhile."""
     _log.critical("ending", extra={"why": reason})
     os._exit(1)
 

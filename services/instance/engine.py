@@ -44,6 +44,7 @@ from services.instance.control import (
 from services.instance.dist_attention import DistAttention
 from services.instance.engine_metrics import EngineMetrics, PreemptionReason
 from services.instance.engine_traces import NoTraces, Traces
+from services.instance.forward import Forward
 from services.instance.memory import BlockMemory
 from services.instance.model import Model
 from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, Output, ProgressOutput, TokenOutput
@@ -71,6 +72,7 @@ class Engine:
         metrics: what the engine counts; None where nobody asks.
         traces: what it tells of single requests; None likewise.
         grammars: of the model's tokenizer, for structured outputs; None refuses them.
+        forward: computes the steps; None: this process does alone.
     """
 
     def __init__(
@@ -87,8 +89,10 @@ class Engine:
         metrics: EngineMetrics | None = None,
         traces: Traces | None = None,
         grammars: Grammars | None = None,
+        forward: Forward | None = None,
     ) -> None:
         self._model = model
+        self._forward = forward or Forward(model, attention, remote)
         self._attention = attention
         self._remote = remote
         self._peers = peers
@@ -143,9 +147,7 @@ class Engine:
         batch = build_batch(scheduled, tables, self._model.rotary, self._model.shape.attention.reach)
         self._steps += 1
         try:
-            self._remote.begin_step(self._steps, batch.shares)
-            self._attention.begin_step(batch.step)
-            logits = self._model.forward(batch.token_ids, batch.positions, batch.logit_rows, batch.long_rows)
+            logits = self._forward.run(self._steps, batch)
         except (PeerLostError, TransferTimeoutError) as error:
             _log.warning("step discarded", extra={"step": self._steps, "why": str(error)})
             self._metrics.discarded_step()
