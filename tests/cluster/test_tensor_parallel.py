@@ -1,4 +1,4 @@
-"""An instance of two ranks beside one of a single process: the same tokens, the same blocks, and one end for all ranks."""
+"""An instance of two ranks beside one of a single process: the same tokens, the same blocks, one end for all ranks."""
 
 from __future__ import annotations
 
@@ -36,17 +36,25 @@ def cluster(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield cluster
 
 
-def complete(cluster: Cluster, instance_id: str, prompt: Sequence[int], max_tokens: int) -> tuple[list[int], int]:
+def complete(
+    cluster: Cluster,
+    instance_id: str,
+    prompt: Sequence[int],
+    max_tokens: int,
+    when_it_decodes: Callable[[], None] = lambda: None,
+) -> tuple[list[int], int]:
     """A request to this very instance: its tokens, and how many of the prompt's were cached."""
 
     async def request() -> tuple[list[int], int]:
         with Client(f"127.0.0.1:{cluster.grpc_port}") as client:
             chosen = next(one for one in client.cluster_status().instances if one.instance_id == instance_id)
-        instance = InstanceClient(instance_id, chosen.address, "test", 30.0, lambda: None)
+        changed = asyncio.Event()
+        instance = InstanceClient(instance_id, chosen.address, "test", 30.0, changed.set)
         try:
             async with asyncio.timeout(DEADLINE_S):
                 while not instance.ready:
-                    await asyncio.sleep(0.05)
+                    await changed.wait()
+                    changed.clear()
                 attempt = instance.submit(
                     GenerationRequest(
                         request_id=uuid4().hex,
@@ -65,6 +73,8 @@ def complete(cluster: Cluster, instance_id: str, prompt: Sequence[int], max_toke
                 cached = 0
                 while not isinstance(event := await attempt.next(), Ended):
                     if isinstance(event, TokensDrawn):
+                        if not tokens:
+                            when_it_decodes()
                         tokens += event.ids
                         cached = max(cached, event.cached_tokens)
                 return tokens, cached
@@ -123,6 +133,23 @@ def test_a_prefix_is_read_whatever_the_degree_that_wrote_it(
     tokens, cached = complete(cluster, reader, prompt + more, 24)
     assert cached == 9 * 64, "all full blocks of the prompt"
     assert_same_tokens(tokens, expected, margins)
+    cluster.wait_until_no_block_is_held()
+
+
+def test_a_daemon_that_is_lost_voids_the_step_on_all_ranks(cluster: Cluster, greedy_reference: Reference):
+    prompt = prompt_of(1500, seed=3)
+    expected, margins = greedy_reference(prompt, 60)
+    used = []
+
+    def kill_a_lender() -> None:
+        (placement,) = cluster.placements()
+        used.extend(placement)
+        cluster.signal("kvdaemon-mem-0", signal.SIGKILL)
+
+    tokens, _ = complete(cluster, RANKED, prompt, 60, kill_a_lender)
+    assert "kvdaemon-mem-0" in used
+    assert_same_tokens(tokens, expected, margins)
+    assert '"message": "step discarded"' in log_of(cluster)
     cluster.wait_until_no_block_is_held()
 
 
