@@ -52,6 +52,19 @@ class BlockHandle(NamedTuple):
     generation: int
 
 
+class HeadRange(NamedTuple):
+    """KV heads first .. end of a model's, half-open."""
+
+    first: int
+    end: int
+
+    @staticmethod
+    def of_rank(kv_heads: int, rank: int, degree: int) -> HeadRange:
+        """The heads that one rank of a tensor-parallel model computes; ``degree`` divides ``kv_heads``."""
+        share = kv_heads // degree
+        return HeadRange(rank * share, (rank + 1) * share)
+
+
 class BlockRef(NamedTuple):
     """One block of the cluster."""
 
@@ -66,7 +79,8 @@ class BlockKeySpace:
     Attributes:
         model: fingerprint of the checkpoint.
         dtype: element type of the KV cache.
-        kv_heads: half-open range of KV heads in the block.
+        kv_heads: half-open range of KV heads in the block: of what lies there, not of who computed it. Ranks of a
+            tensor-parallel instance fill a block together, so it has all heads, and the name that one process gives it.
         rotary: name of the rotary regime (longrope has two).
         salt: separates tenants.
     """

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kernels.cpu.asking import CompiledAsker
-from services.core.blocks import BlockHandle
+from services.core.blocks import BlockHandle, HeadRange
 from services.core.errors import InvalidRequestError, PeerLostError
 from services.core.placement import PeerTransport
 from services.dataplane import wire
@@ -30,7 +30,7 @@ from services.dataplane.transport import (
     Received,
     Transport,
 )
-from services.dataplane.wire import CopyOrder, Header, Kind
+from services.dataplane.wire import CopyOrder, Header, Hello, Kind, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,7 @@ class Peer:
         query_room: int,
     ) -> None:
         self.kvdaemon_id = kvdaemon_id
+        self.address = address
         self.scheme = address.partition(":")[0]
         self.offers = offers
         self.session_id = session_id
@@ -167,12 +168,23 @@ class PeerSet:
     Args:
         limits: of every connection, both directions.
         query_room: bytes that one step's PLAN and one layer's QUERY can take together.
+        role: of every connection.
+        kv_heads: that queries are for; None: all.
     """
 
-    def __init__(self, transport: Transport, limits: Limits, query_room: int) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        limits: Limits,
+        query_room: int,
+        role: Role = Role.OWNER,
+        kv_heads: HeadRange | None = None,
+    ) -> None:
         self._transport = transport
         self._limits = limits
         self._query_room = query_room
+        self._role = role
+        self._kv_heads = kv_heads
         self._peers: dict[str, Peer] = {}
         self._by_connection: dict[Connection, Peer] = {}
         self._sealed: list[Sealed] = []
@@ -193,7 +205,8 @@ class PeerSet:
         """
         assert kvdaemon_id not in self._peers, "disconnect the old session's peer first"
         try:
-            connection = self._transport.connect(address, wire.Hello(session_id).pack(), self._limits)
+            hello = Hello(session_id, self._role, self._kv_heads)
+            connection = self._transport.connect(address, hello.pack(), self._limits)
         except PeerLostError as error:
             self._lost.append(LostPeer(kvdaemon_id, session_id, str(error)))
             return

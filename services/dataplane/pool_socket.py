@@ -29,7 +29,7 @@ from services.core.blocks import PoolGeometry
 from services.core.errors import ConfigError, PeerLostError, SessionRevokedError, TransferTimeoutError
 from services.dataplane.device import Device
 from services.dataplane.host_device import HostDevice
-from services.dataplane.kv_pool import Grant, Mapping, MemoryKind, Pool, blocks_of
+from services.dataplane.kv_pool import Grant, MemoryKind, Pool, blocks_of
 from services.dataplane.unix_socket import UnixListener, connect_unix
 
 _log = logging.getLogger(__name__)
@@ -173,14 +173,35 @@ class PoolSocketServer:
 
 
 class MappedPool:
-    """The instance's side: another process's pool in this one."""
+    """The instance's side: another process's pool in this one.
 
-    def __init__(self, mapping: Mapping, sock: socket.socket) -> None:
+    Args:
+        grant: what the daemon passed; its files are owned from here on, like ``sock``.
+        sock: the connection to the daemon, an open file descriptor.
+        device: that is to look at the pool.
+
+    Attributes:
+        grant, files: for another process of the instance that is to map the same pool: ``MappedPool`` is made there of
+            the grant, with the files that belong to it, and of the last of ``files``. The daemon sees a hang-up when
+            the last process with the connection is gone.
+
+    Raises:
+        ConfigError, PeerLostError: as ``Device.map_pool``.
+    """
+
+    def __init__(self, grant: Grant, sock: int, device: Device) -> None:
+        self.grant = grant
+        self.files = (*grant.fds, sock)
+        try:
+            mapping = device.map_pool(grant)
+        except (ConfigError, PeerLostError):
+            _close_all(self.files)
+            raise
         self.pool_bytes = len(mapping.content)
         self._content: Tensor | None = mapping.content
         # The daemon gives the session's blocks away after the hang-up, so the socket outlives every tensor, and at the
         # process's end every thread: there the system closes it.
-        weakref.finalize(mapping.memory, _let_go, mapping.unmap, sock.detach()).atexit = False
+        weakref.finalize(mapping.memory, _let_go, mapping.unmap, self.files).atexit = False
 
     def as_tensor(self, geometry: PoolGeometry) -> Tensor:
         """The pool as blocks: ``[num_blocks, layers, kv_heads, 2, block_tokens, head_dim]`` of ``geometry.dtype``."""
@@ -192,9 +213,9 @@ class MappedPool:
         self._content = None
 
 
-def _let_go(unmap: Callable[[], None], fd: int) -> None:
+def _let_go(unmap: Callable[[], None], fds: tuple[int, ...]) -> None:
     unmap()
-    os.close(fd)
+    _close_all(fds)
 
 
 def map_pool(socket_path: Path, session_id: int, deadline: float, device: Device | None = None) -> MappedPool:
@@ -227,7 +248,8 @@ def map_pool(socket_path: Path, session_id: int, deadline: float, device: Device
         if kind not in list(MemoryKind):
             raise PeerLostError(f"the daemon behind {socket_path} has memory of kind {kind}: it is of another version")
         grant = Grant(MemoryKind(kind), pool_bytes, answer[_ANSWER.size :], tuple(fds))
-        return MappedPool((device or HostDevice()).map_pool(grant), sock)
+        fds = []  # the mapping's from here on, as the socket is
+        return MappedPool(grant, sock.detach(), device or HostDevice())
     except TimeoutError as error:
         sock.close()
         raise TransferTimeoutError(f"the daemon behind {socket_path} did not pass the pool in time") from error
@@ -240,3 +262,8 @@ def map_pool(socket_path: Path, session_id: int, deadline: float, device: Device
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def _close_all(fds: tuple[int, ...]) -> None:
+    for fd in fds:
+        os.close(fd)

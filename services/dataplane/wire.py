@@ -14,8 +14,12 @@
     FILL_BLOCK   contents of a block              BLOCK_FILLED  or REFUSED
 
 **Rights.** A connection's hello names the session that it belongs to and its role. The OWNER is the session's instance.
-A WRITER is another daemon that an instance has told to COPY: it may send nothing but FILL_BLOCK, into blocks that the
-session has offered (``Ledger.reserve`` with a time to live), each once. Both rights end with the session.
+A READER is another process of it, a rank of a tensor-parallel model: it may PLAN, QUERY and FORGET. A WRITER is another
+daemon that an instance has told to COPY: it may send nothing but FILL_BLOCK, into blocks that the session has offered
+(``Ledger.reserve`` with a time to live), each once. All rights end with the session.
+
+**Heads.** The hello also says which of the blocks' KV heads the connection's queries are for, usually all. A block has
+all heads, whoever asks; query head h of such a connection reads KV head ``first + h // (q_heads // (end - first))``.
 
 A daemon serves a connection's messages in order and releases each before it answers. So an answer that echoes sequence
 n says that the room of every message up to n is free again (``Peer`` counts on it). The answer to a COPY may come after
@@ -39,12 +43,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle
+from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, HeadRange
 from services.core.errors import InvalidRequestError
 from services.core.trace_context import TraceContext
 from services.dataplane.negotiation import Offers, unpack_offers
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 HEADER_BYTES = 64
 # version, kind, layer, rows, sequence, step, block, generation,
 # q_heads, head_dim, dtype, out_dtype, scale, softcap, window
@@ -296,19 +300,28 @@ class Role(IntEnum):
 
     OWNER = 0
     WRITER = 1
+    READER = 2
 
 
 class Hello(NamedTuple):
-    """What a connection to a daemon begins with: the session it belongs to, and in which role."""
+    """What a connection to a daemon begins with.
+
+    Attributes:
+        session_id: the session it belongs to.
+        role: what it may do in the session's name.
+        kv_heads: that its queries are for; None: all.
+    """
 
     session_id: int
     role: Role = Role.OWNER
+    kv_heads: HeadRange | None = None
 
     def pack(self) -> bytes:
-        return _HELLO.pack(WIRE_VERSION, self.role, self.session_id)
+        return _HELLO.pack(WIRE_VERSION, self.role, *(self.kv_heads or _ALL_HEADS), self.session_id)
 
 
-_HELLO = struct.Struct("<BBQ")  # version, role, session id
+_HELLO = struct.Struct("<BBHHQ")  # version, role, first KV head, end of KV heads, session id
+_ALL_HEADS = HeadRange(0, 0)
 
 
 def unpack_hello(hello: bytes) -> Hello:
@@ -318,8 +331,9 @@ def unpack_hello(hello: bytes) -> Hello:
     """
     if len(hello) != _HELLO.size or hello[0] != WIRE_VERSION:
         raise InvalidRequestError(f"data plane hello of {len(hello)} bytes is not of version {WIRE_VERSION}")
-    _, role, session_id = _HELLO.unpack(hello)
+    _, role, first, end, session_id = _HELLO.unpack(hello)
+    heads = HeadRange(first, end)
     try:
-        return Hello(session_id, Role(role))
+        return Hello(session_id, Role(role), None if heads == _ALL_HEADS else heads)
     except ValueError:
         raise InvalidRequestError(f"data plane hello with an unknown role {role}") from None

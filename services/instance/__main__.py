@@ -4,5 +4,5 @@ from services.runtime.process import leave, loading
 
 if __name__ == "__main__":
     with loading():
-        from services.instance.service import main
+        from services.instance.entry import main
     leave(main())

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from opentelemetry.trace import Tracer
+from torch import Tensor
 
-from services.core.blocks import BlockHandle, BlockKeySpace, PoolGeometry
+from services.core.blocks import BlockHandle, BlockKeySpace
 from services.core.errors import ConfigError
 from services.core.placement import BlockCount, InstanceSnapshot, MoveReport, PeerTransport
 from services.dataplane.device import Device
@@ -17,15 +18,20 @@ from services.dataplane.pool_socket import MappedPool
 from services.dataplane.remote_attention import RemoteAttention
 from services.dataplane.select import connecting_transport
 from services.dataplane.transport import Limits
+from services.dataplane.wire import Role
 from services.instance.config import InstanceConfig
 from services.instance.control import Order
 from services.instance.dist_attention import DistAttention
 from services.instance.engine import Engine
 from services.instance.engine_metrics import EngineMetrics
 from services.instance.engine_traces import EngineTraces, NoTraces
+from services.instance.forward import Forward
 from services.instance.memory import BlockMemory
 from services.instance.model import TORCH_DTYPES, Model
 from services.instance.outputs import EngineSnapshot, Output
+from services.instance.ranks.forward import RankedForward
+from services.instance.ranks.leader import Ranks
+from services.instance.ranks.lockstep import LockstepRemoteAttention
 from services.instance.rmanager import RManager, RManagerSettings
 from services.instance.scheduler import Scheduler
 from services.rmanager.daemon_client import DaemonSession
@@ -120,6 +126,39 @@ class Assembly:
     peers: PeerSet
 
 
+@dataclass(frozen=True, slots=True)
+class ComputeParts:
+    """What a process computes steps with: the leader's has an engine around it, another rank's nothing."""
+
+    peers: PeerSet
+    remote: RemoteAttention
+    attention: DistAttention
+
+
+def assemble_compute(config: InstanceConfig, model: Model, pool: Tensor, device: Device) -> ComputeParts:
+    """Attention over the local pool and over other daemons, for this process's part of the model.
+
+    Args:
+        pool: [num_blocks, layers, kv_heads, 2, block_tokens, head_dim], all heads.
+    """
+    part = model.part
+    attention_kernels = device.load_kernels(config.num_threads)
+    query_room, limits = _limits(config, model)
+    peers = PeerSet(
+        connecting_transport(config.transport, config.link, config.tls),
+        limits,
+        query_room,
+        Role.OWNER if part.rank == 0 else Role.READER,
+        part.heads(model.shape.kv_heads),
+    )
+    out_dtype = "float32" if config.ship_float32 else config.dtype
+    kind = RemoteAttention if part.is_whole else LockstepRemoteAttention
+    remote = kind(peers, attention_kernels, out_dtype, config.transfer_timeout_s, device)
+    attention = DistAttention(attention_kernels, part.of_pool(pool), remote, device)
+    attention.attach_to(model.module)
+    return ComputeParts(peers, remote, attention)
+
+
 def assemble(
     config: InstanceConfig,
     model: Model,
@@ -134,18 +173,18 @@ def assemble(
     metrics: EngineMetrics,
     tracer: Tracer,
     grammars: Grammars,
+    ranks: Ranks | None,
 ) -> Assembly:
     """Builds engine and rManager; called on the event loop. The engine does not run yet."""
     shape = model.shape
     geometry = shape.geometry(config.block_tokens, config.dtype)
     tensor = pool.as_tensor(geometry)
-    attention_kernels = device.load_kernels(config.num_threads)
-    query_room, limits = _limits(config, model, geometry)
-    peers = PeerSet(connecting_transport(config.transport, config.link, config.tls), limits, query_room)
-    out_dtype = "float32" if config.ship_float32 else config.dtype
-    remote = RemoteAttention(peers, attention_kernels, out_dtype, config.transfer_timeout_s, device)
-    attention = DistAttention(attention_kernels, tensor, remote, device)
-    attention.attach_to(model.module)
+    compute = assemble_compute(config, model, tensor, device)
+    peers, remote, attention = compute.peers, compute.remote, compute.attention
+    forward = Forward(model, attention, remote, device)
+    if ranks is not None:
+        assert isinstance(remote, LockstepRemoteAttention)
+        forward = RankedForward(model, attention, remote, device, peers, ranks)
     desk = _OrderDesk()
     keys = BlockKeySpace(shape.fingerprint, config.dtype, (0, shape.kv_heads))
     memory = BlockMemory(
@@ -167,7 +206,20 @@ def assemble(
     board = SnapshotBoard(local.kvdaemon_id, max_num_seqs)
     traces = NoTraces() if config.tracing is None else EngineTraces(tracer)
     engine = Engine(
-        model, attention, remote, peers, memory, scheduler, desk, publish, board.put, metrics, traces, grammars, device
+        model,
+        attention,
+        remote,
+        peers,
+        memory,
+        scheduler,
+        desk,
+        publish,
+        board.put,
+        metrics,
+        traces,
+        grammars,
+        device,
+        forward,
     )
     settings = RManagerSettings(config.member_id, geometry, len(workspace), config.call_timeout_s, config.tls)
     rmanager = desk.rmanager = RManager(settings, local, gmanager, peers, engine.post, on_fatal, tracer)
@@ -176,16 +228,19 @@ def assemble(
     return Assembly(engine, rmanager, board, peers)
 
 
-def _limits(config: InstanceConfig, model: Model, geometry: PoolGeometry) -> tuple[int, Limits]:
+def _limits(config: InstanceConfig, model: Model) -> tuple[int, Limits]:
     """Room for one step's plan and one layer's query, and the limits of a connection to a daemon.
 
-    A discarded step's last query may still be under way when the next step begins, hence room for two.
+    A discarded step's last query may still be under way when the next step begins, hence room for two. Only the leader
+    of several ranks writes blocks.
     """
-    shape = model.shape
-    row_bytes = shape.q_heads * (shape.head_dim * 4 + 4)  # float32 out and lse: at least as long as q
+    shape, part = model.shape, model.part
+    geometry = shape.geometry(config.block_tokens, config.dtype)
+    heads = shape.q_heads // part.degree
+    row_bytes = heads * (shape.head_dim * 4 + 4)  # float32 out and lse: at least as long as q
     query = config.max_batch_tokens * row_bytes
     plan = (1 << 16) + 64 * config.max_num_seqs + 24 * geometry.blocks_for(shape.max_model_len)
-    block = geometry.block_bytes + 16
+    block, writes = (geometry.block_bytes + 16, _WINDOW_WRITES) if part.rank == 0 else (0, 0)
     longest = max(query, plan, block) + 64
     query_room = 2 * (query + plan + 256)
-    return query_room, Limits(longest, max(longest, query_room) + _WINDOW_WRITES * (block + 64))
+    return query_room, Limits(longest, max(longest, query_room) + writes * (block + 64))

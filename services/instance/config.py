@@ -38,8 +38,11 @@ class InstanceConfig:
         mixed_step_s: about how long a step takes at most that computes prompts beside requests that decode; chunks are
             made as small as that needs.
         block_tokens: tokens of an rBlock.
-        num_threads: of the model and of the kernels.
-        passes: over the loaded model, as services/instance/passes names them; all that apply where not given.
+        num_threads: of the model and of the kernels, in each process.
+        tensor_parallel: processes that compute the model together, each with its share of the heads and weights.
+        rank_timeout_s: one of them that does not answer for so long counts as lost, and the instance ends.
+        passes: over the loaded model, as services/instance/passes names them; all that apply where not given. None is
+            applied to a model that several processes share.
         record_steps: on a GPU, keep what small steps ask it for between attention calls (CUDA graphs), and ask again at
             once; costs seconds at start and some memory.
         ship_float32: ship partial outputs as float32 instead of ``dtype``.
@@ -74,6 +77,8 @@ class InstanceConfig:
     mixed_step_s: float = 0.2
     block_tokens: int = 64
     num_threads: int = 1
+    tensor_parallel: int = 1
+    rank_timeout_s: float = 10.0
     passes: tuple[PassName, ...] = PASSES
     record_steps: bool = True
     ship_float32: bool = False
@@ -91,7 +96,7 @@ class InstanceConfig:
     allow_insecure: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_batch_tokens", "block_tokens", "num_threads"):
+        for name in ("max_num_seqs", "max_batch_tokens", "block_tokens", "num_threads", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"instance config: {name} must be at least 1, got {getattr(self, name)}")
         if self.block_tokens % 16:
@@ -113,6 +118,7 @@ class InstanceConfig:
             "call_timeout_s",
             "startup_timeout_s",
             "heartbeat_interval_s",
+            "rank_timeout_s",
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"instance config: {name} must be positive, got {getattr(self, name)}")

@@ -23,7 +23,7 @@ from services.dataplane.device import Device
 from services.dataplane.host_device import HostDevice
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import RemoteAttention
-from services.instance.batch import build_batch, upload_batch
+from services.instance.batch import build_batch
 from services.instance.control import (
     Abort,
     AbortStream,
@@ -46,6 +46,7 @@ from services.instance.control import (
 from services.instance.dist_attention import DistAttention
 from services.instance.engine_metrics import EngineMetrics, PreemptionReason
 from services.instance.engine_traces import NoTraces, Traces
+from services.instance.forward import Forward
 from services.instance.memory import BlockMemory
 from services.instance.model import Model
 from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, Output, ProgressOutput, TokenOutput
@@ -74,6 +75,7 @@ class Engine:
         traces: what it tells of single requests; None likewise.
         grammars: of the model's tokenizer, for structured outputs; None refuses them.
         device: that has the model and the pool; the CPU where none is given.
+        forward: computes the steps; None: this process does alone.
     """
 
     def __init__(
@@ -91,9 +93,11 @@ class Engine:
         traces: Traces | None = None,
         grammars: Grammars | None = None,
         device: Device | None = None,
+        forward: Forward | None = None,
     ) -> None:
         self._model = model
         self._device = device or HostDevice()
+        self._forward = forward or Forward(model, attention, remote, self._device)
         self._attention = attention
         self._remote = remote
         self._peers = peers
@@ -147,19 +151,13 @@ class Engine:
         """One transaction: plan, forward, sample, commit. ``begun`` (perf_counter): the round it belongs to."""
         tables = [self._memory.table(item.sequence) for item in scheduled]
         batch = build_batch(scheduled, tables, self._model.rotary, self._model.shape.attention.reach)
-        batch = upload_batch(batch, self._device)
         self._steps += 1
         try:
-            self._remote.begin_step(self._steps, batch.shares)
-            self._attention.begin_step(batch.step)
-            logits = self._model.forward(batch.token_ids, batch.positions, batch.logit_rows, batch.long_rows)
+            logits = self._forward.run(self._steps, batch)
         except (PeerLostError, TransferTimeoutError) as error:
             _log.warning("step discarded", extra={"step": self._steps, "why": str(error)})
             self._metrics.discarded_step()
             return
-        finally:
-            # Blocks that are sealed next can be read by others, and those of a discarded step be given to others.
-            self._device.settle()
         self._traces.step(scheduled, begun, self._attention.times, self._remote.answers)
         sampled = [item.sequence for item in scheduled if item.samples]
         samples = iter(self._sampler.draw(sampled_logits(logits, scheduled), sampled))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from services.core.blocks import PoolGeometry
 from services.core.errors import ConfigError, UnsupportedModelError
 from services.instance.architecture import AttentionShape, observe, refuse_unknown_layers, set_attention
 from services.instance.dist_attention import ATTENTION_NAME, dist_attention_forward
+from services.instance.ranks.part import WHOLE, ModelPart, check_degree, check_heads
 from services.instance.rotary import RotaryRegimes, install, short_positions
 from services.instance.transformers_import import (
     AttentionInterface,
@@ -36,6 +37,7 @@ class ModelShape:
     """What the system needs to know of a checkpoint.
 
     Attributes:
+        attention: of the whole model, whatever part of it a process computes.
         fingerprint: of configuration and weight files; part of every block key.
     """
 
@@ -65,19 +67,26 @@ class Model:
     """A decoder-only language model. Used by the engine thread.
 
     Attributes:
+        part: which part of the model this process computes.
         attention_modules: of each layer, the one that called the attention function when the model was loaded.
         device: where its weights are, and what it is given must be.
         compute: a forward, as ``forward`` but for the rotary regimes; transformers' own unless a pass replaces it.
     """
 
     def __init__(
-        self, module: nn.Module, attention_modules: tuple[nn.Module, ...], shape: ModelShape, rotary: RotaryRegimes
+        self,
+        module: nn.Module,
+        attention_modules: tuple[nn.Module, ...],
+        shape: ModelShape,
+        rotary: RotaryRegimes,
+        part: ModelPart = WHOLE,
     ) -> None:
         self.module = module
         self.device = next(module.parameters()).device
         self.attention_modules = attention_modules
         self.shape = shape
         self.rotary = rotary
+        self.part = part
         self.compute: Callable[[Tensor, Tensor, Tensor], Tensor] = self._by_transformers
 
     @torch.inference_mode()
@@ -109,16 +118,32 @@ class Model:
         return logits
 
 
-def load_model(path: Path, dtype: str, max_model_len: int | None, device: torch.device | str = "cpu") -> Model:
+def check_tensor_parallel(path: Path, degree: int) -> None:
+    """Whether ``load_model`` can load that part of a checkpoint, as far as its configuration tells. Raises likewise."""
+    check_degree(path.name, _read_config(path).get_text_config(decoder=True), degree)
+
+
+def load_model(
+    path: Path,
+    dtype: str,
+    max_model_len: int | None,
+    device: torch.device | str = "cpu",
+    part: ModelPart = WHOLE,
+) -> Model:
     """Loads a checkpoint from disk: safetensors only, no remote code.
 
+    Args:
+        part: that this process computes; the processes of the other parts, in one group with it, load theirs now, too.
+
     Raises:
-        ConfigError: the directory holds no such checkpoint, or max_model_len exceeds what the model was made for.
+        ConfigError: the directory holds no such checkpoint, max_model_len exceeds what the model was made for, or it
+            cannot be divided into so many parts.
         UnsupportedModelError: its architecture cannot be served exactly; the message says why.
     """
     config = _read_config(path)
     text = config.get_text_config(decoder=True)
     refuse_unknown_layers(path.name, text)
+    check_degree(path.name, text, part.degree)
     short = short_positions(path.name, text)
     length = _model_len(path.name, text, max_model_len)
     try:
@@ -131,20 +156,40 @@ def load_model(path: Path, dtype: str, max_model_len: int | None, device: torch.
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
+                distributed_config=_distributed_config(part),
             )
     except (ValueError, KeyError, OSError) as error:
         raise UnsupportedModelError(f"{path}: transformers cannot load this checkpoint: {error}") from error
     module.to(device)
     module.eval()
     module.requires_grad_(False)
+    if not part.is_whole:
+        from services.instance.ranks.group import keep_local_weights
+
+        keep_local_weights(module)
     set_attention(module)
     rotary = RotaryRegimes(short, length)
     if short is not None:
         install(module, short, rotary)
     observed = observe(module, int(text.num_hidden_layers))
-    shape = ModelShape(path.name, observed.shape, int(text.vocab_size), length, checkpoint_fingerprint(path))
+    check_heads(path.name, text, observed.shape.q_heads, part.degree)
+    attention = replace(
+        observed.shape,
+        q_heads=observed.shape.q_heads * part.degree,
+        kv_heads=observed.shape.kv_heads * part.degree,
+    )
+    shape = ModelShape(path.name, attention, int(text.vocab_size), length, checkpoint_fingerprint(path))
     _log.info("model loaded", extra={"model": shape.name, "parameters": sum(p.numel() for p in module.parameters())})
-    return Model(module, observed.modules, shape, rotary)
+    return Model(module, observed.modules, shape, rotary, part)
+
+
+def _distributed_config(part: ModelPart) -> object:
+    """What tells transformers of the other parts; None where there are none."""
+    if part.is_whole:
+        return None
+    from transformers.distributed import DistributedConfig
+
+    return DistributedConfig(tp_size=part.degree)
 
 
 def _read_config(path: Path) -> PretrainedConfig:

@@ -66,7 +66,7 @@ def probe(model: Model, kernels: AttentionKernels, block_tokens: int, dtype: str
         blocks += -(-length // block_tokens)
     block_shape = model.shape.geometry(block_tokens, dtype).block_shape
     pool = torch.zeros(blocks, *block_shape, dtype=TORCH_DTYPES[dtype], device=model.device)
-    attention = DistAttention(kernels, pool, None)
+    attention = DistAttention(kernels, model.part.of_pool(pool), None)
     attention.attach_to(model.module)
     for start in range(0, max(len(s.tokens) for s in sequences), _CHUNK):
         alive = [s for s in sequences if start < len(s.tokens)]

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from infinitellm.internal.v1.instance_pb2_grpc import add_InstanceServiceServicer_to_server
-from services.core.errors import ConfigError, InfiniteLLMError, UnavailableError
+from services.core.errors import ConfigError, UnavailableError
 from services.dataplane.device import Device
 from services.dataplane.devices import open_device
 from services.dataplane.pool_socket import map_pool
@@ -25,22 +21,19 @@ from services.instance.config import InstanceConfig
 from services.instance.control import Stop
 from services.instance.engine import Engine
 from services.instance.engine_metrics import EngineMetrics
+from services.instance.loading import prepare_model, prepare_part
 from services.instance.metrics import InstanceState
-from services.instance.model import Model, load_model
-from services.instance.passes.apply import apply_passes
-from services.instance.probe import probe
-from services.instance.recorded_model import record_steps
+from services.instance.model import Model, check_tensor_parallel
+from services.instance.ranks.leader import Ranks
 from services.instance.servicer import InstanceServicer
 from services.rmanager.daemon_client import DaemonSession
 from services.rmanager.gmanager_client import GManagerClient
 from services.rmanager.gmanager_locator import GManagerLocator
 from services.rmanager.heartbeat import HeartbeatSender
-from services.runtime.config import load_config
 from services.runtime.etcd import EtcdClient
 from services.runtime.grammars import Grammars
 from services.runtime.grpc_server import bind, make_server
 from services.runtime.health import HealthPort
-from services.runtime.logs import setup_logging
 from services.runtime.membership import Member, Membership
 from services.runtime.metrics_port import MetricsPort, make_registry
 from services.runtime.tracing import make_tracing
@@ -49,27 +42,29 @@ from services.runtime.vllm_names import with_vllm_names
 _log = logging.getLogger("services.instance")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m services.instance", description="One instance of infinite-llm.")
-    parser.add_argument("--config", type=Path, required=True, help="YAML file; keys as in services/instance/config.py")
-    arguments = parser.parse_args()
-    try:
-        config = load_config(InstanceConfig, arguments.config)
-        setup_logging("instance", config.member_id)
-        torch.set_num_threads(config.num_threads)
-        device = open_device(config.device)
-        model = load_model(config.model, config.dtype, config.max_model_len, device.tensors)
-        probe(model, device.load_kernels(config.num_threads), config.block_tokens, config.dtype)
-        apply_passes(model, config.passes, config.num_threads)
-        if config.record_steps:
-            record_steps(model, device, config.max_num_seqs)
-        asyncio.run(serve(config, model, device))
-    except InfiniteLLMError as error:
-        sys.exit(f"infinite-llm instance: {error}")
-    return 0
+def run(config: InstanceConfig, config_file: Path) -> None:
+    """Loads the model and runs the instance until SIGTERM or SIGINT.
+
+    Raises:
+        InfiniteLLMError: it cannot begin.
+    """
+    device = open_device(config.device)
+    model, ranks = _prepare(config, config_file, device)
+    asyncio.run(serve(config, model, device, ranks))
 
 
-async def serve(config: InstanceConfig, model: Model, device: Device) -> None:
+def _prepare(config: InstanceConfig, config_file: Path, device: Device) -> tuple[Model, Ranks | None]:
+    """The model, and the processes that compute it together with this one, if there are any."""
+    if config.tensor_parallel == 1:
+        return prepare_model(config, device), None
+    check_tensor_parallel(config.model, config.tensor_parallel)
+    ranks = Ranks(config_file, config, _end)
+    model = prepare_part(config, device, 0, ranks.store)
+    ranks.await_ready()
+    return model, ranks
+
+
+async def serve(config: InstanceConfig, model: Model, device: Device, ranks: Ranks | None) -> None:
     """Runs the instance until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -85,6 +80,8 @@ async def serve(config: InstanceConfig, model: Model, device: Device) -> None:
     opened = local.opened
     deadline = time.monotonic() + config.call_timeout_s
     pool = await asyncio.to_thread(map_pool, Path(opened.pool_socket), opened.session_id, deadline, device)
+    if ranks is not None:
+        ranks.share_pool(pool)
     size = size_workspace(config, opened.total_blocks)
     workspace = await local.reserve(size.blocks, size.blocks, workspace=True)
     if not workspace:
@@ -107,6 +104,7 @@ async def serve(config: InstanceConfig, model: Model, device: Device) -> None:
         EngineMetrics(registry),
         tracing.tracer,
         grammars,
+        ranks,
     )
     parts.rmanager.moves.leader_token = lambda: locator.fencing_token
     registry.register(InstanceState(config.member_id, parts.board, parts.peers, local))
@@ -157,6 +155,8 @@ async def serve(config: InstanceConfig, model: Model, device: Device) -> None:
     await server.stop(grace=2.0)
     parts.engine.post(Stop())
     await asyncio.to_thread(thread.join, config.call_timeout_s)
+    if ranks is not None:
+        await asyncio.to_thread(ranks.close)
     await parts.rmanager.close()
     await local.close()
     await gmanager.close()
@@ -204,8 +204,8 @@ async def _open_local(
 
 
 def _end(reason: str) -> None:
-    """Ends the process at once: its pool, or its right to it, is gone. It is started anew with the daemon's successor,
-    and the gateways submit its requests elsewhere meanwhile."""
+    """Ends the process at once: its pool, its right to it, or one of its ranks is gone. It is started anew, with the
+    daemon's successor or with new ranks, and the gateways submit its requests elsewhere meanwhile."""
     _log.critical("ending", extra={"why": reason})
     os._exit(1)
 

@@ -4,7 +4,8 @@ transformers' modules name torch's compiler (``torch._dynamo``, which brings sym
 decorators, and its sharded tensors (``torch.distributed.tensor``) in type checks: half of what an instance loads, for
 functions that are never compiled and tensors that are never sharded. So, while they are imported,
 
-* transformers hears that this torch has no distributed package, which it knows from torch's builds without one;
+* transformers hears that this torch has no distributed package, which it knows from torch's builds without one, but
+  for a model that several ranks share (``torch_parts``);
 * and that Hugging Face's package ``kernels`` is not there: ours is, of which it would look for the version among the
   files of everything that is installed;
 * it reads the names in its models' files once instead of twice; and
@@ -26,6 +27,8 @@ from typing import Any
 
 import transformers.utils
 from transformers.utils import import_utils
+
+from services.instance import torch_parts
 
 _COMPILER = "torch._dynamo"
 _VMAP_INDEXING = f"{_COMPILER}._trace_wrapped_higher_order_op"
@@ -102,7 +105,10 @@ def _inform_transformers() -> None:
         }
 
     import_utils.define_import_structure = names
-    for question in ("is_torch_distributed_available", "is_kernels_available"):
+    absent = ["is_kernels_available"]
+    if not torch_parts.sharded_tensors:
+        absent.append("is_torch_distributed_available")
+    for question in absent:
         for module in (transformers.utils, import_utils):
             setattr(module, question, lambda *_: False)
 

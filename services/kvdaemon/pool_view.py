@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import AttentionKernels, LayerParams
 from kernels.cpu.answering import CompiledQueries
-from services.core.blocks import DTYPE_BYTES, PoolGeometry
+from services.core.blocks import DTYPE_BYTES, HeadRange, PoolGeometry
 from services.core.errors import InvalidRequestError
 from services.dataplane.device import BlockBytes, Device, upload_plan
 from services.dataplane.host_device import HostDevice
@@ -36,6 +36,7 @@ class PoolView:
         self._geometry: PoolGeometry | None = None
         self._blocks: Tensor  # [num_blocks, layers, kv_heads, 2, block_tokens, head_dim]
         self._bytes: BlockBytes  # the same memory
+        self._parts: dict[HeadRange, Tensor] = {}  # of _blocks; kept, as kernels know a pool by its tensor
         self._answer = torch.empty(0, dtype=torch.uint8)
 
     def use(self, geometry: PoolGeometry) -> None:
@@ -44,6 +45,7 @@ class PoolView:
             self._blocks = self._pool.as_tensor(geometry)
             self._bytes = BlockBytes(self._blocks, self._device)
             self._geometry = geometry
+            self._parts.clear()
 
     def write(self, block: int, content: memoryview) -> None:
         """Fills a block. ``content``: block_bytes bytes, [layers, kv_heads, 2, block_tokens, head_dim]."""
@@ -57,23 +59,35 @@ class PoolView:
         """The plan where the kernels can read it."""
         return replace(plan, attention=upload_plan(plan.attention, self._device))
 
-    def context_tokens(self, plan: StepPlan) -> float:
-        """Tokens of all blocks of a plan, divided by the number of layers: one layer's share of a step's work."""
-        assert self._geometry is not None
-        return len(plan.attention.block_ids) * self._geometry.block_tokens / self._geometry.layers
+    def context_tokens(self, plan: StepPlan, heads: HeadRange) -> float:
+        """Tokens of all blocks of a plan, divided by the number of layers: one layer's share of a step's work. Of some
+        heads' only, it is that part of them."""
+        geometry = self._geometry
+        assert geometry is not None
+        part = (heads.end - heads.first) / geometry.kv_heads
+        return len(plan.attention.block_ids) * geometry.block_tokens / geometry.layers * part
 
-    def compiled_queries(self, plan: StepPlan, q_heads: int, out_dtype: str) -> CompiledQueries | None:
-        """What compiled code needs to answer the plan's queries, if the kernels have such code."""
-        assert self._geometry is not None
-        return self._kernels.compiled_queries(self._blocks, plan.attention, q_heads, _TORCH_DTYPES[out_dtype])
+    def compiled_queries(
+        self, plan: StepPlan, heads: HeadRange, q_heads: int, out_dtype: str
+    ) -> CompiledQueries | None:
+        """What compiled code needs to answer the plan's queries of these KV heads, if the kernels have such code."""
+        return self._kernels.compiled_queries(self._part(heads), plan.attention, q_heads, _TORCH_DTYPES[out_dtype])
+
+    def _part(self, heads: HeadRange) -> Tensor:
+        """[num_blocks, layers, heads, 2, block_tokens, head_dim], the pool's own memory."""
+        part = self._parts.get(heads)
+        if part is None:
+            part = self._parts[heads] = self._blocks[:, :, heads.first : heads.end]
+        return part
 
     def attend(
-        self, query: Header, payload: memoryview, plan: StepPlan, max_answer_bytes: int
+        self, query: Header, payload: memoryview, plan: StepPlan, heads: HeadRange, max_answer_bytes: int
     ) -> tuple[memoryview, memoryview]:
         """Computes one layer's partial state over the plan's blocks.
 
         Args:
             payload: q, [rows, q_heads, head_dim] of ``query.dtype``.
+            heads: KV heads that the query heads read.
             max_answer_bytes: the longest message that the asker takes.
 
         Returns:
@@ -83,7 +97,7 @@ class PoolView:
             InvalidRequestError: the query does not fit the plan or the pool.
         """
         assert self._geometry is not None
-        _check(query, payload, plan, self._geometry)
+        _check(query, payload, plan, heads, self._geometry)
         shape = (query.rows, query.q_heads, query.head_dim)
         out_bytes = math.prod(shape) * DTYPE_BYTES[query.out_dtype]
         lse_bytes = query.rows * query.q_heads * 4
@@ -99,7 +113,7 @@ class PoolView:
             (q,) = self._device.upload([torch.frombuffer(payload, dtype=_TORCH_DTYPES[query.dtype]).view(shape)])
             self._kernels.micro_attention(
                 q,
-                self._blocks,
+                self._part(heads),
                 plan.attention,
                 LayerParams(query.layer, query.scale, query.window, query.softcap),
                 answer[:out_bytes].view(_TORCH_DTYPES[query.out_dtype]).view(shape),
@@ -109,15 +123,16 @@ class PoolView:
         return content[:out_bytes], content[lse_start:]
 
 
-def _check(query: Header, payload: memoryview, plan: StepPlan, geometry: PoolGeometry) -> None:
+def _check(query: Header, payload: memoryview, plan: StepPlan, heads: HeadRange, geometry: PoolGeometry) -> None:
+    kv_heads = heads.end - heads.first
     expected = query.rows * query.q_heads * query.head_dim * DTYPE_BYTES[query.dtype]
     wrong = ""
     if query.step != plan.step or query.rows != plan.rows:
         wrong = f"{query.rows} rows of step {query.step}, but the plan has {plan.rows} rows and is for step {plan.step}"
     elif query.layer >= geometry.layers:
         wrong = f"layer {query.layer} of {geometry.layers}"
-    elif query.q_heads == 0 or query.q_heads % geometry.kv_heads:
-        wrong = f"{query.q_heads} query heads over {geometry.kv_heads} KV heads"
+    elif query.q_heads == 0 or query.q_heads % kv_heads:
+        wrong = f"{query.q_heads} query heads over {kv_heads} KV heads"
     elif query.head_dim != geometry.head_dim:
         wrong = f"head_dim {query.head_dim}; the pool's is {geometry.head_dim}"
     elif query.dtype != geometry.dtype or query.out_dtype not in ("float32", geometry.dtype):

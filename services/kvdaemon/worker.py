@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels.cpu.answering import CompiledQueries
-from services.core.blocks import BlockHandle
+from services.core.blocks import BlockHandle, HeadRange
 from services.core.errors import (
     InfiniteLLMError,
     InvalidRequestError,
@@ -41,15 +41,23 @@ from services.rmanager.ledger import Ledger
 _log = logging.getLogger(__name__)
 _POLL_S = 1.0  # only bounds how long one wait lasts; whatever happens ends it
 _CHECKED_AT_ONCE = 512  # blocks, for each time the lock is taken
+_READERS = frozenset({Kind.PLAN, Kind.QUERY, Kind.FORGET})
+_MAY_SEND = {
+    Role.OWNER: _READERS | {Kind.TRACE, Kind.WRITE_BLOCK, Kind.COPY},
+    Role.READER: _READERS,
+    Role.WRITER: frozenset({Kind.FILL_BLOCK}),
+}
 
 
 @dataclass(slots=True)
 class _Client:
-    """One data connection of one session; its role says what it may ask for."""
+    """One data connection of one session; its role says what it may ask for, and ``heads`` which KV heads its queries
+    are for."""
 
     connection: Connection
     session_id: int
     role: Role
+    heads: HeadRange
     traffic: InstanceTraffic
     segments: SegmentTable = field(default_factory=SegmentTable)
     plan: StepPlan | None = None
@@ -126,14 +134,20 @@ class Worker:
 
     def _accept(self, connection: Connection, hello: bytes) -> None:
         try:
-            session_id, role = wire.unpack_hello(hello)
+            session_id, role, heads = wire.unpack_hello(hello)
             with self._shared as ledger:
-                instance_id = ledger.instance_of(session_id)
+                instance_id, geometry = ledger.instance_of(session_id), ledger.geometry
+            assert geometry is not None
+            heads = heads or HeadRange(0, geometry.kv_heads)
+            if not 0 <= heads.first < heads.end <= geometry.kv_heads:
+                raise InvalidRequestError(
+                    f"KV heads {heads.first} to {heads.end} (half-open) of blocks that have {geometry.kv_heads}"
+                )
         except InfiniteLLMError as error:
             self._refuse(connection, Header(Kind.REFUSED), f"{error.reason}: {error}")
             return
         traffic = self.traffic.begin(instance_id, connection.peer.partition(":")[0])
-        self._clients[connection] = _Client(connection, session_id, role, traffic)
+        self._clients[connection] = _Client(connection, session_id, role, heads, traffic)
         _log.info(
             "data connection accepted",
             extra={"peer": connection.peer, "session": hex(session_id), "role": role.name.lower()},
@@ -158,7 +172,7 @@ class Worker:
         header = Header(Kind.REFUSED)
         try:
             header, payload = wire.unpack(message.data)
-            if (header.kind is Kind.FILL_BLOCK) != (client.role is Role.WRITER):
+            if header.kind not in _MAY_SEND[client.role]:
                 raise InvalidRequestError(f"{header.kind.name} from the session's {client.role.name.lower()}")
             match header.kind:
                 case Kind.QUERY:
@@ -210,7 +224,9 @@ class Worker:
             raise InvalidRequestError("QUERY before any PLAN")
         self._enter(client)
         begun = time.perf_counter()
-        out, lse = self._pool.attend(header, payload, client.plan, client.connection.limits.max_message_bytes)
+        out, lse = self._pool.attend(
+            header, payload, client.plan, client.heads, client.connection.limits.max_message_bytes
+        )
         compute_s = time.perf_counter() - begun
         self._count(client, client.plan, 1, compute_s)
         with self._shared as ledger:
@@ -235,7 +251,7 @@ class Worker:
         for work in client.traced:
             work.add(queries, compute_s, ago_s)
         if plan.attention.max_query_len == 1:
-            self.hosting.add(queries, self._pool.context_tokens(plan), compute_s)
+            self.hosting.add(queries, self._pool.context_tokens(plan, client.heads), compute_s)
 
     def _compile(self, client: _Client, plan: StepPlan) -> None:
         """Lets compiled code answer the queries of a decode step's plan, as far as they are like those before."""
@@ -245,7 +261,7 @@ class Worker:
                 with self._shared as ledger:
                     ended, before = ledger.ended_sessions, ledger.ended_sessions.value
                 self._enter(client)  # after that look: if the session ends from here on, it has changed
-                client.compiled = self._pool.compiled_queries(plan, *client.asked)
+                client.compiled = self._pool.compiled_queries(plan, client.heads, *client.asked)
                 if client.compiled is not None:
                     client.compiled.allow(plan.step, ended, before)
             client.connection.answer_with(client.compiled)

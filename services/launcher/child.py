@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from services.launcher import die_with_parent
+from services.runtime import die_with_parent
+from services.runtime.exit_text import exit_text
 
 TAIL_LINES = 25
 _TAIL_BYTES = 64 * 1024
@@ -34,9 +34,7 @@ class Child:
     def exit_text(self) -> str | None:
         """None while it runs, else how it ended, in words."""
         code = self._process.poll()
-        if code is None:
-            return None
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return None if code is None else exit_text(code)
 
     def wait(self, timeout_s: float) -> None:
         """Waits for its end, up to ``timeout_s``."""

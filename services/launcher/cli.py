@@ -81,6 +81,14 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     command.add_argument("--instances", type=int, default=default.instances, help="engines (default %(default)s)")
     command.add_argument(
+        "--tensor-parallel",
+        type=_degrees,
+        default=default.tensor_parallel,
+        metavar="N[,N...]",
+        help="processes that compute an instance's model together: one number for all instances or one for each "
+        "(default 1)",
+    )
+    command.add_argument(
         "--kvdaemons",
         type=int,
         default=default.kvdaemons,
@@ -245,11 +253,17 @@ def _add_places(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _degrees(text: str) -> tuple[int, ...]:
+    """Raises ValueError, as argparse wants it."""
+    return tuple(int(part) for part in text.split(","))
+
+
 def _cluster_options(options: argparse.Namespace) -> ClusterOptions:
     return ClusterOptions(
         model=options.model,
         gmanagers=options.gmanagers,
         instances=options.instances,
+        tensor_parallel=options.tensor_parallel,
         kvdaemons=options.kvdaemons,
         pool_mib=options.pool_mib,
         dtype=options.dtype,

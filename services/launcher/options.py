@@ -22,6 +22,7 @@ class ClusterOptions:
         model: directory of the checkpoint.
         gmanagers: one leads, the others stand by.
         instances: engines, each with a KV daemon beside it.
+        tensor_parallel: processes that compute one instance's model together, one number for all or one for each.
         kvdaemons: further KV daemons, which lend memory only.
         pool_mib: memory of each daemon's pool.
         http_port, grpc_port: of the gateway; 0 takes a free one.
@@ -38,6 +39,7 @@ class ClusterOptions:
     model: Path
     gmanagers: int = 1
     instances: int = 2
+    tensor_parallel: tuple[int, ...] = (1,)
     kvdaemons: int = 2
     pool_mib: int = 64
     dtype: str = "bfloat16"
@@ -56,6 +58,7 @@ class ClusterOptions:
         for option, value, least in (
             ("--gmanagers", self.gmanagers, 1),
             ("--instances", self.instances, 1),
+            ("--tensor-parallel", min(self.tensor_parallel, default=0), 1),
             ("--kvdaemons", self.kvdaemons, 0),
             ("--pool-mib", self.pool_mib, 1),
             ("--http-port", self.http_port, 0),
@@ -64,6 +67,11 @@ class ClusterOptions:
         ):
             if value < least:
                 raise ConfigError(f"{option} must be at least {least}, got {value}")
+        if len(self.tensor_parallel) not in (1, self.instances):
+            raise ConfigError(
+                f"--tensor-parallel must be one number or one for each of {self.instances} instances, got "
+                f"{len(self.tensor_parallel)}"
+            )
         for option, port in (("--http-port", self.http_port), ("--grpc-port", self.grpc_port)):
             if port > 65535:
                 raise ConfigError(f"{option} must be at most 65535, got {port}")

@@ -73,7 +73,8 @@ def make_plan(options: ClusterOptions, checkpoint: CheckpointInfo, around: Surro
     memory_daemons = [f"kvdaemon-mem-{index}" for index in range(options.kvdaemons)]
     daemons = local_daemons + memory_daemons
     # All of them compute: instances the model, daemons the attention over what they hold.
-    num_threads = max(1, around.cpus // (options.instances + len(daemons)))
+    degrees = options.tensor_parallel * (options.instances if len(options.tensor_parallel) == 1 else 1)
+    num_threads = max(1, around.cpus // (sum(degrees) + len(daemons)))
     common: dict[str, object] = {"cluster": CLUSTER, "etcd": [f"127.0.0.1:{around.etcd_port}"]}
     redis_url = f"redis://127.0.0.1:{around.redis_port}/0"
 
@@ -113,8 +114,9 @@ def make_plan(options: ClusterOptions, checkpoint: CheckpointInfo, around: Surro
             socket_dir=str(around.sockets),
             max_model_len=options.max_model_len,
             num_threads=num_threads,
+            tensor_parallel=degree,
         )
-        for index, daemon in enumerate(local_daemons)
+        for index, (daemon, degree) in enumerate(zip(local_daemons, degrees, strict=True))
     ]
     gateway = service(
         "gateway",

@@ -102,3 +102,14 @@ def test_store_kv(kernels: AttentionKernels, head_dim: int, source: torch.dtype,
     before = pool.clone()
     kernels.store_kv(k[:0], v[:0], pool, slots[:0], layer=0)
     assert torch.equal(pool, before)
+
+
+def test_store_kv_of_a_range_of_heads(kernels: AttentionKernels) -> None:
+    """A tensor-parallel rank writes its own heads and nobody else's."""
+    generator = torch.Generator().manual_seed(7)
+    pool = torch.zeros(3, 2, 4, 2, 16, 32)
+    k, v = (torch.randn(5, 2, 32, generator=generator) for _ in range(2))
+    expected = pool.clone()
+    expected[2, 1, 1:3, 0, 3:8], expected[2, 1, 1:3, 1, 3:8] = k.transpose(0, 1), v.transpose(0, 1)
+    kernels.store_kv(k, v, pool[:, :, 1:3], torch.arange(5) + 2 * 16 + 3, layer=1)
+    assert torch.equal(pool, expected)

@@ -179,6 +179,18 @@ def test_random_batches(kernels: AttentionKernels, seed: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(0, 1), (1, 3), (2, 4)])
+def test_a_range_of_kv_heads(kernels: AttentionKernels, rows: int, dtype: torch.dtype, heads: tuple[int, int]) -> None:
+    """A tensor-parallel rank computes on a view of the blocks; the other heads, NaN here, are not looked at."""
+    case = make_case([context(150, rows), context(70)], kv_heads=4, dtype=dtype)
+    first, end = heads
+    case.pool[:, :, :first] = case.pool[:, :, end:] = float("nan")
+    q = case.q[:, 2 * first : 2 * end].contiguous()
+    check(kernels, dataclasses.replace(case, q=q, pool=case.pool[:, :, first:end]))
+
+
+@pytest.mark.parametrize("rows", [1, 40])
 def test_strided_queries(kernels: AttentionKernels, rows: int) -> None:
     """A slice of a fused projection: rows lie apart."""
     case = make_case([context(70, rows)])

@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from services.core.blocks import PoolGeometry
+from services.core.blocks import HeadRange, PoolGeometry
 from services.dataplane.device import Device
 from services.dataplane.kv_pool import Pool
 from services.dataplane.loopback import LoopbackHub, LoopbackTransport
@@ -42,7 +42,7 @@ class _RecordingPoolView(PoolView):
         super().__init__(pool, device.load_kernels(1), device)
         self._queries = queries
 
-    def attend(self, query: Header, payload: memoryview, plan: StepPlan, max_answer_bytes: int):
+    def attend(self, query: Header, payload: memoryview, plan: StepPlan, heads: HeadRange, max_answer_bytes: int):
         attention = plan.attention
         last = attention.block_pos[attention.block_start[1:].long() - 1] + self._geometry.block_tokens - 1
         distance = int((attention.query_pos - last).min())
@@ -56,7 +56,7 @@ class _RecordingPoolView(PoolView):
                 tuple(attention.block_pos.tolist()),
             )
         )
-        return super().attend(query, payload, plan, max_answer_bytes)
+        return super().attend(query, payload, plan, heads, max_answer_bytes)
 
 
 class Daemon:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import AttentionKernels, AttentionPlan, LayerParams
 from kernels.reference import ReferenceKernels
-from services.core.blocks import BlockHandle, PoolGeometry
+from services.core.blocks import BlockHandle, HeadRange, PoolGeometry
 from services.dataplane import wire
 from services.dataplane.composite import CompositeTransport
 from services.dataplane.kv_pool import KvPool
@@ -145,8 +145,10 @@ class Rig:
 
     # Data plane.
 
-    def connect(self, session: int, limits: Limits = LIMITS, role: Role = Role.OWNER) -> Connection:
-        connection = self.transport.connect(self.address, wire.Hello(session, role).pack(), limits)
+    def connect(
+        self, session: int, limits: Limits = LIMITS, role: Role = Role.OWNER, kv_heads: HeadRange | None = None
+    ) -> Connection:
+        connection = self.transport.connect(self.address, wire.Hello(session, role, kv_heads).pack(), limits)
         self._inbox[connection] = []
         return connection
 

@@ -16,10 +16,10 @@ from torch import Tensor
 import kernels
 from kernels import AttentionPlan, LayerParams
 from kernels.reference import ReferenceKernels
-from services.core.blocks import BlockHandle
+from services.core.blocks import BlockHandle, HeadRange
 from services.dataplane import wire
 from services.dataplane.transport import Limits, Lost
-from services.dataplane.wire import Header, Kind, PlanSegment
+from services.dataplane.wire import Header, Kind, PlanSegment, Role
 
 BF16 = replace(GEOMETRY, dtype="bfloat16")
 
@@ -59,6 +59,43 @@ def test_partials_are_those_of_the_kernel(rig: Rig, q_heads: int, window: int, s
         expected = attend(rig.blocks(), q, segments, LayerParams(layer, 0.25, window, softcap))
         torch.testing.assert_close(out, expected[0])
         torch.testing.assert_close(lse, expected[1])
+
+
+def test_each_connection_asks_for_its_own_range_of_heads(rig: Rig) -> None:
+    """The ranks of a tensor-parallel model, side by side, have the answers of one that asks for all heads."""
+    session = rig.open()
+    blocks = rig.sealed(session, range(3))
+    ranks = [
+        rig.connect(session, role=role, kv_heads=HeadRange.of_rank(GEOMETRY.kv_heads, rank, 2))
+        for rank, role in enumerate((Role.OWNER, Role.READER))
+    ]
+    for step in range(4):  # the later ones are answered in compiled code, where there is such
+        q = rig.random(1, 6, GEOMETRY.head_dim)
+        new, known = (at(blocks), 0) if step == 0 else ([], 3)
+        for connection, part in zip(ranks, q.chunk(2, dim=1), strict=True):
+            rig.send_plan(connection, step, segment(5, 1, 20 + step, new, known))
+            rig.send_query(connection, part, step=step, layer=1)
+        out, lse = (torch.cat(parts, 1) for parts in zip(*(rig.partial(c)[1:] for c in ranks), strict=True))
+        expected = attend(rig.blocks(), q, [(1, 20 + step, at(blocks))], LayerParams(1, 0.25))
+        torch.testing.assert_close(out, expected[0])
+        torch.testing.assert_close(lse, expected[1])
+
+
+@pytest.mark.parametrize("heads", [(0, 3), (1, 1), (2, 3), (2, 1)])
+def test_heads_that_blocks_do_not_have(rig: Rig, heads: tuple[int, int]) -> None:
+    connection = rig.connect(rig.open(), role=Role.READER, kv_heads=HeadRange(*heads))
+    assert f"KV heads {heads[0]} to {heads[1]} (half-open) of blocks that have 2" in rig.refusal(connection)
+
+
+def test_query_heads_that_do_not_fit_the_range(rig: Rig) -> None:
+    connection = rig.connect(rig.open("b"), kv_heads=HeadRange(0, 2))
+    rig.send_plan(connection, 1, segment(0, 1, 5, []))
+    rig.send_query(connection, rig.random(1, 3, GEOMETRY.head_dim), step=1)
+    assert "3 query heads over 2 KV heads" in rig.refusal(connection)
+    connection = rig.connect(rig.open("c"), kv_heads=HeadRange(1, 2))
+    rig.send_plan(connection, 1, segment(0, 1, 5, []))
+    rig.send_query(connection, rig.random(1, 3, GEOMETRY.head_dim), step=1)
+    assert rig.partial(connection)[0].q_heads == 3
 
 
 def test_compiled_kernels_and_bfloat16() -> None:

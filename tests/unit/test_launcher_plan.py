@@ -107,6 +107,7 @@ def test_the_default_cluster() -> None:
         "socket_dir": "/run/sockets",
         "max_model_len": None,
         "num_threads": 1,
+        "tensor_parallel": 1,
         "metrics_listen": "127.0.0.1:0",
     }
     assert specs["gateway-0"].config == {
@@ -128,6 +129,21 @@ def test_threads_share_the_processors() -> None:
     )
     threads = {spec.name: spec.config["num_threads"] for spec in specs if spec.config and "num_threads" in spec.config}
     assert threads == {"kvdaemon-0": 5, "kvdaemon-mem-0": 5, "instance-0": 5}
+
+
+def test_each_instance_has_its_degree() -> None:
+    around = dataclasses.replace(AROUND, cpus=20)
+
+    def instances(*degrees: int) -> list[tuple[object, object]]:
+        options = ClusterOptions(model=Path("m"), instances=2, kvdaemons=0, tensor_parallel=degrees)
+        configs = [spec.config for spec in make_plan(options, CHECKPOINT, around) if spec.kind == "instance"]
+        return [(config["tensor_parallel"], config["num_threads"]) for config in configs if config]
+
+    assert instances(4) == [(4, 2), (4, 2)]
+    assert instances(1, 2) == [(1, 4), (2, 4)]
+    for degrees in ((1, 2, 3), (), (0,)):
+        with pytest.raises(ConfigError, match="--tensor-parallel must be"):
+            instances(*degrees)
 
 
 def test_several_gmanagers_stand_for_election() -> None:

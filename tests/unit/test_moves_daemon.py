@@ -141,9 +141,15 @@ def test_roles(pair: tuple[Rig, Rig]) -> None:
         connection = rig.connect(session, role=Role.WRITER)
         rig.send(connection, header, *parts)
         assert f"{header.kind.name} from the session's writer" in rig.refusal(connection)
-    connection = rig.connect(session)
-    rig.send(connection, Header(Kind.FILL_BLOCK, block=offered), content)
-    assert "FILL_BLOCK from the session's owner" in rig.refusal(connection)
+    for role, header, parts in (
+        (Role.OWNER, Header(Kind.FILL_BLOCK, block=offered), [content]),
+        (Role.READER, Header(Kind.FILL_BLOCK, block=offered), [content]),
+        (Role.READER, Header(Kind.WRITE_BLOCK, block=offered), [key(2), content]),
+        (Role.READER, Header(Kind.COPY, block=block), [CopyOrder(key(1), rig.address, session, offered).pack()]),
+    ):
+        connection = rig.connect(session, role=role)
+        rig.send(connection, header, *parts)
+        assert f"{header.kind.name} from the session's {role.name.lower()}" in rig.refusal(connection)
     connection = rig.connect(session, role=Role.WRITER)
     rig.send(connection, Header(Kind.FILL_BLOCK, block=offered), content[:-1])
     assert "INVALID_REQUEST" in rig.refusal(connection)

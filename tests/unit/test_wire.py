@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle
+from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, HeadRange
 from services.core.errors import InvalidRequestError
 from services.core.trace_context import TraceContext
 from services.dataplane import wire
@@ -56,7 +56,7 @@ def test_a_plan_survives_the_way():
         b"short",
         bytes(wire.HEADER_BYTES),
         b"\x01" + bytes(63),
-        b"\x02\xff" + bytes(62),
+        b"\x03\xff" + bytes(62),
         Header(Kind.QUERY).pack()[:36] + b"\x09" + bytes(27),
     ],
 )
@@ -76,13 +76,13 @@ def test_a_plan_of_another_length_is_refused(cut: int):
 
 def test_handles_hello_and_blocks():
     assert wire.unpack_handles(3, memoryview(wire.pack_handles([1, 2, 2**32 - 1]))) == [1, 2, 2**32 - 1]
-    for hello in (Hello(2**63 + 1), Hello(5, Role.WRITER)):
+    for hello in (Hello(2**63 + 1), Hello(5, Role.WRITER), Hello(6, Role.READER, HeadRange(8, 65535))):
         assert wire.unpack_hello(hello.pack()) == hello
     key, content = wire.split_block(memoryview(b"k" * BLOCK_KEY_BYTES + b"content"), 7)
     assert (key, content) == (b"k" * BLOCK_KEY_BYTES, b"content")
     with pytest.raises(InvalidRequestError):
         wire.split_block(memoryview(b"too short"), 7)
-    for garbage in (b"\x01" + bytes(9), b"\x02\x07" + bytes(8), b"\x02"):
+    for garbage in (b"\x01" + bytes(13), b"\x03\x07" + bytes(12), b"\x03" + bytes(9), b"\x03"):
         with pytest.raises(InvalidRequestError):
             wire.unpack_hello(garbage)
 

@@ -6,7 +6,7 @@
 
 #include "abi.h"
 
-#define WIRE_VERSION 2
+#define WIRE_VERSION 3
 #define WIRE_QUERY 2
 #define WIRE_PARTIAL 3
 

@@ -1,8 +1,8 @@
 """``python die_with_parent.py PARENT_PID PROGRAM [ARGUMENT ...]``: becomes PROGRAM, and dies with its parent.
 
-Run as a script between the launcher and each of its children. PR_SET_PDEATHSIG is this process's and stays through the
+Run as a script between a process and each of its children. PR_SET_PDEATHSIG is this process's and stays through the
 exec. A parent that died before it was set can no longer be the parent afterwards, so looking then closes the race.
-Doing this in a process of its own, instead of between fork and exec, is safe when the launcher has threads.
+Doing this in a process of its own, instead of between fork and exec, is safe when the parent has threads.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ def main() -> None:
     if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
         sys.exit(f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}")
     if os.getppid() != parent:
-        sys.exit("the launcher is gone")
+        sys.exit("the parent is gone")
     try:
         os.execv(program, sys.argv[2:])
     except OSError as exc:
