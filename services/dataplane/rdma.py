@@ -16,6 +16,7 @@ registered memory: without ``allow_insecure`` a transport listens on loopback on
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import time
@@ -40,8 +41,10 @@ from services.dataplane.transport import (
     Received,
 )
 
+_log = logging.getLogger(__name__)
 _HELLO = b"rdma"  # of the control connection: introductions follow
 _NAP_S = 1e-3
+_INTRODUCTION_S = 5.0  # that a guest has for it
 _FAREWELL_S = 2.0  # in which a connection that this side has closed writes what was sent on it
 _LAST_WRITES_S = 1.0  # the same, where the whole transport closes
 _QUARANTINE_S = 10.0
@@ -76,7 +79,8 @@ class RdmaTransport(WaitableTransport, RdmaOwner):
         self._control = TcpTransport(listen_at, advertise, allow_insecure, peer_timeout_s)
         self._patience = Patience(*awake_s)
         self._tokens = count(int.from_bytes(os.urandom(4), "little") << 16)  # no late note hits another transport's
-        self._guests: dict[Connection, str] = {}  # control connections without an introduction, and whose they are
+        # Control connections without an introduction: whose they are, and until when they may take.
+        self._guests: dict[Connection, tuple[str, float]] = {}
         self._by_control: dict[Connection, RdmaConnection] = {}
         self._by_token: dict[int, RdmaConnection] = {}
         self._leaving: dict[RdmaConnection, float] = {}  # closed by this side, until when they may write
@@ -187,7 +191,7 @@ class RdmaTransport(WaitableTransport, RdmaOwner):
     def _longest_sleep(self) -> float:
         if self._to_progress:
             return _NAP_S
-        return DEADLINE_CHECK_S if self._leaving or self._quarantine else float("inf")
+        return DEADLINE_CHECK_S if self._leaving or self._quarantine or self._guests else float("inf")
 
     def _stay_awake(self, events: list[Event]) -> None:
         """Looks for notifications for a while."""
@@ -219,7 +223,8 @@ class RdmaTransport(WaitableTransport, RdmaOwner):
         match event:
             case Accepted(control, hello):
                 if hello == _HELLO:
-                    self._guests[control] = f"{self.scheme}:{control.peer.partition(':')[2]}"
+                    peer = f"{self.scheme}:{control.peer.partition(':')[2]}"
+                    self._guests[control] = peer, time.monotonic() + _INTRODUCTION_S
                 else:
                     control.close()
             case Received(control, message):
@@ -241,7 +246,7 @@ class RdmaTransport(WaitableTransport, RdmaOwner):
 
     def _admit(self, control: Connection, data: memoryview, events: list[Event]) -> None:
         """A guest has introduced itself."""
-        peer = self._guests.pop(control)
+        peer, _ = self._guests.pop(control)
         try:
             introduction = unpack_introduction(data)
             connection = self._adopt(control, introduction.limits, peer)
@@ -286,9 +291,13 @@ class RdmaTransport(WaitableTransport, RdmaOwner):
                 self._finish(connection)
 
     def _check_deadlines(self) -> None:
-        if not self._leaving and not self._quarantine:
+        if not self._leaving and not self._quarantine and not self._guests:
             return
         now = time.monotonic()
+        for control in [control for control, (_, until) in self._guests.items() if until < now]:
+            peer, _ = self._guests.pop(control)
+            _log.warning("turned away a guest: %s has not introduced itself within %g s", peer, _INTRODUCTION_S)
+            control.close()
         for connection in [connection for connection, until in self._leaving.items() if until < now]:
             self._finish(connection)
         while self._quarantine and self._quarantine[0][0] < now:

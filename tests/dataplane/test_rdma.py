@@ -9,6 +9,7 @@ from authority import Authority, mutual_tls
 from stations import LIMITS, Net, RdmaBackend, Station
 
 from services.core.errors import ConfigError
+from services.dataplane import rdma
 from services.dataplane.rdma import RdmaTransport
 from services.dataplane.rdma_notes import REPORT, Introduction, Note, control_limits, unpack_introduction
 from services.dataplane.select import ListenOptions, connecting_transport, listening_transport
@@ -86,6 +87,17 @@ def test_who_cannot_be_written_to_is_turned_away(net, stranger, data):
     control.send([data])
     net.lost(guest, control)
     assert server.events == []
+
+
+def test_who_never_introduces_himself_is_turned_away(net, stranger, monkeypatch, caplog):
+    monkeypatch.setattr(rdma, "_INTRODUCTION_S", 0.2)
+    server, guest, control = stranger
+    net.lost(guest, control)
+    assert "has not introduced itself within 0.2 s" in caplog.text
+    monkeypatch.undo()
+    near, far = net.link(net.station("client"), server)
+    near.send([b"nobody else is"])
+    net.arrive(server, far, 1)
 
 
 @pytest.mark.parametrize(
