@@ -17,7 +17,7 @@ import torch
 from services.core.blocks import PoolGeometry
 from services.core.errors import ConfigError, PeerLostError, SessionRevokedError, TransferTimeoutError
 from services.dataplane.kv_pool import KvPool
-from services.dataplane.pool_socket import PoolSocketServer, map_pool
+from services.dataplane.pool_socket import MappedPool, PoolSocketServer, map_pool
 
 GEOMETRY = PoolGeometry(layers=2, kv_heads=3, block_tokens=4, head_dim=8, dtype="bfloat16")
 BLOCKS = 5
@@ -190,6 +190,24 @@ def test_a_tensor_holds_the_mapping(daemon):
     assert daemon.hung_up == []
     del blocks
     daemon.wait_for_hang_ups([5])
+
+
+def test_who_was_given_the_mapping_by_another_process_hangs_up_with_it(daemon):
+    """The ranks of an instance share a mapping: it has ended when the last of them has let go."""
+    pool = map_pool(daemon.path, 6, soon())
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        socket.send_fds(ours, [b"f"], pool.files)
+        _, (memfd, sock), _, _ = socket.recv_fds(theirs, 1, 2)
+    other = MappedPool(memfd, sock, pool.pool_bytes)
+    pool.as_tensor(GEOMETRY)[2] = 3
+    pool.close()
+    with pytest.raises(SessionRevokedError):
+        map_pool(daemon.path, 6, soon())
+    assert daemon.hung_up == []
+    assert other.as_tensor(GEOMETRY)[2].eq(3).all()
+    other.close()
+    daemon.wait_for_hang_ups([6])
 
 
 def test_a_daemon_that_is_not_there(directory):
