@@ -5,6 +5,7 @@ In Triton's interpreter; the clock and the sizes are those of the test.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -23,7 +24,7 @@ from benchmarks.harness import main
 from benchmarks.kernel_gpu import QUESTION, add_arguments, measure
 from benchmarks.kernel_gpu_cases import PagedCase
 from kernels.triton import TritonKernels
-from kernels.triton.tiling import Kind, Tiling
+from kernels.triton.tiling import INTERPRETER, Kind, Tiling
 from kernels.triton.tune import plan_of, tune
 from kernels.triton.tuning import CACHE_VARIABLE, TilingCache
 
@@ -119,7 +120,8 @@ def test_sizes_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         monkeypatch.setattr(f"kernels.triton.tune.{name}", value)
     monkeypatch.setattr("kernels.triton.tune.TritonKernels", Kernels)
     monkeypatch.setattr("torch.cuda.Event", Event)
-    pool = torch.randn(14, 1, 1, 2, 16, 16).bfloat16()
+    monkeypatch.setattr("kernels.triton.kernels.INTERPRETER", dataclasses.replace(INTERPRETER, multiprocessors=1))
+    pool = torch.randn(2, 1, 1, 2, 16, 16).bfloat16()
     found = tune(pool, 2, TilingCache(tmp_path), [Kind.DECODE])
     assert len({(tiling.num_stages, tiling.num_warps) for tiling in launched}) >= 5
     assert found[Kind.DECODE].num_stages == 3
