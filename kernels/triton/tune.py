@@ -6,15 +6,17 @@ Not part of serving: it takes seconds per size, most of them the compiler's. ``b
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from kernels.interface import AttentionPlan, LayerParams
 from kernels.triton.kernels import TritonKernels, describe_gpu, shape_of
-from kernels.triton.tiling import Kind, Tiling
+from kernels.triton.tiling import Kind, Tiling, candidates
 from kernels.triton.tuning import TilingCache, choose
 
 _log = logging.getLogger(__name__)
@@ -72,6 +74,11 @@ def time_on_gpu(pool: Tensor, q_heads: int, kind: Kind) -> Callable[[Tiling], fl
     q = torch.randn(rows * len(lengths), q_heads, pool.shape[5], device=pool.device).to(pool.dtype)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=pool.device)
     params = [LayerParams(layer, pool.shape[5] ** -0.5) for layer in range(pool.shape[1])]
+    if pool.is_cuda:
+        _compile(
+            lambda tiling: TritonKernels({kind: tiling}).micro_attention(q, pool, plan, params[0], out, lse),
+            candidates(describe_gpu(pool.device), shape_of(pool, q_heads, kind)),
+        )
     expected: list[Tensor] = []  # what the first that can be launched, as a rule the default, gives
 
     def measure(tiling: Tiling) -> float:
@@ -98,6 +105,14 @@ def time_on_gpu(pool: Tensor, q_heads: int, kind: Kind) -> Callable[[Tiling], fl
         return statistics.median(seconds)
 
     return measure
+
+
+def _compile(launch: Callable[[Tiling], None], tried: list[Tiling]) -> None:
+    """Launches each once, side by side: what takes long is the compiler, and it lets other threads run."""
+    with ThreadPoolExecutor(min(len(tried), os.cpu_count() or 1)) as threads:
+        for failed in [threads.submit(launch, tiling) for tiling in tried]:
+            failed.exception()  # said when it is measured
+    torch.cuda.synchronize()
 
 
 def plan_of(contexts: list[int], rows: int, block_tokens: int, device: torch.device) -> AttentionPlan:
