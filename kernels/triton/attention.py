@@ -31,7 +31,8 @@ def score(queries, keys, scale, softcap, CAPPED: tl.constexpr):
     return scores
 
 
-@triton.jit
+# Numbers that differ from batch to batch and layer to layer: none is worth a kernel of its own.
+@triton.jit(do_not_specialize=["places", "window"])
 def attend(
     q,  # [rows, q_heads, head_dim], rows q_stride apart
     pool,  # [num_blocks, layers, kv_heads, 2, BLOCK_TOKENS, HEAD_DIM]; already moved to the layer
@@ -183,7 +184,7 @@ def attend(
         tl.store(part_out + to[:, None] * HEAD_DIM + dim[None, :], acc, mask=written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "segments", "places"])
 def merge_items(
     part_out,  # [kv_heads, places, HEAD_DIM] float32
     part_lse,  # [kv_heads, places] float32, logarithms to base 2

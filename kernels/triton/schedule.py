@@ -35,7 +35,7 @@ def first_after(block_pos, low, high, bound):
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "window", "target", "first_place", "low", "high"])
 def schedule(
     query_start,
     query_pos,

@@ -5,6 +5,7 @@ In Triton's interpreter; the clock and the sizes are those of the test.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -23,8 +24,9 @@ from benchmarks.harness import main
 from benchmarks.kernel_gpu import QUESTION, add_arguments, measure
 from benchmarks.kernel_gpu_cases import PagedCase
 from kernels.triton import TritonKernels
-from kernels.triton.tune import plan_of
-from kernels.triton.tuning import CACHE_VARIABLE
+from kernels.triton.tiling import INTERPRETER, Kind, Tiling
+from kernels.triton.tune import plan_of, tune
+from kernels.triton.tuning import CACHE_VARIABLE, TilingCache
 
 
 def cpu_clock(work: Callable[[], None]) -> Callable[[], float]:
@@ -81,6 +83,52 @@ def test_a_wrong_result_ends_the_run(small: None) -> None:
 
     with pytest.raises(SystemExit, match="out is off by"):
         case.check(Wrong())
+
+
+def test_sizes_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the GPU's events replaced: each size computes the same, the one that takes least is kept."""
+
+    class Event:
+        now = 0.0
+
+        def __init__(self, enable_timing: bool) -> None:
+            self._at = 0.0
+
+        def record(self) -> None:
+            Event.now += 1.0 + launched[-1].num_stages
+            self._at = Event.now
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, after: Event) -> float:
+            return after._at - self._at
+
+    launched: list[Tiling] = []
+
+    class Kernels(TritonKernels):
+        def __init__(self, tilings: dict[Kind, Tiling]) -> None:
+            super().__init__(tilings)
+            launched.extend(tilings.values())
+
+        def micro_attention(self, q, pool, plan, params, out, lse) -> None:
+            super().micro_attention(q, pool, plan, params, out, lse)
+            if launched[-1].num_stages == 2 and launched[-1].num_warps == 4:
+                out += 1.0  # the fastest are wrong
+
+    for name, value in (("_WARM_UP", 1), ("_SAMPLES", 1), ("_CALLS", 1), ("_PREFILL_ROWS", 5)):
+        monkeypatch.setattr(f"kernels.triton.tune.{name}", value)
+    monkeypatch.setattr("kernels.triton.tune.TritonKernels", Kernels)
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("kernels.triton.kernels.INTERPRETER", dataclasses.replace(INTERPRETER, multiprocessors=1))
+    pool = torch.randn(2, 1, 1, 2, 16, 16).bfloat16()
+    found = tune(pool, 2, TilingCache(tmp_path), [Kind.DECODE])
+    assert len({(tiling.num_stages, tiling.num_warps) for tiling in launched}) >= 5
+    assert found[Kind.DECODE].num_stages == 3
+    assert tune(pool, 2, TilingCache(tmp_path), [Kind.DECODE]) == found
+    found = tune(pool, 2, TilingCache(tmp_path), [Kind.PREFILL])
+    assert found[Kind.PREFILL].num_stages == 2
+    assert found[Kind.PREFILL].num_warps == 8
 
 
 def test_plans_are_of_whole_sequences() -> None:
