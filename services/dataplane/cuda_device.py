@@ -78,6 +78,9 @@ class CudaDevice(StagedDevice):
     def settle(self) -> None:
         torch.cuda.current_stream(self.tensors).synchronize()
 
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
+
     def stopwatch(self) -> Stopwatch:
         return _CudaStopwatch(self.tensors)
 

@@ -63,6 +63,7 @@ def main() -> None:
         apply_passes(model, config.passes, config.num_threads)
         if config.record_steps:
             record_steps(model, device, config.max_num_seqs)
+        device.trim()
         asyncio.run(serve(config, model, device))
     except InfiniteLLMError as error:
         sys.exit(f"infinite-llm instance: {error}")
