@@ -59,6 +59,7 @@ QUESTION = "what do long contexts cost in a cluster whose processes share one GP
 CONTEXTS = (131072, 524288, 1048576)
 PREFILLED = (131072,)
 NEEDLE_TOKENS = 1_000_000
+QUICK_CONTEXTS, QUICK_PREFILLED, QUICK_NEEDLE_TOKENS, QUICK_LAYERS = (32768, 131072), (32768,), 131072, 4
 _CHUNK_TOKENS = 4096
 _NEEDLE_CHUNK_TOKENS = 8192
 _NEEDLE_LAYERS = 8  # 8 KiB of KV a token
@@ -73,6 +74,15 @@ _MIXED_STEP_S = 5.0  # a chunk behind a million tokens takes so long; there is n
 
 def measure(run: Run) -> None:
     options = run.options
+    if run.quick:
+        options.contexts = options.contexts or QUICK_CONTEXTS
+        options.prefill = QUICK_PREFILLED if options.prefill is None else options.prefill
+        options.needle_tokens = options.needle_tokens or QUICK_NEEDLE_TOKENS
+        options.layers = options.layers or QUICK_LAYERS
+    options.contexts = options.contexts or CONTEXTS
+    options.prefill = PREFILLED if options.prefill is None else options.prefill
+    options.needle_tokens = options.needle_tokens or NEEDLE_TOKENS
+    options.mps = options.mps or ("both" if mps_is_installed() else "off")
     if options.mps != "off" and not mps_is_installed():
         raise SystemExit("gpu_cluster: nvidia-cuda-mps-control is not on PATH; measure without it: --mps off")
     try:
@@ -330,24 +340,23 @@ def _named(spread: bool) -> str:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="llama-3-8b", help="default %(default)s")
     parser.add_argument(
-        "--contexts", type=int, nargs="+", default=CONTEXTS, metavar="TOKENS", help="default %(default)s"
+        "--contexts", type=int, nargs="+", metavar="TOKENS", help=f"default {' '.join(map(str, CONTEXTS))}"
     )
     parser.add_argument(
         "--prefill",
         type=int,
         nargs="*",
-        default=PREFILLED,
         metavar="TOKENS",
-        help="contexts computed in full for the time to the first token (default %(default)s; a million takes a "
+        help="contexts computed in full for the time to the first token (default: 128K; a million takes a "
         "quarter of an hour on an H100 with 32 layers)",
     )
     parser.add_argument(
         "--placements", nargs="+", choices=("local", "spread"), default=("local", "spread"), help="default: both"
     )
-    parser.add_argument("--mps", choices=("on", "off", "both"), default="both", help="default %(default)s")
+    parser.add_argument("--mps", choices=("on", "off", "both"), help="default: both, where MPS is installed")
     parser.add_argument("--layers", type=int, help="of the Llama (default: 32, or as many as fit)")
     parser.add_argument("--repetitions", type=int, default=3, help="default %(default)s")
-    parser.add_argument("--needle-tokens", type=int, default=NEEDLE_TOKENS, metavar="N", help="default %(default)s")
+    parser.add_argument("--needle-tokens", type=int, metavar="N", help=f"default {NEEDLE_TOKENS}")
     parser.add_argument("--skip-needle", action="store_true", help="only the Llama")
     parser.add_argument("--device", default="cuda", help="of all processes (default %(default)s)")
     parser.add_argument("--gpu-mib", type=int, metavar="N", help="memory to fill (default: what nvidia-smi calls free)")

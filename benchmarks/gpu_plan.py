@@ -54,6 +54,19 @@ def weight_bytes(shape: CheckpointShape) -> int:
     return _ELEMENT_BYTES * (2 * int(s["vocab_size"]) * hidden + int(s["num_hidden_layers"]) * layer)
 
 
+def loading_bytes(shape: CheckpointShape) -> int:
+    """What a Llama takes while it is loaded, besides its weights: those of fused products stand there twice."""
+    s = shape.settings
+    hidden, inner, heads, kv_heads, layers = (
+        int(s[name])
+        for name in (
+            *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+            "num_hidden_layers",
+        )
+    )
+    return _ELEMENT_BYTES * layers * hidden * (hidden + 2 * kv_heads * hidden // heads + 2 * inner)
+
+
 def fit(shape: CheckpointShape, gpu_mib: int, context: int, chunk_tokens: int, spread: bool) -> Fit:
     """The most layers whose weights, pools and processes one GPU holds.
 
@@ -71,7 +84,8 @@ def fit(shape: CheckpointShape, gpu_mib: int, context: int, chunk_tokens: int, s
         geometry = geometry_of(cut)
         blocks = pool_blocks(geometry, context, chunk_tokens, spread)
         pool_mib = -(-blocks * geometry.block_bytes // MIB)
-        taken = daemons * pool_mib + (daemons + 1) * _CONTEXT_MIB + (weight_bytes(cut) + activations) // MIB
+        once = max(activations, loading_bytes(cut))
+        taken = daemons * pool_mib + (daemons + 1) * _CONTEXT_MIB + (weight_bytes(cut) + once) // MIB
         if taken <= gpu_mib:
             return Fit(layers, pool_mib, daemons)
     raise ConfigError(f"a GPU of {gpu_mib} MiB holds no layer of {shape.name} with a context of {context} tokens")

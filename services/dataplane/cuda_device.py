@@ -17,11 +17,10 @@ from kernels import AttentionKernels
 from services.core.errors import ConfigError
 from services.dataplane.cuda_pool import CudaPool, map_cuda_pool
 from services.dataplane.device import Download, Recording, Stopwatch
+from services.dataplane.device_name import LEAST_CAPABILITY
 from services.dataplane.host_device import tensor_bytes
 from services.dataplane.kv_pool import Grant, Mapping, Pool
 from services.dataplane.staged_device import StagedDevice
-
-_LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16, and what the kernels' tiles need of shared memory
 
 
 class CudaDevice(StagedDevice):
@@ -77,6 +76,9 @@ class CudaDevice(StagedDevice):
 
     def settle(self) -> None:
         torch.cuda.current_stream(self.tensors).synchronize()
+
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
 
     def stopwatch(self) -> Stopwatch:
         return _CudaStopwatch(self.tensors)
@@ -157,8 +159,8 @@ def check_gpu(index: int, built_for: str | None, capabilities: Sequence[tuple[in
             f"{name}: torch sees {len(capabilities)} GPUs here; look at nvidia-smi and CUDA_VISIBLE_DEVICES, or set "
             "device: cpu"
         )
-    if capabilities[index] < _LEAST_CAPABILITY:
-        have, least = (".".join(map(str, version)) for version in (capabilities[index], _LEAST_CAPABILITY))
+    if capabilities[index] < LEAST_CAPABILITY:
+        have, least = (".".join(map(str, version)) for version in (capabilities[index], LEAST_CAPABILITY))
         raise ConfigError(
             f"{name}: its compute capability is {have}; {least} (Ampere) or newer is needed, or set device: cpu"
         )

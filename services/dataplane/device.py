@@ -4,7 +4,7 @@ Plans, tokens and messages are made in host memory, whatever computes. A ``Devic
 kernels and answers back. On the CPU both are the same memory and nothing is copied. On a GPU (``StagedDevice``) copies
 go through pinned memory on streams of their own, and nothing waits for the stream that computes but ``settle``.
 
-A device is used by one thread at a time, and by each of its threads after ``enter_thread``.
+Each thread that uses a device enters it first (``enter_thread``).
 """
 
 from __future__ import annotations
@@ -119,7 +119,15 @@ class Device(ABC):
 
     @abstractmethod
     def settle(self) -> None:
-        """Answers when all that the thread let the device compute is done."""
+        """Answers when all that the thread let the device compute is done.
+
+        Raises:
+            RuntimeError: the device has failed, and does nothing more for this process.
+        """
+
+    @abstractmethod
+    def trim(self) -> None:
+        """Gives memory back that nothing uses now: others may have the device, too."""
 
     @abstractmethod
     def stopwatch(self) -> Stopwatch: ...

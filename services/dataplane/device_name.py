@@ -8,6 +8,7 @@ from typing import Literal
 
 from services.core.errors import ConfigError
 
+LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16, and what the kernels' tiles need of shared memory
 _NAME = re.compile(r"(cpu|cuda|interpreter)(?::(\d{1,3}))?", re.ASCII)
 
 

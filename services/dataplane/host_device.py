@@ -48,6 +48,9 @@ class HostDevice(Device):
     def settle(self) -> None:
         pass
 
+    def trim(self) -> None:
+        pass
+
     def stopwatch(self) -> Stopwatch:
         return HostStopwatch()
 

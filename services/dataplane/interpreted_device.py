@@ -70,6 +70,9 @@ class InterpretedDevice(StagedDevice):
     def settle(self) -> None:
         pass
 
+    def trim(self) -> None:
+        pass
+
     def stopwatch(self) -> Stopwatch:
         return HostStopwatch()
 

@@ -50,6 +50,7 @@ def run(config: InstanceConfig, config_file: Path) -> None:
     """
     device = open_device(config.device)
     model, ranks = _prepare(config, config_file, device)
+    device.trim()
     asyncio.run(serve(config, model, device, ranks))
 
 

@@ -59,6 +59,13 @@ class PoolView:
         """The plan where the kernels can read it."""
         return replace(plan, attention=upload_plan(plan.attention, self._device))
 
+    def settle(self) -> None:
+        """
+        Raises:
+            RuntimeError: the device has failed for good.
+        """
+        self._device.settle()
+
     def context_tokens(self, plan: StepPlan, heads: HeadRange) -> float:
         """Tokens of all blocks of a plan, divided by the number of layers: one layer's share of a step's work. Of some
         heads' only, it is that part of them."""

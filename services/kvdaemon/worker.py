@@ -201,6 +201,7 @@ class Worker:
         except Exception as error:  # a bug or a failed kernel: this message's, and no reason to fail the others
             _log.exception("message could not be served", extra={"peer": connection.peer, "kind": header.kind.name})
             self._refuse(connection, header, f"INTERNAL: {type(error).__name__} in the daemon; see its log")
+            self._pool.settle()  # a GPU that fails once fails from then on, and the process must end
         message.release()
 
     def _plan(self, client: _Client, header: Header, payload: memoryview) -> None:

@@ -8,7 +8,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-_LEAST_CAPABILITY = (8, 0)
+from services.dataplane.device_name import LEAST_CAPABILITY
+
 _TIMEOUT_S = 10.0
 _DEFAULT_PIPES = "/tmp/nvidia-mps"
 _CONTROL = "nvidia-cuda-mps-control"
@@ -66,7 +67,7 @@ def judge_gpus(facts: GpuFacts) -> tuple[bool, str]:
         f"cuda:{index} {name} ({'.'.join(map(str, capability))})"
         for index, (name, capability) in enumerate(zip(facts.names, facts.capabilities, strict=True))
     )
-    if max(facts.capabilities) < _LEAST_CAPABILITY:
+    if max(facts.capabilities) < LEAST_CAPABILITY:
         return False, f"{told}: compute capability 8.0 (Ampere) or newer is needed for --device cuda"
     return True, told
 

@@ -9,12 +9,15 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from engine_rig import EngineRig
 from small_llama import write_small_llama
 
-from kernels import AttentionKernels
+from kernels import AttentionKernels, AttentionPlan
 from kernels.reference import ReferenceKernels
 from services.dataplane.interpreted_device import InterpretedDevice
+from services.instance.batch import Batch, upload_batch
+from services.instance.dist_attention import StepTensors
 from services.instance.recorded_model import RecordedModel
 
 
@@ -76,3 +79,26 @@ def test_a_lost_lender_costs_a_recomputation_only(model: Path, device: Interpret
         rig.wait("r")
         assert rig.tokens("r") == rig.tokens("undisturbed")
         rig.check_nothing_held()
+
+
+@pytest.mark.parametrize("long_rows", [None, torch.tensor([True, False, True])])
+def test_a_batch_is_uploaded_whole(device: InterpretedDevice, long_rows: torch.Tensor | None) -> None:
+    ints = [torch.arange(n, dtype=torch.int32) for n in (3, 2, 3, 5, 5)]
+    numbers = [torch.arange(n) + n for n in (3, 3, 3, 2)]
+    step = StepTensors(numbers[2], AttentionPlan(*ints, max_query_len=2))
+    batch = Batch(numbers[0], numbers[1], step, (), numbers[3], long_rows)
+    uploaded = upload_batch(batch, device)
+    assert uploaded.shares == ()
+    assert uploaded.step.local.max_query_len == 2
+    assert (uploaded.long_rows is None) is (long_rows is None)
+    for own, theirs in zip(_tensors(batch), _tensors(uploaded), strict=True):
+        assert own.dtype == theirs.dtype
+        assert torch.equal(own, theirs)
+        assert own.data_ptr() != theirs.data_ptr()
+
+
+def _tensors(batch: Batch) -> list[torch.Tensor]:
+    plan = batch.step.local
+    plans = [plan.query_start, plan.query_pos, plan.block_start, plan.block_ids, plan.block_pos]
+    long_rows = [] if batch.long_rows is None else [batch.long_rows]
+    return [batch.token_ids, batch.positions, batch.step.slots, batch.logit_rows, *plans, *long_rows]
