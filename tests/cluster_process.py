@@ -62,7 +62,7 @@ class Cluster:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()
                 raise AssertionError(f"the cluster did not start:\n{self.logs()}")
-            time.sleep(0.05)
+            time.sleep(0.1)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -22,7 +22,7 @@ from services.launcher.supervisor import Supervisor
 
 _BASE_KINDS = ("etcd", "redis")
 _BASE_TIMEOUT_S = 30.0
-_POLL_S = 0.05
+_POLL_S = 0.1
 _ANSWER_TIMEOUT_S = 2.0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -57,9 +58,11 @@ def clear_reference(clear_llama: Path) -> Reference:
 
 
 def _greedy(path: Path) -> Reference:
+    torch.set_num_threads(1)  # clusters compute beside it, and threads that wait for each other are slower than one
     model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
 
-    def generate(prompt: list[int], count: int) -> tuple[list[int], list[float]]:
+    @cache
+    def generate(prompt: tuple[int, ...], count: int) -> tuple[list[int], list[float]]:
         tokens = torch.tensor([prompt])
         answer = model.generate(
             tokens,
@@ -73,7 +76,7 @@ def _greedy(path: Path) -> Reference:
         top = torch.stack([logits[0] for logits in answer.logits]).topk(2).values
         return answer.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist()
 
-    return generate
+    return lambda prompt, count: generate(tuple(prompt), count)
 
 
 @pytest.fixture(scope="module")
