@@ -145,7 +145,11 @@ def test_roles(pair: tuple[Rig, Rig]) -> None:
         (Role.OWNER, Header(Kind.FILL_BLOCK, block=offered), [content]),
         (Role.READER, Header(Kind.FILL_BLOCK, block=offered), [content]),
         (Role.READER, Header(Kind.WRITE_BLOCK, block=offered), [key(2), content]),
-        (Role.READER, Header(Kind.COPY, block=block), [CopyOrder(key(1), Offers((rig.address,)), session, offered).pack()]),
+        (
+            Role.READER,
+            Header(Kind.COPY, block=block),
+            [CopyOrder(key(1), Offers((rig.address,)), session, offered).pack()],
+        ),
     ):
         connection = rig.connect(session, role=role)
         rig.send(connection, header, *parts)
