@@ -91,17 +91,19 @@ def rank_of(cluster: Cluster) -> int:
     return int(rank)
 
 
-def wait_for_a_new_one(cluster: Cluster, old: int) -> None:
-    """Until the ranked instance has ended and its successor serves."""
+def wait_for_a_new_one(cluster: Cluster, old: str) -> None:
+    """Until the ranked instance, which had this address, has ended and its successor serves."""
     deadline = time.monotonic() + DEADLINE_S
-    while cluster.pids().get(RANKED, old) == old or not serves(cluster):
+    while address_of(cluster) in (None, old):
         assert time.monotonic() < deadline, cluster.logs()
         time.sleep(0.2)
 
 
-def serves(cluster: Cluster) -> bool:
+def address_of(cluster: Cluster) -> str | None:
+    """Of the ranked instance; None while it does not serve."""
     with Client(f"127.0.0.1:{cluster.grpc_port}") as client:
-        return RANKED in {one.instance_id for one in client.cluster_status().instances}
+        found = {one.instance_id: one.address for one in client.cluster_status().instances}
+    return found.get(RANKED)
 
 
 def log_of(cluster: Cluster) -> str:
@@ -160,7 +162,8 @@ def test_a_daemon_that_is_lost_voids_the_step_on_all_ranks(cluster: Cluster, gre
 def test_a_rank_that_is_lost_ends_the_instance_and_its_requests_go_on_elsewhere(
     cluster: Cluster, greedy_reference: Reference, signum: signal.Signals, reason: str
 ):
-    leader, rank = cluster.pid(RANKED), rank_of(cluster)
+    address, rank = address_of(cluster), rank_of(cluster)
+    assert address is not None
     prompts = [prompt_of(100, seed=40 + number) for number in range(2)]
     streams = [Stream(cluster, prompt, 150) for prompt in prompts]  # one on each instance
     for stream in streams:
@@ -168,7 +171,7 @@ def test_a_rank_that_is_lost_ends_the_instance_and_its_requests_go_on_elsewhere(
     os.kill(rank, signum)
     for stream, prompt in zip(streams, prompts, strict=True):
         assert_same_tokens(stream.finish(), *greedy_reference(prompt, 150))
-    wait_for_a_new_one(cluster, leader)
+    wait_for_a_new_one(cluster, address)
     assert f'"why": "{reason}"' in log_of(cluster)
     assert not Path(f"/proc/{rank}").exists(), "no rank outlives its leader"
     cluster.wait_until_no_block_is_held()
