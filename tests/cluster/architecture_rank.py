@@ -4,11 +4,16 @@ Each is written, loaded in parts and probed; rank 0 prints a line of JSON for it
 model's, as a part of their spread, or why it is refused.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+
+from services.instance import torch_parts
+
+torch_parts.sharded_tensors = True  # before transformers is imported
 
 import torch
 from architectures import SERVED, VOCAB_SIZE
@@ -36,7 +41,7 @@ def main() -> None:
         distributed.barrier()
         told: dict[str, object] = {"name": architecture.name}
         try:
-            model = load_model(path, "float32", None, part)
+            model = load_model(path, "float32", None, part=part)
             probe(model, kernels.load("cpu"), 64, "float32")
             logits = by_eager(model)
             if part.rank == 0:

@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels import AttentionPlan
 from kernels.reference import ReferenceKernels
 from services.core.blocks import BlockHandle
+from services.dataplane.host_device import HostDevice
 from services.dataplane.kv_pool import KvPool
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import PeerShare
@@ -27,9 +28,9 @@ from services.instance.assembly import ComputeParts
 from services.instance.batch import Batch
 from services.instance.dist_attention import DistAttention, StepTensors
 from services.instance.model import Model, load_model
-from services.instance.rank import Rank
 from services.instance.ranks.lockstep import LockstepRemoteAttention
 from services.instance.ranks.orders import DaemonAddress, RankChannel, StepEnd, StepOrder
+from services.instance.ranks.process import Rank
 
 BLOCK, KNOWN = 16, 32  # two blocks of the sequence lie on the daemon, the next one is the rank's own
 DEADLINE_S = 20.0
@@ -54,7 +55,7 @@ class RankRig:
         remote = LockstepRemoteAttention(peers, ReferenceKernels(), "float32", DEADLINE_S)
         attention = DistAttention(ReferenceKernels(), self.pool, remote)
         attention.attach_to(model.module)
-        self.rank = Rank(model, ComputeParts(peers, remote, attention))
+        self.rank = Rank(model, ComputeParts(peers, remote, attention), HostDevice())
         ours, theirs = socket.socketpair()
         self.leader, self.channel = RankChannel(ours.detach()), RankChannel(theirs.detach())
 
