@@ -150,6 +150,7 @@ class Copier:
         hello = Hello(destination.session_id, Role.WRITER).pack()
         address = choose_address(self._transport.schemes, destination.offers)
         connection = self._transport.connect(address, hello, Limits(longest, longest))
+        _log.info("copies to another daemon", extra={"to": address})
         lane = _Lane(destination, address, connection, time.monotonic() + _LINGER_S)
         self._lanes[destination] = self._by_connection[connection] = lane
         return lane

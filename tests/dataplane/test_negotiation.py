@@ -113,7 +113,12 @@ def test_transports_between_hosts_have_ports_of_their_own(directory):
 
 
 @pytest.mark.parametrize("link", [None, "100gbit,1us"])
-def test_one_daemon_is_reached_over_shm_and_another_over_tcp_at_once(directory, link):
+@pytest.mark.parametrize("far", ["tcp", "rdma"])
+def test_one_daemon_is_reached_over_shm_and_another_over_the_network_at_once(directory, far, link, monkeypatch):
+    monkeypatch.setattr(nixl, "_ADAPTERS", directory)
+    if far == "rdma":
+        pytest.importorskip("nixl_cu12", reason="NIXL is not installed: pip install infinite-llm[rdma]")
+        (directory / "uverbs0").touch()
     daemons = [
         listening_transport(("auto",), ListenOptions(directory / name, "127.0.0.1:0", None, False), link)
         for name in ("near", "far")
@@ -123,7 +128,7 @@ def test_one_daemon_is_reached_over_shm_and_another_over_tcp_at_once(directory, 
     net.stations += [Station(daemon.transport) for daemon in daemons]
     instance = connecting_transport("auto", link)
     addresses = [choose_address(instance.schemes, daemon.offers) for daemon in daemons]
-    assert [address.partition(":")[0] for address in addresses] == ["shm", "tcp"]
+    assert [address.partition(":")[0] for address in addresses] == ["shm", far]
     connections = [instance.connect(address, address.encode(), LIMITS) for address in addresses]
     for connection, address in zip(connections, addresses, strict=True):
         connection.send([address.encode()])
@@ -136,6 +141,6 @@ def test_one_daemon_is_reached_over_shm_and_another_over_tcp_at_once(directory, 
     assert {event.connection for event in events if isinstance(event, Connected)} == set(connections)
     assert [station.take() for station in net.stations] == [[address.encode()] for address in addresses]
     if find_library() is not None:
-        assert all(connection.can_ask and connection.can_answer for connection in connections)
+        assert [connection.can_ask and connection.can_answer for connection in connections] == [True, far == "tcp"]
     instance.close()
     net.close()
