@@ -39,7 +39,6 @@ class Prepared:
     Attributes:
         row_parts: [rows, ROW_FIELDS] int32, where the partial states of each row are.
         places: of partial states, per KV head.
-        splits: whether any tile may have been split.
     """
 
     launches: tuple[Launch, ...]
