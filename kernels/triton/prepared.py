@@ -16,7 +16,7 @@ from kernels.triton.schedule import ITEM_FIELDS, ROW_FIELDS, schedule
 from kernels.triton.tiling import Gpu, Kind, Tiling, decode_rows
 
 _EVERY = (1 << 31) - 1
-_MIN_BLOCKS = 4  # an item of fewer blocks costs more to merge than it saves
+_MIN_BLOCKS = 2  # an item of fewer blocks costs more to merge than it saves
 _LANES = 64
 _KEPT_PLANS = 64  # of a daemon's connections and a model's windows
 _SHORT_ROWS = 64
@@ -39,7 +39,6 @@ class Prepared:
     Attributes:
         row_parts: [rows, ROW_FIELDS] int32, where the partial states of each row are.
         places: of partial states, per KV head.
-        splits: whether any tile may have been split.
     """
 
     launches: tuple[Launch, ...]

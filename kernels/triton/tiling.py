@@ -81,7 +81,7 @@ class Gpu:
 
 
 # Where Triton's interpreter computes: as many programs as it can go through quickly, one after another.
-INTERPRETER = Gpu("interpreter", (9, 0), 16, 227 * 1024)
+INTERPRETER = Gpu("interpreter", (9, 0), 1, 227 * 1024)
 
 
 def tile_dim(head_dim: int) -> int:

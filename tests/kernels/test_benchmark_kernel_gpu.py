@@ -40,35 +40,35 @@ def cpu_clock(work: Callable[[], None]) -> Callable[[], float]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, value in (("STEP_BYTES", 1 << 16), ("COPY_BYTES", 1 << 16), ("PRODUCT_SIDE", 32)):
+    for name, value in (("STEP_BYTES", 1), ("COPY_BYTES", 1 << 16), ("PRODUCT_SIDE", 32)):
         monkeypatch.setattr(f"benchmarks.kernel_gpu_cases.{name}", value)
     monkeypatch.setattr("benchmarks.kernel_gpu.find_device", lambda: torch.device("cpu"))
     monkeypatch.setattr("benchmarks.kernel_gpu._MANY", 3)
-    monkeypatch.setattr("benchmarks.kernel_gpu._GOAL_CONTEXT", 256)
+    monkeypatch.setattr("benchmarks.kernel_gpu._GOAL_CONTEXT", 128)
     monkeypatch.setattr("benchmarks.kernel_gpu._GOAL_DIM", 32)
-    monkeypatch.setattr("benchmarks.kernel_gpu._GOAL_CHUNK", 64)
+    monkeypatch.setattr("benchmarks.kernel_gpu._GOAL_CHUNK", 16)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
 
 
 def test_a_small_run_measures_every_part(small: None, tmp_path: Path) -> None:
-    sizes = "--kv-heads 1 --contexts 256 64 --prefill-contexts 256 --chunks 64 --head-dims 32 --groups 4"
+    sizes = "--kv-heads 1 --contexts 128 64 --prefill-contexts 128 --chunks 16 --head-dims 32 --groups 4"
     file = tmp_path / "kernel.json"
     arguments = ["--quick", "--tune", "never", *sizes.split(), "--json", str(file)]
     assert main("kernel_gpu", QUESTION, partial(measure, clock=cpu_clock), add_arguments, arguments) == 0
     result = json.loads(file.read_text())
     decode = [row for row in result["rows"] if row["part"] == "decode"]
     assert [(row["batch"], row["context"]) for row in decode] == [
-        ("one", 256), ("one", 64), ("many", 64), ("ragged", 256)
+        ("one", 128), ("one", 64), ("many", 64), ("ragged", 128)
     ]  # fmt: skip
     for row in decode:
         assert 0 < row["of_copy_min"] <= row["of_copy"] <= row["of_copy_max"]
         assert ("of_flash" in row) == (row["batch"] != "ragged")
     prefill = result["rows"][-1]
-    assert (prefill["part"], prefill["rows"], prefill["context"]) == ("prefill", 64, 256)
+    assert (prefill["part"], prefill["rows"], prefill["context"]) == ("prefill", 16, 128)
     assert {name: target["value"] for name, target in result["targets"].items()} == {
-        "decode_group4_256_of_copy": decode[0]["of_copy"],
-        "decode_group4_256_of_flash": decode[0]["of_flash"],
-        "prefill_group4_64x256": prefill["of_product"],
+        "decode_group4_128_of_copy": decode[0]["of_copy"],
+        "decode_group4_128_of_flash": decode[0]["of_flash"],
+        "prefill_group4_16x128": prefill["of_product"],
     }
 
 
