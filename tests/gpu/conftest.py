@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "unit"))  # the engine's rig
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
