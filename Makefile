@@ -34,10 +34,10 @@ gpu_python = PYTHONPATH="$(CURDIR)/$(GPU_PACKAGES):$(CURDIR):$(CURDIR)/sdk$${PYT
 # The names and checksums of all generated files in the current directory.
 generated = find infinitellm -name '*_pb2*' -type f -not -path '*/__pycache__/*' -exec sha256sum {} + | sort -k2
 
-.PHONY: help setup run test test-chaos test-exact test-gpu fuzz soak bench bench-gpu gpu-packages peers lint proto proto-check dashboards clean images deploy undeploy port-forward
+.PHONY: help setup run test test-chaos test-exact test-gpu fuzz soak bench bench-gpu bench-gpu-cluster gpu-packages peers lint proto proto-check dashboards clean images deploy undeploy port-forward
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(KERNELS) ## Make the virtual environment .venv and build the CPU kernels
 
@@ -55,12 +55,12 @@ test-exact: setup ## Hold every architecture, over every transport, against tran
 
 test-gpu: gpu-packages ## Run the tests that need a GPU, without a virtual environment (WHEELS=DIR carries what python3 lacks)
 	@$(gpu_python) -c 'import pytest' || { echo "test-gpu needs pytest: 'pip download pytest -d DIR' elsewhere, then 'make test-gpu WHEELS=DIR'" >&2; exit 1; }
+	@$(gpu_python) -c 'import torch' 2>/dev/null || { echo "test-gpu needs torch and triton: make test-gpu GPU_PYTHON=a Python that has them" >&2; exit 1; }
 	@$(gpu_python) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: no GPU that torch can use")'
 	@# Kernels are compiled by as many processes as there are cores, if pytest-xdist is there: hundreds of variants.
 	workers=$$($(gpu_python) -c 'import importlib.util as u; print("-n $(GPU_WORKERS)" if u.find_spec("xdist") else "")'); \
 	INFINITE_LLM_TEST_DEVICE=cuda $(gpu_python) -m pytest -m gpu $$workers tests/kernels $(ARGS)
-	others=$$(grep -rl --include='test_*.py' 'mark\.gpu' tests | grep -v '^tests/kernels/' || true); \
-	test -z "$$others" || $(gpu_python) -m pytest -m gpu $$others $(ARGS)
+	$(gpu_python) -m pytest tests/gpu $(ARGS)
 
 fuzz: setup ## Try the properties on FUZZ_TIMES=100 as many cases as make test does, new ones each time
 	FUZZ_TIMES=$(FUZZ_TIMES) $(BIN)/python -m pytest --timeout=36000 $$(grep -rl 'from fuzzing import' tests) $(ARGS)
@@ -79,6 +79,9 @@ bench: setup peers ## Run all benchmarks (hours; a quiet machine) and write benc
 
 bench-gpu: gpu-packages ## Run the benchmarks that need a GPU (minutes) and write benchmarks/results/kernel-gpu-MACHINE.json
 	$(gpu_python) -m benchmarks.kernel_gpu --json benchmarks/results/kernel-gpu-$(MACHINE).json $(ARGS)
+
+bench-gpu-cluster: gpu-packages ## Measure long contexts in a cluster on one GPU (longer; ARGS='--quick --mps off': minutes)
+	$(gpu_python) -m benchmarks.gpu_cluster --json benchmarks/results/gpu-cluster-$(MACHINE).json $(ARGS)
 
 gpu-packages:
 	@test -z "$(WHEELS)" || $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(GPU_PACKAGES) $(WHEELS)/*.whl
