@@ -43,7 +43,7 @@ def cluster(random_llama: Path, tmp_path: Path) -> Iterator[Cluster]:
 
 
 def has_daemon(cluster: Cluster, kvdaemon_id: str) -> bool:
-    return kvdaemon_id in [daemon["kvdaemon_id"] for daemon in cluster.status()["kvdaemons"]]  # type: ignore[attr-defined]
+    return kvdaemon_id in [daemon.kvdaemon_id for daemon in cluster.status().kvdaemons]
 
 
 def wait_for(condition: Callable[[], bool], explain: Callable[[], str]) -> None:
@@ -55,8 +55,8 @@ def wait_for(condition: Callable[[], bool], explain: Callable[[], str]) -> None:
 
 def transports(cluster: Cluster) -> dict[str, str]:
     """By daemon, as ``infinite-llm status`` tells it of the instance."""
-    (instance,) = cluster.status()["instances"]  # type: ignore[attr-defined]
-    return {peer["kvdaemon_id"]: peer["transport"] for peer in instance["transports"]}
+    (instance,) = cluster.status().instances
+    return {peer.kvdaemon_id: peer.transport for peer in instance.transports}
 
 
 def test_one_daemon_over_shm_and_another_over_tcp(
