@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 from services.core.blocks import PoolGeometry
 from services.core.errors import ConfigError, PeerLostError, SessionRevokedError, TransferTimeoutError
+from services.dataplane.host_device import HostDevice
 from services.dataplane.kv_pool import KvPool
 from services.dataplane.pool_socket import MappedPool, PoolSocketServer, map_pool
 
@@ -199,7 +201,7 @@ def test_who_was_given_the_mapping_by_another_process_hangs_up_with_it(daemon):
     with ours, theirs:
         socket.send_fds(ours, [b"f"], pool.files)
         _, (memfd, sock), _, _ = socket.recv_fds(theirs, 1, 2)
-    other = MappedPool(memfd, sock, pool.pool_bytes)
+    other = MappedPool(replace(pool.grant, fds=(memfd,)), sock, HostDevice())
     pool.as_tensor(GEOMETRY)[2] = 3
     pool.close()
     with pytest.raises(SessionRevokedError):
@@ -293,25 +295,20 @@ def test_a_pool_that_lingers_believes_in_a_hang_up_later(daemon):
     assert daemon.hung_up == [1]
 
 
-def test_the_memory_must_be_of_a_kind_that_is_known(directory):
-    answer = struct.pack("<BBQ", 0, 7, 4096)
+@pytest.mark.parametrize(("kind", "reason"), [(7, "memory of kind 7"), (0, "passed no memory")])
+def test_an_answer_without_memory_that_can_be_mapped(directory, kind, reason):
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(directory / "newer"))
+        listener.bind(str(directory / "odd"))
         listener.listen()
-        thread = threading.Thread(target=lambda: listener.accept()[0].sendall(answer))
-        thread.start()
-        with pytest.raises(PeerLostError, match="memory of kind 7"):
-            map_pool(directory / "newer", 1, soon())
-        thread.join(10)
 
+        def answer() -> None:
+            client, _ = listener.accept()
+            with client:
+                client.recv(100)
+                client.sendall(struct.pack("<BBQ", 0, kind, 4096))
 
-def test_memory_that_is_not_passed(directory):
-    answer = struct.pack("<BBQ", 0, 0, 4096)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(directory / "forgets"))
-        listener.listen()
-        thread = threading.Thread(target=lambda: listener.accept()[0].sendall(answer))
+        thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(PeerLostError, match="passed no memory"):
-            map_pool(directory / "forgets", 1, soon())
+        with pytest.raises(PeerLostError, match=reason):
+            map_pool(directory / "odd", 1, soon())
         thread.join(10)
