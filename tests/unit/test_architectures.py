@@ -49,9 +49,10 @@ def test_equal_to_transformers(architecture: Architecture, tmp_path: Path, caplo
     reference = Reference(path, ORIGINAL_POSITIONS if architecture.name in LONGROPE else None)
     prompts = {f"r{n}": prompt_of(length, n) for n, length in enumerate((700, 252, 124, 60))}
     caplog.set_level(logging.INFO, "services.instance.engine")
-    with EngineRig(path, local_blocks=10, lenders=(5, 5), workspace=2) as rig:
-        for name, prompt in prompts.items():
-            rig.submit(name, prompt, 80, logprobs=5, prompt_logprobs=3)
+    rig = EngineRig(path, local_blocks=10, lenders=(5, 5), workspace=2)
+    for name, prompt in prompts.items():  # before it runs: one that begins alone might end before the others need room
+        rig.submit(name, prompt, 80, logprobs=5, prompt_logprobs=3)
+    with rig:
         rig.wait(*prompts)
         for name, prompt in prompts.items():
             check(rig, name, reference, prompt, 80)
