@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,25 @@ class Cluster:
             for line in response.iter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
                     yield json.loads(line.removeprefix("data: "))
+
+    def complete_watched(self, prompt: str | Sequence[int], **parameters: object) -> tuple[Completion, dict[str, int]]:
+        """As ``complete``, alone; also where its rBlocks lay when they were most."""
+        placements: list[dict[str, int]] = [{}]
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.is_set():
+                placements.extend(self.placements())
+                time.sleep(0.05)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            answer = self.complete(prompt, **parameters)
+        finally:
+            done.set()
+            watcher.join(30)
+        return answer, max(placements, key=lambda placement: sum(placement.values()))
 
     def status(self) -> ClusterStatus:
         with Client(f"127.0.0.1:{self.grpc_port}") as client:

@@ -15,12 +15,10 @@ from services.dataplane.device import Device, Download, Recording, Stopwatch
 from services.dataplane.kv_pool import Grant, KvPool, Mapping, MemoryKind, map_memory
 
 
-class HostDevice(Device):
-    name = "cpu"
-    tensors = torch.device("cpu")
+class HostMemoryDevice(Device):
+    """Whatever computes, tensors and pools are in host memory, and a call answers when what it asks for is done."""
 
-    def load_kernels(self, num_threads: int) -> AttentionKernels:
-        return kernels.load(self.tensors, num_threads)
+    tensors = torch.device("cpu")
 
     def make_pool(self, pool_bytes: int) -> KvPool:
         return KvPool(pool_bytes)
@@ -36,14 +34,8 @@ class HostDevice(Device):
     def enter_thread(self) -> None:
         pass
 
-    def upload(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return list(tensors)
-
     def fill(self, target: Tensor, content: Tensor) -> None:
         target.copy_(content)
-
-    def download(self, tensor: Tensor) -> Download:
-        return _There(tensor)
 
     def settle(self) -> None:
         pass
@@ -56,6 +48,19 @@ class HostDevice(Device):
 
     def record(self, work: Callable[[], Sequence[Tensor]]) -> Recording:
         return record_by_repeating(work)
+
+
+class HostDevice(HostMemoryDevice):
+    name = "cpu"
+
+    def load_kernels(self, num_threads: int) -> AttentionKernels:
+        return kernels.load(self.tensors, num_threads)
+
+    def upload(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors)
+
+    def download(self, tensor: Tensor) -> Download:
+        return _There(tensor)
 
 
 class _There(Download):

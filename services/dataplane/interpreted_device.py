@@ -7,22 +7,20 @@ left on the wrong side, or read before it is there, is wrong here too.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kernels import AttentionKernels
 from services.core.errors import ConfigError
-from services.dataplane.device import Download, Recording, Stopwatch
-from services.dataplane.host_device import HostDevice, HostStopwatch, record_by_repeating, tensor_bytes
-from services.dataplane.kv_pool import Grant, KvPool, Mapping
+from services.dataplane.device import Download
+from services.dataplane.host_device import HostMemoryDevice, tensor_bytes
 from services.dataplane.staged_device import StagedDevice
 
 _VARIABLE = "TRITON_INTERPRET"
 
 
-class InterpretedDevice(StagedDevice):
+class InterpretedDevice(StagedDevice, HostMemoryDevice):
     """
     Raises:
         ConfigError: Triton was not told before the process started that it is to interpret.
@@ -30,7 +28,6 @@ class InterpretedDevice(StagedDevice):
 
     name = "interpreter"
     records = True
-    tensors = torch.device("cpu")
 
     def __init__(self) -> None:
         if os.environ.get(_VARIABLE) != "1":
@@ -44,15 +41,6 @@ class InterpretedDevice(StagedDevice):
 
         return TritonKernels()
 
-    def make_pool(self, pool_bytes: int) -> KvPool:
-        return KvPool(pool_bytes)
-
-    def map_pool(self, grant: Grant) -> Mapping:
-        return HostDevice().map_pool(grant)
-
-    def enter_thread(self) -> None:
-        pass
-
     def _staging(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
 
@@ -61,23 +49,8 @@ class InterpretedDevice(StagedDevice):
         staged.fill_(0xFF)  # it is another's as soon as it has been read
         return crossed
 
-    def fill(self, target: Tensor, content: Tensor) -> None:
-        target.copy_(content)
-
     def download(self, tensor: Tensor) -> Download:
         return _UnderWay(tensor.clone(memory_format=torch.contiguous_format))
-
-    def settle(self) -> None:
-        pass
-
-    def trim(self) -> None:
-        pass
-
-    def stopwatch(self) -> Stopwatch:
-        return HostStopwatch()
-
-    def record(self, work: Callable[[], Sequence[Tensor]]) -> Recording:
-        return record_by_repeating(work)
 
 
 class _UnderWay(Download):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from greedy import Reference, greedy
 from http_rig import HttpRig, running_rig
 from random_llama import write_random_llama
 from redis_process import RedisProcess
-from transformers import LlamaForCausalLM
 
 from services.launcher.needle.checkpoint import write_checkpoint
 from services.launcher.needle.spec import needle_spec
@@ -42,41 +40,16 @@ def clear_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-Reference = Callable[[list[int], int], tuple[list[int], list[float]]]
-
-
 @pytest.fixture(scope="session")
 def greedy_reference(random_llama: Path) -> Reference:
     """transformers' own greedy continuation: tokens, and the margin between the best two logits at each."""
-    return _greedy(random_llama)
+    return greedy(random_llama)
 
 
 @pytest.fixture(scope="session")
 def clear_reference(clear_llama: Path) -> Reference:
     """The same of ``clear_llama``."""
-    return _greedy(clear_llama)
-
-
-def _greedy(path: Path) -> Reference:
-    torch.set_num_threads(1)  # clusters compute beside it, and threads that wait for each other are slower than one
-    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-
-    @cache
-    def generate(prompt: tuple[int, ...], count: int) -> tuple[list[int], list[float]]:
-        tokens = torch.tensor([prompt])
-        answer = model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=count,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            pad_token_id=0,
-        )
-        top = torch.stack([logits[0] for logits in answer.logits]).topk(2).values
-        return answer.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist()
-
-    return lambda prompt, count: generate(tuple(prompt), count)
+    return greedy(clear_llama)
 
 
 @pytest.fixture(scope="module")

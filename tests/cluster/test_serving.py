@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from cluster_process import Cluster
+from greedy import Reference
 
 from services.launcher.needle.spec import needle_spec
 from services.launcher.needle.task import make_task
@@ -19,7 +18,6 @@ pytestmark = pytest.mark.cluster
 
 # One float32 rBlock of random_llama is 128 KiB (4 layers, 2 KV heads, K and V, 64 tokens, head_dim 32): 16 in 2 MiB.
 SMALL_ENGINE = {"instance": {"max_batch_tokens": 128, "max_num_seqs": 4}}
-Reference = Callable[[list[int], int], tuple[list[int], list[float]]]
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +42,8 @@ def assert_same_tokens(got: list[int], expected: list[int], margins: list[float]
 def test_kv_over_three_daemons_gives_the_tokens_of_transformers(three_pools: Cluster, greedy_reference: Reference):
     prompt = prompt_of(1500, seed=1)
     expected, margins = greedy_reference(prompt, 300)
-    placements: list[dict[str, int]] = []
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            placements.extend(three_pools.placements())
-            time.sleep(0.05)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    answer = three_pools.complete(prompt, max_tokens=300, ignore_eos=True)
-    done.set()
-    watcher.join(30)
-
+    answer, fullest = three_pools.complete_watched(prompt, max_tokens=300, ignore_eos=True)
     assert_same_tokens(answer.token_ids, expected, margins)
-    fullest = max(placements, key=lambda placement: sum(placement.values()))
     assert len(fullest) == 3, f"the KV should lie on three daemons: {fullest}"
     assert max(fullest.values()) <= sum(fullest.values()) / 2, f"no daemon should hold more than half: {fullest}"
     three_pools.wait_until_no_block_is_held()

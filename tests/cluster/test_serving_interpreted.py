@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from cluster_process import Cluster
+from greedy import greedy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.cluster
@@ -25,24 +24,12 @@ def test_triton_kernels_over_three_daemons_give_the_tokens_of_transformers(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     model = _write_tiny_llama(tmp_path / "tiny")
     prompt = random.Random(3).choices(range(128), k=480)  # 30 blocks
-    expected = _greedy(model, prompt, 4)
+    expected, margins = greedy(model)(prompt, 4)
+    assert min(margins) > 1e-3, "margins too small to show anything; choose another seed"
     arguments = ("--instances", "1", "--kvdaemons", "2", "--pool-mib", "1", "--dtype", "float32")
     with Cluster(model, tmp_path / "run", *arguments, "--device", "interpreter", config=_CONFIG) as cluster:
-        placements: list[dict[str, int]] = []
-        done = threading.Event()
-
-        def watch() -> None:
-            while not done.is_set():
-                placements.extend(cluster.placements())
-                time.sleep(0.05)
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        answer = cluster.complete(prompt, max_tokens=4, ignore_eos=True)
-        done.set()
-        watcher.join(30)
+        answer, fullest = cluster.complete_watched(prompt, max_tokens=4, ignore_eos=True)
         assert answer.token_ids == expected
-        fullest = max(placements, key=lambda placement: sum(placement.values()))
         assert len(fullest) == 3, f"the KV should lie on three daemons: {fullest}"
         cluster.wait_until_no_block_is_held()
 
@@ -64,22 +51,3 @@ def _write_tiny_llama(path: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(path)
     return path
-
-
-def _greedy(model: Path, prompt: list[int], count: int) -> list[int]:
-    """transformers' own answer; its best two logits must be far enough apart for rounding not to decide."""
-    eager = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
-    tokens = torch.tensor([prompt])
-    answer = eager.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=count,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        pad_token_id=0,
-    )
-    top = torch.stack([logits[0] for logits in answer.logits]).topk(2).values
-    assert (top[:, 0] - top[:, 1]).min() > 1e-3, "margins too small to show anything; choose another seed"
-    chosen: list[int] = answer.sequences[0, len(prompt) :].tolist()
-    return chosen

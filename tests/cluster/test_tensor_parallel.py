@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import pytest
 from cluster_process import Cluster
+from greedy import Reference
 from moving import Stream
 from test_serving import assert_same_tokens, prompt_of
 
@@ -24,7 +25,6 @@ pytestmark = pytest.mark.cluster
 ALONE, RANKED = "instance-0", "instance-1"
 CONFIG = {"instance": {"max_batch_tokens": 128, "max_num_seqs": 4, "rank_timeout_s": 5.0}}
 DEADLINE_S = 90.0
-Reference = Callable[[list[int], int], tuple[list[int], list[float]]]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import served
-from engine_rig import EngineRig
+from engine_rig import EngineRig, check_a_lost_lender
 from small_llama import write_small_llama
 
 from services.dataplane.device import Device
@@ -52,16 +52,7 @@ def test_the_same_tokens_as_on_the_cpu(model: Path, device: Device) -> None:
 
 
 def test_a_lost_lender_costs_a_recomputation_only(model: Path, device: Device) -> None:
-    prompt = prompt_of(500, 3)
-    with EngineRig(model, local_blocks=12, lenders=(10,), workspace=6, device=device) as rig:
-        rig.submit("undisturbed", prompt, 40)
-        rig.wait("undisturbed")
-        rig.submit("r", prompt, 40)
-        rig.wait_until(lambda: len(rig.tokens("r")) > 5)
-        rig.lenders[0].revoke()
-        rig.wait("r")
-        assert rig.tokens("r") == rig.tokens("undisturbed")
-        rig.check_nothing_held()
+    check_a_lost_lender(model, device, prompt_of(500, 3), 40)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "starcoder2"])

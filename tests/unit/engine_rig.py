@@ -356,3 +356,16 @@ class EngineRig:
 
     def _daemon(self, name: str) -> Daemon:
         return next(daemon for daemon in (self.local, *self.lenders) if daemon.name == name)
+
+
+def check_a_lost_lender(model: Path, device: Device, prompt: SequenceOf[int], max_tokens: int) -> None:
+    """A request whose lender is lost in the middle gives the tokens that it gives undisturbed."""
+    with EngineRig(model, local_blocks=12, lenders=(10,), workspace=6, device=device) as rig:
+        rig.submit("undisturbed", prompt, max_tokens)
+        rig.wait("undisturbed")
+        rig.submit("r", prompt, max_tokens)
+        rig.wait_until(lambda: len(rig.tokens("r")) > 5)
+        rig.lenders[0].revoke()
+        rig.wait("r")
+        assert rig.tokens("r") == rig.tokens("undisturbed")
+        rig.check_nothing_held()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_rig import EngineRig
+from engine_rig import EngineRig, check_a_lost_lender
 from small_llama import write_small_llama
 
 from kernels import AttentionKernels, AttentionPlan
@@ -69,16 +69,7 @@ def test_the_same_tokens_as_on_the_cpu(model: Path, device: InterpretedDevice) -
 
 
 def test_a_lost_lender_costs_a_recomputation_only(model: Path, device: InterpretedDevice) -> None:
-    prompt = prompt_of(500, 3)
-    with EngineRig(model, local_blocks=12, lenders=(10,), workspace=6, device=device) as rig:
-        rig.submit("undisturbed", prompt, 60)
-        rig.wait("undisturbed")
-        rig.submit("r", prompt, 60)
-        rig.wait_until(lambda: len(rig.tokens("r")) > 5)
-        rig.lenders[0].revoke()
-        rig.wait("r")
-        assert rig.tokens("r") == rig.tokens("undisturbed")
-        rig.check_nothing_held()
+    check_a_lost_lender(model, device, prompt_of(500, 3), 60)
 
 
 @pytest.mark.parametrize("long_rows", [None, torch.tensor([True, False, True])])

@@ -9,6 +9,7 @@ behind it are one operation.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ class _Parts:
     behind_mlp: nn.Module | None
 
 
-class Layer(nn.Module):
+class Layer(nn.Module, ABC):
     """Takes the place of a decoder layer; transformers' contract is kept.
 
     ``rows`` in ``forward`` says which rows are wanted. All of them take part in the attention, but nothing behind it is
@@ -52,13 +53,13 @@ class Layer(nn.Module):
                 setattr(self, name, value)
         self.attention = attention
 
+    @abstractmethod
     def begin(self, x: Tensor, angles: Angles | None) -> Tensor:
         """All before the attention function: [1, rows, hidden] to [rows, all heads * head_dim]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """All behind it. x: [1, rows, hidden], as ``begin`` was given; attended: [rows, q_heads, head_dim]."""
-        raise NotImplementedError
 
     def forward(
         self,
