@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from services.core.errors import PeerLostError
 from services.dataplane.transport import Connected, Lost
 
 PEER = Path(__file__).with_name("transport_peer.py")
+# A flood breaks this window after seconds only: NIXL needs a while for the first message, and a busy machine longer.
+FLOODED = replace(LIMITS, window_bytes=4 << 20)
 
 
 @pytest.fixture(params=["shm", "tcp", "tls", "gloo", "rdma"])
@@ -46,8 +49,8 @@ def start(net):
         process.stdout.close()
 
 
-def connect(net, client, address):
-    connection = client.transport.connect(address, b"test", LIMITS)
+def connect(net, client, address, limits=LIMITS):
+    connection = client.transport.connect(address, b"test", limits)
     net.pump(lambda: client.of(Connected, connection))
     return connection
 
@@ -61,7 +64,7 @@ def echo(net, client, connection, content=b"echo"):
 def test_a_killed_peer_is_lost_in_the_middle_of_a_transfer(net, start):
     client = net.station("client")
     process, address = start("peer", "flood")
-    connection = connect(net, client, address)
+    connection = connect(net, client, address, FLOODED)
     net.pump(lambda: len(client.messages(connection)) > 5)
     process.kill()
     net.lost(client, connection)
@@ -116,7 +119,7 @@ def test_the_window_of_a_stopped_peer_ends_the_connection_only(net, start):
 def test_late_data_for_a_connection_given_up_reaches_nobody(net, start):
     client = net.station("client")
     flooding, flood_address = start("flood", "flood")
-    given_up = connect(net, client, flood_address)
+    given_up = connect(net, client, flood_address, FLOODED)
     net.pump(lambda: client.messages(given_up))
     view = client.messages(given_up)[0].data
     flooding.send_signal(signal.SIGSTOP)

@@ -3,8 +3,8 @@
 LISTEN_AT is ``shm:/path/of/socket``, ``tcp:HOST:PORT``, ``rdma:HOST:PORT``, ``gloo:HOST:PORT`` for torch.distributed
 with gloo, or ``tls:/directory/of/its/identity`` for tcp with TLS, at a free port of this host.
 
-It prints its address once it listens. ``echo`` sends every message back; ``flood`` sends to everyone who connects until
-that breaks the window.
+It prints its address once it listens. ``echo`` sends every message back; ``flood`` sends to everyone who connects, a
+message each millisecond, until that breaks the window.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def main(listen_at, mode, peer_timeout_s="10"):
     print(transport.listen(), flush=True)
     guests = []
     while True:
-        for event in transport.poll(0.0 if mode == "flood" and guests else 60.0):
+        for event in transport.poll(0.001 if mode == "flood" and guests else 60.0):
             if isinstance(event, Accepted):
                 guests.append(event.connection)
             elif isinstance(event, Received):
