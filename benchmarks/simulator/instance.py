@@ -263,18 +263,19 @@ class SimulatedInstance:
         return True
 
     def _make_room(self, now: float) -> float | None:
-        """Nobody could take a step: the youngest gives way if that is for want of blocks. Answers when to go on."""
+        """Nobody could take a step: one gives way if that is for want of blocks. Answers when to go on."""
         if not self.running:
             return max(now + 1e-3, self._reserve_at) if self.waiting else None
         if self._stuck_since is None:
             self._stuck_since = now
-        youngest, older = self.running[-1], self._lending.oldest_starving()
-        gives_way = len(self.running) > 1 or (older is not None and older < youngest.age)
+        victim = cast(SimulatedSequence, self.scheduler.cheapest_to_preempt())
+        older = self._lending.oldest_starving()
+        gives_way = len(self.running) > 1 or (older is not None and older < victim.age)
         if not gives_way and now - self._stuck_since < _PATIENCE_S:
             return now + RETRY_S
         self._recorder.preempted += 1
-        self._release(youngest, now)
-        self.scheduler.preempt(youngest)
+        self._release(victim, now)
+        self.scheduler.preempt(victim)
         self._stuck_since = None
         self._reserve_at = now + _YIELD_S
         return now + 1e-3

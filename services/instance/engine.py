@@ -61,7 +61,7 @@ _IDLE_WAIT_S = 0.5  # longest wait for an event; only bounds how late a missed w
 _RESERVING_AT_ONCE = 8  # prompts whose blocks are reserved at the same time
 _RETRY_S = 0.1  # between attempts to reserve a prompt for which there was no room
 _YIELD_S = 0.5  # a request that gave way lets others reserve first
-_PATIENCE_S = (5.0, 15.0)  # between these, stuck with nobody known to give way to, the youngest gives way all the same
+_PATIENCE_S = (5.0, 15.0)  # between these, stuck with nobody known to give way to, one gives way all the same
 _PUBLISH_IDLE_S = 0.2  # how old the snapshot may get while nothing happens
 
 
@@ -115,7 +115,8 @@ class Engine:
         self._reserve_at = 0.0  # monotonic: not before
         self._stuck_since: float | None = None  # monotonic: nobody could take a step for want of blocks
         self._patience_s = 0.0
-        self._short_of_room = False  # a prompt found no room: nobody younger may take what comes free
+        self._oldest_waits = False  # a prompt found no room: nobody younger may take what comes free here ...
+        self._oldest_starves = False  # ... nor elsewhere
         self._steps = 0
         self._sampler = Sampler(model.shape.vocab_size, grammars)
         self._outputs: list[Output] = []
@@ -227,7 +228,7 @@ class Engine:
         """Begins to reserve blocks for waiting prompts, oldest first."""
         if self._memory.starved or time.monotonic() < self._reserve_at:
             return
-        at_once = 1 if self._short_of_room else _RESERVING_AT_ONCE
+        at_once = 1 if self._oldest_waits else _RESERVING_AT_ONCE
         while (sequence := self._scheduler.next_to_reserve(at_once)) is not None:
             sequence.state = SequenceState.RESERVING
             self._attempts += 1
@@ -258,7 +259,7 @@ class Engine:
         self._memory.admit(sequence, event)
         self._scheduler.admit(sequence)
         self._traces.admitted(sequence, len(event.local), len(event.remote))
-        self._short_of_room = False
+        self._oldest_waits = self._oldest_starves = False
         _log.info(
             "request admitted",
             extra={
@@ -276,7 +277,7 @@ class Engine:
             sequence.state = SequenceState.WAITING
             # If all who wait said that they starve, everybody would soon starve for somebody, and the whole cluster
             # would admit one prompt at a time, by age, however much room there is.
-            self._short_of_room = event.starves
+            self._oldest_waits, self._oldest_starves = True, event.starves
             self._reserve_at = time.monotonic() + _RETRY_S
 
     def _refused(self, event: PromptRefused) -> None:
@@ -285,22 +286,22 @@ class Engine:
             self._fail(sequence, event.error)
 
     def _make_room(self) -> None:
-        """Nobody here could take a step. If that is for want of blocks and none will come free, the youngest gives way.
+        """Nobody here could take a step. If that is for want of blocks and none will come free, one gives way.
 
-        The last one here gives way only to an older request elsewhere that starves as well; so of all requests in the
-        cluster that wait for each other's blocks, the oldest goes on. Where no gManager says who that is, patience ends
-        at a random time, so that one of them gives way first.
+        That is whoever has least to compute anew, but never the oldest. The last one here gives way only to an older
+        request elsewhere that starves as well; so of all requests in the cluster that wait for each other's blocks, the
+        oldest goes on. Where no gManager says who that is, patience ends at a random time, so that one gives way first.
         """
         running, now = self._scheduler.running, time.monotonic()
         if not (running and self._memory.starved) or self._memory.settling:
             return
         if self._stuck_since is None:
             self._stuck_since, self._patience_s = now, random.uniform(*_PATIENCE_S)
-        youngest, older = running[-1], self._memory.oldest_starving
-        gives_way = len(running) > 1 or (older is not None and older < youngest.age)
+        victim, older = self._scheduler.cheapest_to_preempt(), self._memory.oldest_starving
+        gives_way = len(running) > 1 or (older is not None and older < victim.age)
         if gives_way or now - self._stuck_since > self._patience_s:
-            _log.info("request preempted", extra={"request_id": youngest.request_id, "tokens": len(youngest.tokens)})
-            self._preempted(youngest, "memory")
+            _log.info("request preempted", extra={"request_id": victim.request_id, "tokens": len(victim.tokens)})
+            self._preempted(victim, "memory")
             self._stuck_since = None
             self._reserve_at = now + _YIELD_S
 
@@ -427,6 +428,6 @@ class Engine:
         starving = []
         if self._stuck_since is not None:
             starving.append(self._scheduler.running[0].age)
-        if self._short_of_room and self._scheduler.waiting:
+        if self._oldest_starves and self._scheduler.waiting:
             starving.append(self._scheduler.waiting[0].age)
         return min(starving, default=None)

@@ -80,6 +80,11 @@ class Scheduler:
         sequence.computed = 0
         self.add(sequence)
 
+    def cheapest_to_preempt(self) -> Sequence:
+        """Who has least to compute anew, the youngest of equals; the oldest that runs only if it is alone."""
+        others = self.running[1:] or self.running
+        return min(reversed(others), key=lambda sequence: sequence.computed)
+
     def remove(self, sequence: Sequence) -> None:
         (self.running if sequence.state is SequenceState.RUNNING else self.waiting).remove(sequence)
 

@@ -135,6 +135,7 @@ class EngineRig:
             device=device,
         )
         self.snapshot = EngineSnapshot()
+        self.deferred: list[str] = []  # prompts that found no room, once for each attempt
         self.move_ends: dict[str, EndMove] = {}
         self.offer_ttl_s, self.use_within_s = 30.0, 15.0
         self._moves: dict[str, BeginMove] = {}
@@ -313,7 +314,9 @@ class EngineRig:
             daemon = self._daemon(ref.kvdaemon_id)
             with daemon.shared as ledger:
                 ledger.release(daemon.session_id, [ref.handle])
-        return PromptDeferred(order.age.request_id, order.attempt)
+        self.deferred.append(order.age.request_id)
+        fits_here = order.max_blocks <= self.stats()[0].total - self.stats()[0].workspace
+        return PromptDeferred(order.age.request_id, order.attempt, starves=not fits_here)
 
     def _reserve_move(self, order: ReserveMove) -> None:
         daemon = self._daemon(self._moves[order.move_id].destination_kvdaemon_id)

@@ -147,6 +147,37 @@ def test_growth_without_room_preempts_the_youngest(model: Path, reference):
         rig.check_nothing_held()
 
 
+def test_whoever_has_least_to_compute_anew_gives_way(model: Path, reference, caplog):
+    caplog.set_level("INFO", "services.instance.engine")
+    prompts = {"old": prompt_of(70, 45), "small": prompt_of(30, 46), "large": prompt_of(64 * 4 + 10, 47)}
+    with EngineRig(model, local_blocks=14, workspace=6, max_num_seqs=3) as rig:
+        for name, prompt in prompts.items():
+            rig.submit(name, prompt, 200)  # 5, 4 and 8 blocks in the end; all in all there are 14
+        rig.wait(*prompts)
+        for name, prompt in prompts.items():
+            assert_same_tokens(rig.tokens(name), reference(prompt, 200))
+        rig.check_nothing_held()
+    preempted = [record.request_id for record in caplog.records if record.message == "request preempted"]
+    assert preempted
+    assert set(preempted) == {"small"}
+
+
+def test_nobody_passes_a_prompt_that_waits_for_room(model: Path, reference):
+    prompts = {"running": prompt_of(64 * 8 + 10, 48), "long": prompt_of(64 * 5, 49), "short": prompt_of(20, 50)}
+    with EngineRig(model, local_blocks=20, workspace=6, max_num_seqs=3) as rig:
+        rig.submit("running", prompts["running"], 300)  # nine blocks of fourteen, and then five more
+        rig.wait_until(lambda: rig.tokens("running"))
+        rig.submit("long", prompts["long"], 10)
+        rig.wait_until(lambda: "long" in rig.deferred)
+        rig.submit("short", prompts["short"], 10)  # there would be room for it
+        rig.wait_until(lambda: rig.tokens("short"))
+        assert rig.tokens("long")
+        rig.wait(*prompts)
+        for name, prompt in prompts.items():
+            assert_same_tokens(rig.tokens(name), reference(prompt, 300 if name == "running" else 10))
+        rig.check_nothing_held()
+
+
 def test_a_cached_prompt_is_not_computed_again(model: Path, reference):
     prompt = prompt_of(64 * 5, 50)
     with EngineRig(model) as rig:

@@ -107,3 +107,12 @@ def test_a_preempted_sequence_waits_at_its_age_and_begins_anew():
     scheduler.preempt(young)
     assert young.computed == 0
     assert scheduler.next_to_reserve(8) is young
+
+
+def test_whoever_has_least_to_compute_anew_is_cheapest_to_preempt_but_never_the_oldest():
+    scheduler = Scheduler(8, 100)
+    oldest = sequence("oldest", 10, 1, 2)
+    running(scheduler, oldest)
+    assert scheduler.cheapest_to_preempt() is oldest
+    running(scheduler, sequence("far", 100, 2, 90), sequence("near", 100, 3, 20), sequence("equal", 100, 4, 20))
+    assert scheduler.cheapest_to_preempt().request_id == "equal"
