@@ -268,7 +268,10 @@ class SimulatedInstance:
             return max(now + 1e-3, self._reserve_at) if self.waiting else None
         if self._stuck_since is None:
             self._stuck_since = now
-        victim = cast(SimulatedSequence, self.scheduler.cheapest_to_preempt())
+        # vLLM preempts whoever came last.
+        victim = (
+            cast(SimulatedSequence, self.scheduler.cheapest_to_preempt()) if self._lending.pooled else self.running[-1]
+        )
         older = self._lending.oldest_starving()
         gives_way = len(self.running) > 1 or (older is not None and older < victim.age)
         if not gives_way and now - self._stuck_since < _PATIENCE_S:
