@@ -171,11 +171,13 @@ class PromptDeferred:
     Attributes:
         starves: others must leave it what comes free. Not so where it waits for an older request that starves, or for
             room in its own pool, which has enough for it.
+        missing: blocks for which there was no room.
     """
 
     request_id: str
     attempt: int
     starves: bool = True
+    missing: int = 0
 
 
 @dataclass(frozen=True, slots=True)

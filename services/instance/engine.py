@@ -277,7 +277,9 @@ class Engine:
             sequence.state = SequenceState.WAITING
             # If all who wait said that they starve, everybody would soon starve for somebody, and the whole cluster
             # would admit one prompt at a time, by age, however much room there is.
-            self._oldest_waits, self._oldest_starves = True, event.starves
+            self._oldest_starves = event.starves
+            # Where others hold too much of the pool, it may wait for as long as they like, and nobody helps by waiting.
+            self._oldest_waits = event.starves or event.missing <= self._memory.local_blocks
             self._reserve_at = time.monotonic() + _RETRY_S
 
     def _refused(self, event: PromptRefused) -> None:

@@ -123,6 +123,11 @@ class BlockMemory:
         return (self._found_no_room or bool(self._places)) and self._held < self._wanted
 
     @property
+    def local_blocks(self) -> int:
+        """Blocks of the local pool that running sequences hold: that will be free when all of them have ended."""
+        return sum(len(memory.table.local_blocks) + len(memory.local) for memory in self._memories.values())
+
+    @property
     def _wanted(self) -> int:
         """Blocks of the workspace, as many as there should be."""
         return self._base + len(self._memories)

@@ -185,6 +185,7 @@ class RManager:
     async def _reserve_prompt(self, order: ReservePrompt) -> None:
         """Answers with PromptReserved, PromptDeferred or PromptRefused, whatever happens."""
         held: list[_Hold] = []
+        missing = 0
         fits_here = order.max_blocks <= self._own_blocks
         try:
             await self._look(_FRESH_S)
@@ -204,9 +205,10 @@ class RManager:
             missing -= len(local)
             remote = await self._borrow(missing, order.age.request_id, spare_wanted=fits_here) if missing else []
             held += remote
+            missing -= len(remote)
             # A session that is alive has no successor: the engine hears of these blocks before it hears of one, and
             # cannot take them for blocks of the same daemon's next session.
-            if len(remote) == missing and all(hold.session.alive for hold in held):
+            if not missing and all(hold.session.alive for hold in held):
                 held = []
                 tail = (local or remote).pop()
                 self._post(
@@ -223,7 +225,7 @@ class RManager:
         except InfiniteLLMError as error:
             _log.warning("reservation interrupted", extra={"request_id": order.age.request_id, "why": str(error)})
         await self._give_back(held)
-        self._post(PromptDeferred(order.age.request_id, order.attempt, starves=not fits_here))
+        self._post(PromptDeferred(order.age.request_id, order.attempt, not fits_here, missing))
 
     @property
     def _own_blocks(self) -> int:

@@ -316,7 +316,8 @@ class EngineRig:
                 ledger.release(daemon.session_id, [ref.handle])
         self.deferred.append(order.age.request_id)
         fits_here = order.max_blocks <= self.stats()[0].total - self.stats()[0].workspace
-        return PromptDeferred(order.age.request_id, order.attempt, starves=not fits_here)
+        missing -= len(local) + len(remote)
+        return PromptDeferred(order.age.request_id, order.attempt, not fits_here, missing)
 
     def _reserve_move(self, order: ReserveMove) -> None:
         daemon = self._daemon(self._moves[order.move_id].destination_kvdaemon_id)

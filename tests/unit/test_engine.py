@@ -178,6 +178,27 @@ def test_nobody_passes_a_prompt_that_waits_for_room(model: Path, reference):
         rig.check_nothing_held()
 
 
+def test_a_prompt_whose_room_others_hold_is_passed(model: Path, reference):
+    prompts = {"running": prompt_of(70, 51), "medium": prompt_of(64 * 5, 52), "short": prompt_of(20, 53)}
+    with EngineRig(model, local_blocks=20, workspace=6, max_num_seqs=3) as rig:
+        with rig.local.shared as ledger:
+            guest = ledger.open_session("guest", 1, rig.model.shape.geometry(64, "float32"), False).session_id
+            lent = ledger.reserve(guest, 9, 9)
+        rig.submit("running", prompts["running"], 150)  # two blocks of five, and later four
+        rig.wait_until(lambda: rig.tokens("running"))
+        rig.submit("medium", prompts["medium"], 10)  # six, which will not be there when "running" has ended
+        rig.wait_until(lambda: "medium" in rig.deferred)
+        rig.submit("short", prompts["short"], 10)
+        rig.wait("short")
+        assert "medium" not in rig.ended()
+        with rig.local.shared as ledger:
+            ledger.release(guest, lent)
+        rig.wait(*prompts)
+        for name, prompt in prompts.items():
+            assert_same_tokens(rig.tokens(name), reference(prompt, 150 if name == "running" else 10))
+        rig.check_nothing_held()
+
+
 def test_a_cached_prompt_is_not_computed_again(model: Path, reference):
     prompt = prompt_of(64 * 5, 50)
     with EngineRig(model) as rig:

@@ -310,12 +310,13 @@ def test_who_fits_at_home_takes_nothing_from_an_instance_whose_own_requests_wait
             deferred = await r.answer(4)
             assert isinstance(deferred, PromptDeferred)
             assert not deferred.starves, "it waits for room at home, and nobody need make any for it"
+            assert deferred.missing == 4
             r.reserve(5, 4, most=5)
             assert isinstance(await r.answer(5), PromptReserved)
             assert r.reserved() == (4, 4, 8), "longer than its own pool: it depends on others"
             r.reserve(6, 5)
             deferred = await r.answer(6)
             assert isinstance(deferred, PromptDeferred)
-            assert deferred.starves
+            assert (deferred.starves, deferred.missing) == (True, 5)
 
     asyncio.run(run())
