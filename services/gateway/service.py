@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import signal
 import sys
 import time
 from pathlib import Path
@@ -36,6 +35,7 @@ from services.runtime.http_server import HttpServer
 from services.runtime.logs import setup_logging
 from services.runtime.membership import Member, Membership
 from services.runtime.metrics_port import make_registry, metrics_route
+from services.runtime.process import CLOSE_WITHIN_S, stop_event
 from services.runtime.tracing import make_tracing
 from services.runtime.version import version
 from services.runtime.vllm_names import with_vllm_names
@@ -64,9 +64,7 @@ def metrics_address(config: GatewayConfig, http_address: str) -> str:
 
 async def serve(config: GatewayConfig) -> None:
     """Serves until SIGTERM or SIGINT."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = stop_event(config.shutdown_grace_s + CLOSE_WITHIN_S)
 
     checkpoint = load_checkpoint(config.model, config.served_model_name, config.max_model_len)
     tokenizer = load_tokenizer(config.model, checkpoint.bos_token, config.tokenizer_threads)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ from services.runtime.logs import setup_logging
 from services.runtime.membership import Kind, Member, Membership
 from services.runtime.metrics import PLANNING_TIME
 from services.runtime.metrics_port import MetricsPort, make_registry
+from services.runtime.process import CLOSE_WITHIN_S, stop_event
 from services.runtime.tracing import make_tracing
 
 logger = logging.getLogger(__name__)
@@ -36,9 +36,7 @@ logger = logging.getLogger(__name__)
 
 async def serve(config: GManagerConfig) -> None:
     """Serves until SIGTERM or SIGINT."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = stop_event(CLOSE_WITHIN_S)
 
     tracing = make_tracing(config.tracing, "gmanager", config.member_id, config.cluster)
     view, changed, orders = ClusterView(), MembershipSignal(), InstanceClients(config.tls, tracing.tracer)

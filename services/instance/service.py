@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from services.runtime.grpc_server import bind, make_server
 from services.runtime.health import HealthPort
 from services.runtime.membership import Member, Membership
 from services.runtime.metrics_port import MetricsPort, make_registry
+from services.runtime.process import CLOSE_WITHIN_S, stop_event
 from services.runtime.tracing import make_tracing
 from services.runtime.vllm_names import with_vllm_names
 
@@ -67,9 +67,7 @@ def _prepare(config: InstanceConfig, config_file: Path, device: Device) -> tuple
 
 async def serve(config: InstanceConfig, model: Model, device: Device, ranks: Ranks | None) -> None:
     """Runs the instance until SIGTERM or SIGINT."""
-    stop = asyncio.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    stop = stop_event(CLOSE_WITHIN_S)
     etcd = EtcdClient(config.etcd, config.etcd_tls)
     membership = Membership(etcd, config.cluster)
     locator = GManagerLocator(membership)

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import os
 import secrets
-import signal
 import sys
 import threading
 import time
@@ -43,6 +42,7 @@ from services.runtime.health import HealthPort
 from services.runtime.logs import setup_logging
 from services.runtime.membership import Member, Membership
 from services.runtime.metrics_port import MetricsPort, make_registry
+from services.runtime.process import CLOSE_WITHIN_S, stop_event
 from services.runtime.short_slices import ask_for_short_slices
 from services.runtime.tracing import make_tracing
 
@@ -67,9 +67,7 @@ def main() -> int:
 
 async def serve(config: KvDaemonConfig) -> None:
     """Runs the daemon until SIGTERM or SIGINT."""
-    stop = asyncio.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    stop = stop_event(CLOSE_WITHIN_S)
 
     device = open_device(config.device)
     pool = device.make_pool(config.pool_bytes)
