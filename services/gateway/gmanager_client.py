@@ -15,6 +15,7 @@ from services.core.errors import UnavailableError
 from services.core.placement import AdmissionHint, PeerTransport, PlacementEntry, PoolStats
 from services.gateway.cluster import ClusterState, GManagerView, InstanceView, KvDaemonView, RequestView
 from services.rmanager.gmanager_locator import GManagerLocation
+from services.runtime.cancelling import cancel
 from services.runtime.grpc_channel import error_from_rpc, make_channel
 from services.runtime.tls import MutualTls
 
@@ -69,8 +70,7 @@ class GManagerClient:
         )
 
     async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        await cancel([self._task])
 
     async def _follow(self) -> None:
         address: str | None = None
@@ -101,9 +101,7 @@ class GManagerClient:
             if watching.done():
                 watching.result()
         finally:
-            watching.cancel()
-            moved.cancel()
-            await asyncio.wait([watching, moved])
+            await cancel([watching, moved])
 
     async def _watch(self, address: str) -> None:
         async with make_channel(address, "gmanager", self._tls) as channel:

@@ -28,6 +28,7 @@ from services.gateway.requests import (
     PromptLogprobs,
     TokensDrawn,
 )
+from services.runtime.cancelling import cancel
 from services.runtime.grpc_channel import error_from_rpc, make_channel
 from services.runtime.tls import MutualTls
 
@@ -157,8 +158,7 @@ class InstanceClient:
 
     async def close(self) -> None:
         """Ends the stream, and with it every attempt."""
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        await cancel([self._task])
 
     async def _run(self) -> None:
         while True:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import Protocol
 
+from services.runtime.cancelling import cancel
 from services.runtime.membership import Membership, decode_member
 
 
@@ -43,9 +43,7 @@ class GManagerLocator:
             await self._moved.wait()
 
     async def close(self) -> None:
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await cancel([self._task])
 
     async def _watch(self) -> None:
         async for leader in self._election.observe():

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from services.core.errors import ConfigError, UnavailableError
+from services.runtime.cancelling import cancel
 from services.runtime.config import parse_config
 from services.runtime.election import Election
 from services.runtime.etcd import Condition, EtcdClient, Put
@@ -125,8 +126,7 @@ class Registration:
     async def close(self) -> None:
         """Deletes the entry. Only this registration's own: it goes with its lease."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await cancel([self._task])
         await self._drop_lease()
 
     async def _keep_entered(self) -> None:
