@@ -20,6 +20,7 @@ from services.gmanager.office import Office, hold_office
 from services.gmanager.planning import ActivePlanning, NoPlanning, Planning
 from services.gmanager.servicer import GManagerServicer, MembershipSignal
 from services.gmanager.view import ClusterView
+from services.runtime.cancelling import cancel
 from services.runtime.config import load_config
 from services.runtime.etcd import EtcdClient
 from services.runtime.grpc_server import bind, make_server
@@ -102,9 +103,7 @@ async def serve(config: GManagerConfig) -> None:
         for task in ended:
             task.result()
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)  # the leader resigns: the next one need not wait for its lease to expire
+        await cancel(tasks)  # the leader resigns: the next one need not wait for its lease to expire
         await registration.close()
         # Heartbeat and watch streams never end by themselves.
         await server.stop(grace=0)

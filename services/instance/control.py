@@ -176,7 +176,7 @@ class PromptDeferred:
 
     request_id: str
     attempt: int
-    starves: bool = True
+    starves: bool
     missing: int = 0
 
 

@@ -18,11 +18,12 @@ from prometheus_client import CollectorRegistry
 
 from services.core.errors import InfiniteLLMError, InvalidRequestError, PeerLostError, TransferTimeoutError
 from services.core.placement import MOST_WAITING_TOLD, RunningRequest, WaitingRequest
-from services.core.sequence import RequestAge, Sequence, SequenceState
+from services.core.sequence import RequestAge, Sequence
 from services.dataplane.device import Device
 from services.dataplane.host_device import HostDevice
 from services.dataplane.peers import PeerSet
 from services.dataplane.remote_attention import RemoteAttention
+from services.instance.admission import RETRY_S, Admission
 from services.instance.batch import build_batch
 from services.instance.control import (
     Abort,
@@ -39,7 +40,6 @@ from services.instance.control import (
     PromptRefused,
     PromptReserved,
     Replenished,
-    ReservePrompt,
     Stop,
     Submit,
 )
@@ -58,8 +58,6 @@ from services.runtime.grammars import Grammars
 
 _log = logging.getLogger(__name__)
 _IDLE_WAIT_S = 0.5  # longest wait for an event; only bounds how late a missed wake-up would be noticed
-_RESERVING_AT_ONCE = 8  # prompts whose blocks are reserved at the same time
-_RETRY_S = 0.1  # between attempts to reserve a prompt for which there was no room
 _YIELD_S = 0.5  # a request that gave way lets others reserve first
 _PATIENCE_S = (5.0, 15.0)  # between these, stuck with nobody known to give way to, one gives way all the same
 _PUBLISH_IDLE_S = 0.2  # how old the snapshot may get while nothing happens
@@ -110,13 +108,9 @@ class Engine:
         self._traces = traces or NoTraces()
         self._inbox: deque[EngineEvent] = deque()
         self._sequences: dict[str, Sequence] = {}
-        self._reserving: dict[int, Sequence] = {}  # by attempt
-        self._attempts = 0
-        self._reserve_at = 0.0  # monotonic: not before
+        self._admission = Admission(scheduler, memory, control, model.shape.max_model_len)
         self._stuck_since: float | None = None  # monotonic: nobody could take a step for want of blocks
         self._patience_s = 0.0
-        self._oldest_waits = False  # a prompt found no room: nobody younger may take what comes free here ...
-        self._oldest_starves = False  # ... nor elsewhere
         self._steps = 0
         self._sampler = Sampler(model.shape.vocab_size, grammars)
         self._outputs: list[Output] = []
@@ -137,7 +131,7 @@ class Engine:
             self._take_events()
             self._settle_peers()
             self._memory.tick()
-            self._reserve()
+            self._admission.tick()
             batch = self._scheduler.schedule(self._memory.grow)
             if batch:
                 self._stuck_since = None
@@ -220,46 +214,16 @@ class Engine:
         self._scheduler.remove(sequence)
         self._sampler.forget(sequence)
         del self._sequences[sequence.request_id]
+        self._admission.ended(sequence)
         self._memory.release(sequence)
 
     # ------------------------------------------------------------ memory
 
-    def _reserve(self) -> None:
-        """Begins to reserve blocks for waiting prompts, oldest first."""
-        if self._memory.starved or time.monotonic() < self._reserve_at:
-            return
-        at_once = 1 if self._oldest_waits else _RESERVING_AT_ONCE
-        while (sequence := self._scheduler.next_to_reserve(at_once)) is not None:
-            sequence.state = SequenceState.RESERVING
-            self._attempts += 1
-            self._reserving[self._attempts] = sequence
-            geometry = self._memory.geometry
-            remaining = sequence.request.sampling.max_tokens - sequence.generated
-            longest = min(len(sequence.tokens) + remaining, self._model.shape.max_model_len)
-            self._control.order(
-                ReservePrompt(
-                    sequence.age,
-                    self._attempts,
-                    self._memory.prompt_keys(sequence),
-                    len(sequence.tokens) // geometry.block_tokens,
-                    geometry.blocks_for(longest),
-                    sequence.trace,
-                )
-            )
-
     def _reserved(self, event: PromptReserved) -> None:
-        sequence = self._reserving.pop(event.attempt)
-        if self._sequences.get(event.request_id) is not sequence:  # aborted meanwhile
-            self._memory.give_back(event)
+        sequence = self._admission.reserved(event)
+        if sequence is None:
             return
-        if not self._memory.usable(event):  # one of the daemons was lost meanwhile
-            self._memory.give_back(event)
-            sequence.state = SequenceState.WAITING
-            return
-        self._memory.admit(sequence, event)
-        self._scheduler.admit(sequence)
         self._traces.admitted(sequence, len(event.local), len(event.remote))
-        self._oldest_waits = self._oldest_starves = False
         _log.info(
             "request admitted",
             extra={
@@ -270,22 +234,6 @@ class Engine:
                 "remote_blocks": len(event.remote),
             },
         )
-
-    def _deferred(self, event: PromptDeferred) -> None:
-        sequence = self._reserving.pop(event.attempt)
-        if self._sequences.get(event.request_id) is sequence:
-            sequence.state = SequenceState.WAITING
-            # If all who wait said that they starve, everybody would soon starve for somebody, and the whole cluster
-            # would admit one prompt at a time, by age, however much room there is.
-            self._oldest_starves = event.starves
-            # Where others hold too much of the pool, it may wait for as long as they like, and nobody helps by waiting.
-            self._oldest_waits = event.starves or event.missing <= self._memory.local_blocks
-            self._reserve_at = time.monotonic() + _RETRY_S
-
-    def _refused(self, event: PromptRefused) -> None:
-        sequence = self._reserving.pop(event.attempt)
-        if self._sequences.get(event.request_id) is sequence:
-            self._fail(sequence, event.error)
 
     def _make_room(self) -> None:
         """Nobody here could take a step. If that is for want of blocks and none will come free, one gives way.
@@ -305,7 +253,7 @@ class Engine:
             _log.info("request preempted", extra={"request_id": victim.request_id, "tokens": len(victim.tokens)})
             self._preempted(victim, "memory")
             self._stuck_since = None
-            self._reserve_at = now + _YIELD_S
+            self._admission.pause(_YIELD_S)
 
     def _preempted(self, sequence: Sequence, reason: PreemptionReason) -> None:
         """A running request gives up its blocks and waits again."""
@@ -361,9 +309,11 @@ class Engine:
             case PromptReserved():
                 self._reserved(event)
             case PromptDeferred():
-                self._deferred(event)
+                self._admission.deferred(event)
             case PromptRefused():
-                self._refused(event)
+                refused = self._admission.refused(event)
+                if refused is not None:
+                    self._fail(refused, event.error)
             case LocalSealed():
                 self._memory.sealed(event)
             case Replenished():
@@ -386,7 +336,7 @@ class Engine:
         if self._inbox or self._stopping.is_set():
             return 0.0
         waits_for_room = self._scheduler.running or self._scheduler.waiting
-        return _RETRY_S if waits_for_room else _IDLE_WAIT_S
+        return RETRY_S if waits_for_room else _IDLE_WAIT_S
 
     def _flush(self) -> None:
         """Publishes what the round brought."""
@@ -430,6 +380,6 @@ class Engine:
         starving = []
         if self._stuck_since is not None:
             starving.append(self._scheduler.running[0].age)
-        if self._oldest_starves and self._scheduler.waiting:
-            starving.append(self._scheduler.waiting[0].age)
+        if (prompt := self._admission.starving) is not None:
+            starving.append(prompt)
         return min(starving, default=None)

@@ -25,6 +25,7 @@ from services.core.errors import InfiniteLLMError, PeerLostError, PoolExhaustedE
 from services.core.placement import PoolStats
 from services.dataplane.negotiation import Offers
 from services.rmanager.gmanager_client import geometry_to_proto, stats_from_proto
+from services.runtime.cancelling import cancel
 from services.runtime.grpc_channel import call_was_given_up, error_from_rpc, make_channel
 from services.runtime.tls import MutualTls
 from services.runtime.tracing import outgoing_metadata
@@ -160,9 +161,7 @@ class DaemonSession:
         """Ends the session; the daemon drops its holds. Idempotent; ``on_lost`` is not called."""
         self._lost = True
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await cancel([self._task])
         await self._channel.close()
 
     async def _call(self, start: Callable[[], Awaitable[_Response]]) -> _Response:

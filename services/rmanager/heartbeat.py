@@ -19,6 +19,7 @@ from services.core.placement import Snapshot, Timings
 from services.rmanager.gmanager_client import HeartbeatStream
 from services.rmanager.gmanager_locator import GManagerLocation
 from services.rmanager.report_diff import ReportDiff
+from services.runtime.cancelling import cancel
 from services.runtime.tls import MutualTls
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,7 @@ class HeartbeatSender:
     async def close(self) -> None:
         """Stops sending; the gManager forgets the member when its membership key goes."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await cancel([self._task])
             self._task = None
 
     async def _run(self) -> None:

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
 from services.core.errors import ConfigError, SessionRevokedError, UnavailableError
+from services.runtime.cancelling import cancel
 from services.runtime.etcd import Condition, Delete, EtcdClient, Put
 from services.runtime.etcd_types import KeyValue
 from services.runtime.lease import Lease
@@ -97,9 +98,7 @@ class Election:
             await asyncio.wait([won, lost], return_when=asyncio.FIRST_COMPLETED)
             return won.result() if won.done() and not lease.lost.is_set() else None
         finally:
-            won.cancel()
-            lost.cancel()
-            await asyncio.wait([won, lost])
+            await cancel([won, lost])
 
     async def _wait_oldest(self, key: str, value: bytes, lease: Lease) -> KeyValue:
         create = Put(key, value, lease.lease_id)

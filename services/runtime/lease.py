@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from services.core.errors import UnavailableError
+from services.runtime.cancelling import cancel
 from services.runtime.etcd import EtcdClient
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,7 @@ class Lease:
 
     async def close(self) -> None:
         """Ends the lease and with it its keys; if etcd is away, they go when the lease expires."""
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        await cancel([self._task])
         if not self.lost.is_set():
             self.lost.set()
             with contextlib.suppress(UnavailableError):

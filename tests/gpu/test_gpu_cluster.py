@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -22,26 +21,6 @@ pytestmark = pytest.mark.cluster
 _PLACES = ("--device", "cuda", "--instances", "2", "--kvdaemons", "1")
 
 
-def watched(cluster: Cluster, prompt: list[int], **parameters: object) -> tuple[list[int], dict[str, int]]:
-    """An answer's tokens, and the fullest of the placements seen while it came."""
-    placements: list[dict[str, int]] = []
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            placements.extend(cluster.placements())
-            time.sleep(0.05)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        answer = cluster.complete(prompt, **parameters)
-    finally:
-        done.set()
-        watcher.join(30)
-    return answer.token_ids, max(placements, key=lambda placement: sum(placement.values()), default={})
-
-
 @pytest.mark.parametrize("memory", ["cuda", "cpu"])
 def test_the_tokens_of_transformers(tmp_path: Path, memory: str) -> None:
     """Over three pools, of which one lies on the GPU or in host memory; then eight requests at once."""
@@ -52,8 +31,8 @@ def test_the_tokens_of_transformers(tmp_path: Path, memory: str) -> None:
     config = {"instance": {"max_batch_tokens": 128, "max_num_seqs": 4}}
     with Cluster(model, tmp_path / "run", *arguments, config=config) as cluster:
         prompt = random.Random(1).choices(range(512), k=1800)
-        tokens, placement = watched(cluster, prompt, max_tokens=100, ignore_eos=True)
-        reference.generate(prompt, 100).check_tokens(tokens)
+        answer, placement = cluster.complete_watched(prompt, max_tokens=100, ignore_eos=True)
+        reference.generate(prompt, 100).check_tokens(answer.token_ids)
         assert len(placement) == 3, f"the KV should lie on three daemons: {placement}"
         cluster.wait_until_no_block_is_held()
         answers: dict[int, list[int]] = {}
@@ -81,7 +60,7 @@ def test_a_needle_in_a_haystack_of_128k(tmp_path: Path) -> None:
     with Cluster(model, tmp_path / "run", *_PLACES, "--pool-mib", "400", config=config) as cluster:
         for depth, missing in ((0.1, False), (0.9, False), (0.5, True)):
             task = make_task(spec.vocabulary, 128_000, depth, seed=int(10 * depth), missing=missing)
-            tokens, placement = watched(cluster, list(task.prompt_token_ids), max_tokens=16)
-            assert tokens == list(task.expected_token_ids)
+            answer, placement = cluster.complete_watched(list(task.prompt_token_ids), max_tokens=16)
+            assert answer.token_ids == list(task.expected_token_ids)
             assert len(placement) == 3, f"the KV should lie on three daemons: {placement}"
         cluster.wait_until_no_block_is_held()

@@ -7,10 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from engine_rig import EngineRig
+from greedy import Reference, greedy
 from small_llama import write_small_llama
-from transformers import LlamaForCausalLM
 
 from services.core.shaping import LogitShaping
 from services.instance.engine import FailOutput
@@ -24,25 +23,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(model: Path):
-    eager = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
-
-    def generate(prompt: list[int], count: int, **settings: object) -> list[int]:
-        tokens = torch.tensor([prompt])
-        answer = eager.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-            output_scores=True,
-            return_dict_in_generate=True,
-            **settings,
-        )
-        top = torch.stack([scores[0] for scores in answer.scores]).topk(2).values
-        return answer.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist()
-
-    return generate
+def reference(model: Path) -> Reference:
+    return greedy(model)
 
 
 def assert_same_tokens(got: list[int], reference: tuple[list[int], list[float]]) -> None:
@@ -136,7 +118,7 @@ def test_a_prompt_is_admitted_where_its_own_pool_has_not_even_a_block_for_its_ta
         assert rig.stats()[0].workspace == 6
 
 
-def test_growth_without_room_preempts_the_youngest(model: Path, reference):
+def test_growth_without_room_preempts(model: Path, reference):
     prompts = {"old": prompt_of(60, 40), "young": prompt_of(60, 41)}
     with EngineRig(model, local_blocks=13, workspace=6, max_num_seqs=2) as rig:
         for name, prompt in prompts.items():

@@ -1,4 +1,4 @@
-"""transformers' own greedy continuations, which a cluster's answers are held against."""
+"""transformers' own greedy continuations, which answers are held against."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
-Reference = Callable[[list[int], int], tuple[list[int], list[float]]]  # tokens, and margins of the best two logits
+# Of a prompt and a number of tokens, and transformers' settings: tokens, and margins of the best two logits.
+Reference = Callable[..., tuple[list[int], list[float]]]
 
 
 def greedy(path: Path) -> Reference:
@@ -18,18 +19,19 @@ def greedy(path: Path) -> Reference:
     model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
 
     @cache
-    def generate(prompt: tuple[int, ...], count: int) -> tuple[list[int], list[float]]:
+    def generate(prompt: tuple[int, ...], count: int, **settings: float) -> tuple[list[int], list[float]]:
         tokens = torch.tensor([prompt])
         answer = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=count,
             do_sample=False,
-            output_logits=True,
+            output_scores=True,
             return_dict_in_generate=True,
             pad_token_id=0,
+            **settings,
         )
-        top = torch.stack([logits[0] for logits in answer.logits]).topk(2).values
+        top = torch.stack([scores[0] for scores in answer.scores]).topk(2).values
         return answer.sequences[0, len(prompt) :].tolist(), (top[:, 0] - top[:, 1]).tolist()
 
-    return lambda prompt, count: generate(tuple(prompt), count)
+    return lambda prompt, count, **settings: generate(tuple(prompt), count, **settings)
