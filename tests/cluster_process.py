@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 import httpx
 
 from infinitellm import Client, ClusterStatus, RequestStatus
+from services.launcher.ports import free_ports
 
 START_TIMEOUT_S = 120.0
 REQUEST_TIMEOUT_S = 180.0
@@ -39,7 +39,7 @@ class Cluster:
 
     def __init__(self, model: Path, run_dir: Path, *arguments: str, config: dict[str, dict[str, object]] | None = None):
         self.run_dir = run_dir
-        self.http_port, self.grpc_port = free_port(), free_port()
+        self.http_port, self.grpc_port = free_ports(2)
         command = [
             *(sys.executable, "-m", "services.launcher.cli", "up", "--model", str(model), "--run-dir", str(run_dir)),
             *("--http-port", str(self.http_port), "--grpc-port", str(self.grpc_port), *arguments),
@@ -153,6 +153,15 @@ class Cluster:
         """For each running request, its rBlocks by daemon."""
         return [{place.kvdaemon_id: place.num_blocks for place in request.placement} for request in self.requests()]
 
+    def wait_for_placement(self, timeout_s: float = 20.0) -> dict[str, int]:
+        """Of the one request that runs, as soon as its instance has told of it."""
+        deadline = time.monotonic() + timeout_s
+        while not (placements := self.placements()):
+            assert time.monotonic() < deadline, f"no request is known to run\n{self.logs()}"
+            time.sleep(0.02)
+        (placement,) = placements
+        return placement
+
     def pids(self) -> dict[str, int]:
         """The launcher's living children: "etcd", "redis", and the services by their member ids."""
         found = {}
@@ -192,10 +201,3 @@ class Cluster:
                 return
             assert time.monotonic() < deadline, f"blocks are still held: {held}, requests {status.requests}"
             time.sleep(0.1)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

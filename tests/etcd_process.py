@@ -10,24 +10,20 @@ import time
 from pathlib import Path
 
 from services.launcher.binaries import find_binary
+from services.launcher.ports import free_ports
 
 START_TIMEOUT_S = 30.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class EtcdProcess:
     """One etcd that can be killed, stopped and started again with the same data and address."""
 
     def __init__(self, directory: Path, extra_args: tuple[str, ...] = (), scheme: str = "http") -> None:
-        self.endpoint = f"127.0.0.1:{free_port()}"
-        self.hidden_endpoint = f"127.0.0.1:{free_port()}"
+        port, hidden_port, peer_port = free_ports(3)
+        self.endpoint = f"127.0.0.1:{port}"
+        self.hidden_endpoint = f"127.0.0.1:{hidden_port}"
         self.directory = directory
-        self._peer = f"http://127.0.0.1:{free_port()}"
+        self._peer = f"http://127.0.0.1:{peer_port}"
         self._scheme = scheme
         self._extra_args = extra_args
         self._process: subprocess.Popen[bytes] | None = None

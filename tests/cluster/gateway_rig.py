@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ import httpx
 from byte_tokenizer import EOS, write_byte_tokenizer
 
 from infinitellm.internal.v1 import instance_pb2, instance_pb2_grpc
+from services.launcher.ports import free_ports
 from services.runtime.etcd import EtcdClient
 from services.runtime.grpc_server import bind, make_server
 from services.runtime.membership import Member, Membership
@@ -233,7 +233,7 @@ class Gateway:
 @contextmanager
 def gateway(directory: Path, etcd: str, checkpoint: Path, **config: object) -> Iterator[Gateway]:
     """A gateway that answers; whether it is ready depends on the instances."""
-    http, grpc = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+    http, grpc = (f"127.0.0.1:{port}" for port in free_ports(2))
     keys = {"http_listen": http, "grpc_listen": grpc, "etcd": [etcd], "model": str(checkpoint), **config}
     with service("gateway", directory, **keys) as process:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -260,12 +260,6 @@ async def until(condition, what: str, timeout_s: float = 20.0) -> None:
             return
         assert time.monotonic() < deadline, f"waited in vain: {what}"
         await asyncio.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -8,16 +8,16 @@ import time
 from pathlib import Path
 
 import redis
-from gateway_rig import free_port
 
 from services.launcher.binaries import find_binary
+from services.launcher.ports import free_ports
 
 
 class RedisProcess:
     """One redis-server that can be killed, stopped and started again."""
 
     def __init__(self, directory: Path) -> None:
-        self.port = free_port()
+        (self.port,) = free_ports(1)
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None

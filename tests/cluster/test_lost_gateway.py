@@ -16,11 +16,12 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from cluster_process import Cluster, free_port
+from cluster_process import Cluster
 from gateway_rig import until
 from test_serving import SMALL_ENGINE, prompt_of
 
 from infinitellm import AsyncClient, Client, Tokens
+from services.launcher.ports import free_ports
 
 pytestmark = pytest.mark.cluster
 
@@ -42,7 +43,7 @@ class Gateway:
 def further_gateway(cluster: Cluster, name: str) -> Iterator[Gateway]:
     """Configured as the launched one, but for its name and ports."""
     (launched,) = cluster.run_dir.rglob("gateway-0.yaml")
-    http, grpc = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+    http, grpc = (f"127.0.0.1:{port}" for port in free_ports(2))
     config = yaml.safe_load(launched.read_text()) | {"member_id": name, "http_listen": http, "grpc_listen": grpc}
     path = cluster.run_dir / f"{name}.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML

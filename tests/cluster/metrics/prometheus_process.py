@@ -9,8 +9,10 @@ from typing import Any
 
 import httpx
 import yaml
-from cluster_process import Cluster, free_port
+from cluster_process import Cluster
 from prometheus_tools import prometheus_tool
+
+from services.launcher.ports import free_ports
 
 CONFIG = Path(__file__).parents[3] / "deploy" / "k8s" / "components" / "monitoring" / "config"
 START_TIMEOUT_S = 30.0
@@ -29,7 +31,7 @@ class PrometheusProcess:
         self._directory = directory
         self._config = _config(cluster)
         self._process: subprocess.Popen[bytes] | None = None
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{free_port()}", timeout=20)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{free_ports(1)[0]}", timeout=20)
 
     def start(self) -> None:
         file = self._directory / "prometheus.yml"
