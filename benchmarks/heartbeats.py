@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -187,7 +187,7 @@ def _news(heartbeat: Heartbeat, number: int, changed: int, rng: random.Random) -
     """The same heartbeat with what has changed within a second, and what was measured."""
     if not _is_instance(number):
         hosting = HostingTiming(messages=800.0, context_tokens=2.5e5, compute_s=0.08 * rng.uniform(0.9, 1.1))
-        return replace(heartbeat, report=_pool(free=rng.randrange(2000)), timings=(hosting,))
+        return heartbeat._replace(report=_pool(free=rng.randrange(2000)), timings=(hosting,))
     blocks = 16 + heartbeat.sequence
     requests = [number * _REQUESTS + k for k in rng.sample(range(_REQUESTS), changed)]
     report = InstanceReport(
@@ -201,7 +201,7 @@ def _news(heartbeat: Heartbeat, number: int, changed: int, rng: random.Random) -
     noise = rng.uniform(0.9, 1.1)
     remote = RemoteTiming(str(number + 2), messages=32.0, rows=3.0, context_tokens=1e4, answer_s=4e-3 * noise)
     step = StepTiming(100.0, 0.0, 1.1e5, 0.04 * noise, 0.03 * noise, 0.029 * noise, (remote,), steps=25)
-    return replace(heartbeat, report=report, timings=(step,))
+    return heartbeat._replace(report=report, timings=(step,))
 
 
 def _pool(free: int) -> KvDaemonReport:

@@ -16,8 +16,7 @@ from services.core.sequence import RequestAge
 from services.core.timings import HostingTiming, StepTiming
 
 
-@dataclass(frozen=True, slots=True)
-class PoolStats:
+class PoolStats(NamedTuple):
     """A pool's use, in blocks: ``total = free + cached + workspace + reserved + in_use``.
 
     Attributes:
@@ -170,8 +169,7 @@ class KvDaemonSnapshot:
 Snapshot = InstanceSnapshot | KvDaemonSnapshot
 
 
-@dataclass(frozen=True, slots=True)
-class InstanceReport:
+class InstanceReport(NamedTuple):
     """What changed at an instance; in a full report ``placement`` is everything and ``ended`` is empty.
 
     Attributes:
@@ -192,8 +190,7 @@ class InstanceReport:
     transports: tuple[PeerTransport, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class KvDaemonReport:
+class KvDaemonReport(NamedTuple):
     """A KV daemon's pool. It is small and therefore always complete."""
 
     stats: PoolStats
@@ -204,8 +201,7 @@ Report = InstanceReport | KvDaemonReport
 Timings = tuple[StepTiming | HostingTiming, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Heartbeat:
+class Heartbeat(NamedTuple):
     """One message of a heartbeat stream.
 
     Attributes:

@@ -6,11 +6,10 @@ steps there were, and noise averages out. Counts are therefore not whole numbers
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteTiming:
+class RemoteTiming(NamedTuple):
     """One daemon's part in a step, seen by the debtor.
 
     Attributes:
@@ -30,8 +29,7 @@ class RemoteTiming:
     late: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class StepTiming:
+class StepTiming(NamedTuple):
     """The mean of several steps alike: all with the same daemons, and all with prefill rows or all without.
 
     Attributes:
@@ -54,8 +52,7 @@ class StepTiming:
     steps: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class HostingTiming:
+class HostingTiming(NamedTuple):
     """What a daemon computed for others since its last report: queries without prefill rows, and their time.
 
     Attributes:

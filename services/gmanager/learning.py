@@ -3,6 +3,9 @@
 The cost model follows small changes well and large ones slowly, as outliers are many. So a process begins with a guess
 whose *scale* is that of its first timings, and it begins again when predictions have been far off for a while (another
 device rate, other processes beside it). What the guess says of ratios, the fits find out.
+
+Learning from one timing takes longer than all else that a heartbeat causes. So in a large cluster each process is
+listened to now and then, ``TIMINGS_PER_S`` of all together; a few hundred processes are listened to always.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ FIRST = 5  # timings that set the scale
 LEAST = 0.01  # of a guess: what a coefficient that was learned to be 0 begins with when it serves as a guess itself
 FAR_OFF = 0.5  # median relative error of predictions ...
 _REMEMBERED = 16  # ... over as many timings at least
+TIMINGS_PER_S = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +48,24 @@ class Learning:
         self._model = CostModel(GUESSED_INSTANCE, GUESSED_DAEMON)
         self._steps: dict[str, deque[StepTiming]] = {}  # the latest of each instance
         self._answers: dict[str, deque[RemoteTiming]] = {}  # the latest of each daemon that were waited for
+        self._next: dict[str, float] = {}  # when each process's timings are learned from again
         self._known_instances: set[str] = set()
         self._known_kvdaemons: set[str] = set()
 
     def observe(self, member: str, timings: Timings, now: float) -> None:
         """Takes in what "instance/<id>" or "kvdaemon/<id>" measured."""
+        if not timings:
+            return
         _, _, member_id = member.partition("/")
+        due = now >= self._next.setdefault(member, now)
+        if due:
+            self._next[member] = now + (len(self._next) - 1) / TIMINGS_PER_S  # after all others
         for timing in timings:
             if isinstance(timing, StepTiming):
                 self.rates.observe(member_id, timing, now)
-                self._observe_step(member_id, timing)
-            elif member_id in self._known_kvdaemons:
+                if due:
+                    self._observe_step(member_id, timing)
+            elif due and member_id in self._known_kvdaemons:
                 self._model.observe_hosting(member_id, timing)
 
     @property
@@ -77,6 +88,8 @@ class Learning:
             del self._steps[instance_id]
         for kvdaemon_id in gone_kvdaemons:
             del self._answers[kvdaemon_id]
+        for member in self._next.keys() - {f"instance/{i}" for i in instances} - {f"kvdaemon/{k}" for k in kvdaemons}:
+            del self._next[member]
         self._known_instances -= gone_instances
         self._known_kvdaemons -= gone_kvdaemons
         self._model.forget(tuple(gone_instances), tuple(gone_kvdaemons))
@@ -94,7 +107,7 @@ class Learning:
         for part in timing.remotes:
             self._meet(part, self._model.instance(instance_id))
         remotes = tuple(part for part in timing.remotes if self._says_something(part))
-        self._model.observe_step(instance_id, replace(timing, remotes=remotes))
+        self._model.observe_step(instance_id, timing._replace(remotes=remotes))
         error = self._model.step_error(instance_id)
         if error is not None and error > FAR_OFF and len(latest) == _REMEMBERED:
             self._model.calibrate_instance(instance_id, begin_again(self._model.instance(instance_id), latest))

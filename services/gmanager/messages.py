@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from infinitellm.internal.v1 import gmanager_pb2, pool_pb2
 from services.core.blocks import PoolGeometry
 from services.core.errors import ConfigError, InvalidRequestError
@@ -36,8 +38,9 @@ def heartbeat_from_proto(message: gmanager_pb2.HeartbeatRequest) -> Heartbeat:
     if kind == "instance":
         report = _instance_report(message.instance)
     elif kind == "kvdaemon":
-        geometry = geometry_from_proto(message.kvdaemon.geometry) if message.kvdaemon.HasField("geometry") else None
-        report = KvDaemonReport(stats_from_proto(message.kvdaemon.stats), geometry)
+        pool = message.kvdaemon
+        geometry = geometry_from_proto(pool.geometry) if pool.HasField("geometry") else None
+        report = KvDaemonReport(stats_from_proto(pool.stats), geometry)
     return Heartbeat(message.member, message.sequence, message.full, report, _timings(message))
 
 
@@ -47,11 +50,13 @@ def geometry_from_proto(geometry: pool_pb2.PoolGeometry) -> PoolGeometry:
         InvalidRequestError: no pool has this shape.
     """
     try:
-        return PoolGeometry(
-            geometry.layers, geometry.kv_heads, geometry.block_tokens, geometry.head_dim, geometry.dtype
-        )
+        return _geometry(geometry.layers, geometry.kv_heads, geometry.block_tokens, geometry.head_dim, geometry.dtype)
     except ConfigError as exc:
         raise InvalidRequestError(str(exc)) from exc
+
+
+# Every daemon's every report has one, and all of a cluster are the same few.
+_geometry = functools.lru_cache(maxsize=64)(PoolGeometry)
 
 
 def _instance_report(report: gmanager_pb2.InstanceReport) -> InstanceReport:

@@ -45,14 +45,16 @@ class Reporter:
             self.kvdaemon = report
             return
         self.instance = report
-        for entry in report.placement:
-            if entry.num_blocks:
-                count = BlockCount(entry.num_blocks, entry.local)
-                self.placement.setdefault(entry.request_id, {})[entry.kvdaemon_id] = count
-            elif (where := self.placement.get(entry.request_id)) is not None:
-                where.pop(entry.kvdaemon_id, None)
+        for request_id, kvdaemon_id, num_blocks, local in report.placement:
+            where = self.placement.get(request_id)
+            if num_blocks:
+                if where is None:
+                    where = self.placement[request_id] = {}
+                where[kvdaemon_id] = BlockCount(num_blocks, local)
+            elif where is not None:
+                where.pop(kvdaemon_id, None)
                 if not where:
-                    del self.placement[entry.request_id]
+                    del self.placement[request_id]
         for progress in report.progress:
             self.progress[progress.request_id] = progress
         for request_id in report.ended:

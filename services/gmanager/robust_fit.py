@@ -34,6 +34,7 @@ _FIRST_SCALE = 0.1  # as long as no error is known
 _SCALE_FLOOR = 0.01  # timings are never known better than this
 _MEDIAN_WINDOW = 31
 _FARTHEST = 10.0  # a prediction that is off by more is treated as if it were off by this factor squared
+_LEAST = 1e-9  # of what the prior predicts: where next to nothing was expected and came, no sum overflows
 _RIDGE = 1e-9  # of the diagonal: rounding must not make a matrix singular
 _TINY = 1e-12
 
@@ -93,7 +94,7 @@ class RobustFit:
             return
         scaled: list[float] = list(map(mul, x, self._prior))
         predicted = _dot(scaled, self._factors)
-        norm = max(math.sqrt(y * predicted), y / _FARTHEST, predicted / _FARTHEST)
+        norm = max(math.sqrt(y * predicted), y / _FARTHEST, predicted / _FARTHEST, sum(scaled) * _LEAST)
         z = [a / norm for a in scaled]
         residual = (y - predicted) / norm
         scale = self._error.value

@@ -211,14 +211,14 @@ def geometry_to_proto(geometry: PoolGeometry) -> pool_pb2.PoolGeometry:
 
 def stats_from_proto(stats: pool_pb2.PoolStats) -> PoolStats:
     return PoolStats(
-        pool_bytes=stats.pool_bytes,
-        block_bytes=stats.block_bytes,
-        total=stats.total,
-        free=stats.free,
-        cached=stats.cached,
-        workspace=stats.workspace,
-        reserved=stats.reserved,
-        in_use=stats.in_use,
+        stats.pool_bytes,
+        stats.block_bytes,
+        stats.total,
+        stats.free,
+        stats.cached,
+        stats.workspace,
+        stats.reserved,
+        stats.in_use,
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import math
 import random
@@ -125,7 +124,7 @@ class HeartbeatSender:
                 if heartbeat is None and loop.time() - last_sent >= self._keep_alive_s:
                     heartbeat = diff.keep_alive()
                 if heartbeat is not None:
-                    heartbeat = dataclasses.replace(heartbeat, timings=self._timings())
+                    heartbeat = heartbeat._replace(timings=self._timings())
                     await stream.send(heartbeat, self._send_timeout_s)
                     last_sent = loop.time()
                     if heartbeat.sequence == 1:

@@ -7,7 +7,7 @@ import random
 from dataclasses import astuple, fields, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.core.timings import HostingTiming, RemoteTiming, StepTiming
@@ -181,7 +181,12 @@ timings = st.builds(
 hostings = st.builds(HostingTiming, counts, counts, st.floats(-1.0, 1e3))
 
 
+# The second takes the cost of a context token to 0: next to nothing is expected of the third, and comes.
+NEXT_TO_NOTHING = [HostingTiming(1.0, 0.0, 1.0), HostingTiming(5.0, 20.0, 1.0), HostingTiming(5e-324, 1.0, 2e-277)]
+
+
 @settings(deadline=None)
+@example(NEXT_TO_NOTHING, (1.0,) * 6, (1.0, 1.0, 2.0, 1.0))
 @given(st.lists(st.one_of(timings, hostings), max_size=40), st.tuples(*[positive] * 6), st.tuples(*[positive] * 4))
 def test_times_are_never_negative_whatever_was_reported(reports, instance, daemon) -> None:
     model = CostModel(InstanceCosts(*instance), DaemonCosts(*daemon))

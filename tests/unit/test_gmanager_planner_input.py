@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 from gmanager_cluster import BLOCK, GEOMETRY, instance, pool
@@ -17,7 +16,7 @@ from services.core.placement import (
     WaitingRequest,
 )
 from services.core.timings import HostingTiming, RemoteTiming, StepTiming
-from services.gmanager.learning import FIRST, KnownCosts, Learning, like_instance
+from services.gmanager.learning import FIRST, TIMINGS_PER_S, KnownCosts, Learning, like_instance
 from services.gmanager.planner.load import RemoteShare, WaitingLoad
 from services.gmanager.planner.plan import Move
 from services.gmanager.planner_input import make_load, with_moves
@@ -81,7 +80,7 @@ class TestLoad:
         assert [(i.heard_at, i.costs) for i in load.instances] == [(5.0, costs)] * 2
         assert [d.costs for d in load.kvdaemons] == [like_instance(costs, GEOMETRY.layers)] * 3
         remote = RemoteTiming("km", 2, 1, 640, 0.5)
-        learned.observe("instance/a", (replace(step, remotes=(remote,)),) * 5, 0.0)
+        learned.observe("instance/a", (step._replace(remotes=(remote,)),) * 5, 0.0)
         load = make_load([facts(), idle], daemons, learned.known, {})
         assert load.kvdaemons[2].costs == learned.known.kvdaemons["km"]
 
@@ -142,8 +141,8 @@ class TestLearning:
         assert costs is not None
         assert costs.answer_s(2, 1, 640) == pytest.approx(0.5, rel=0.1)
         assert costs.context_token_s == pytest.approx(1e-5, rel=0.3)  # it computes like its debtor
-        for _ in range(100):
-            learned.observe("kvdaemon/k", (HostingTiming(2, 640.0, 0.1),), 0.0)
+        for second in range(100):
+            learned.observe("kvdaemon/k", (HostingTiming(2, 640.0, 0.1),), float(second))
         after = learned.known.kvdaemons.get("k")
         assert after is not None
         assert after.compute_s(2, 640) == pytest.approx(0.1, rel=0.3)
@@ -163,9 +162,27 @@ class TestLearning:
         assert after is not None
         assert after.answer_s(2, 1, 640) < 0.02
 
+    def test_in_a_large_cluster_each_process_is_listened_to_now_and_then(self) -> None:
+        learned, members = Learning(), [f"instance/{number}" for number in range(2 * int(TIMINGS_PER_S))]
+        known = []
+        for second in range(2 * FIRST):
+            for member in members:
+                learned.observe(member, (steps_like(1, 1000),), float(second))
+            known.append(len(learned.known.instances))
+        assert known[FIRST + 1] <= 0.6 * len(members)
+        assert known[-1] == len(members)
+        # What each put out is counted all the same, and who is alone is listened to always.
+        assert learned.rates.between(["7"], -1.0, 2 * FIRST - 1) == 1.0
+        learned.keep(["7"], [])
+        errors = set()
+        for number in range(10):
+            learned.observe("instance/7", (steps_like(1, 1000, 1.5 + number),), 100.0)
+            errors.add(learned.step_error("7"))
+        assert len(errors) > 5
+
     def test_who_left_is_forgotten(self) -> None:
         learned = Learning()
-        step = replace(steps_like(1, 1000, 1.0, RemoteTiming("k", 2, 1, 640, 0.1)), steps=10)
+        step = steps_like(1, 1000, 1.0, RemoteTiming("k", 2, 1, 640, 0.1))._replace(steps=10)
         learned.observe("instance/a", (step,) * 2 * FIRST, 1.0)
         assert learned.rates.between(["a"], 0.0, 2.0) == 50.0
         assert learned.step_error("a") is not None
