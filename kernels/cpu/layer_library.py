@@ -125,14 +125,14 @@ def load_layer_library() -> ctypes.CDLL:
     library.layer_ops_close.restype = None
     library.layer_ops_columns.argtypes = [c_void_p, c_int32]
     library.layer_ops_columns.restype = c_int32
-    for function, call in (
-        (library.layer_ops_norm, NormCall),
-        (library.layer_ops_heads, HeadsCall),
-        (library.layer_ops_gate, GateCall),
-        (library.layer_ops_product, ProductCall),
+    for function, call, result in (
+        (library.layer_ops_norm, NormCall, None),
+        (library.layer_ops_heads, HeadsCall, None),
+        (library.layer_ops_gate, GateCall, None),
+        (library.layer_ops_product, ProductCall, c_int32),
     ):
         function.argtypes = [c_void_p, POINTER(call)]
-        function.restype = None
+        function.restype = result
     library.choose_tokens.argtypes = [POINTER(ChoiceCall)]
     library.choose_tokens.restype = None
     layer = POINTER(DecoderLayer)

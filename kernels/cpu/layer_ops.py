@@ -20,6 +20,7 @@ from kernels.cpu.layer_library import (
     load_layer_library,
 )
 from kernels.cpu.library import check_status
+from kernels.cpu.pages import HugePages
 from kernels.layer_ops import (
     Activation,
     GateOp,
@@ -54,6 +55,7 @@ class CpuLayerOps(LayerOps):
         self.context = library.layer_ops_open(num_threads)
         if not self.context:
             raise MemoryError(f"no memory or no threads for {num_threads} threads")
+        self.memory = HugePages()
         weakref.finalize(self, library.layer_ops_close, self.context).atexit = False
 
     @staticmethod
@@ -188,7 +190,7 @@ class _CpuLinear(RowReadingLinearOp):
         self._function = load_layer_library().layer_ops_product
         self.out_features, self.in_features = weight.shape
         self.columns = columns
-        self.panels = _packed(weight, columns)
+        self.panels = ops.memory.place(_panels(weight, columns))
         self.bias = None if bias is None else bias.detach().contiguous()
         _require(self.bias is None or self.bias.dtype is weight.dtype, "bias must have the weight's dtype")
         self.weights = ProductWeights(
@@ -213,7 +215,7 @@ class _CpuLinear(RowReadingLinearOp):
         call.x = x.data_ptr()
         call.out = out.data_ptr()
         call.rows = x.numel() // self.in_features
-        self._function(self._ops.context, byref(call))
+        check_status(self._function(self._ops.context, byref(call)))
         return out
 
     def weight_rows(self, indices: Tensor) -> Tensor:
@@ -294,12 +296,12 @@ class _CpuLayer(LayerOp):
         return x.numel() // self._hidden
 
 
-def _packed(weight: Tensor, columns: int) -> Tensor:
-    """[out, in] as panels: [panels, in / 2, columns, 2] of bfloat16, [panels, in, columns, 1] of float32."""
+def _panels(weight: Tensor, columns: int) -> Tensor:
+    """[out, in] as panels: [panels, in / 2, columns, 2] of bfloat16, [panels, in, columns, 1] of float32; a view."""
     out_features, in_features = weight.shape
     panels, pair = -(-out_features // columns), 4 // weight.element_size()
     filled = functional.pad(weight.detach(), (0, 0, 0, panels * columns - out_features))
-    return filled.view(panels, columns, in_features // pair, pair).permute(0, 2, 1, 3).contiguous()
+    return filled.view(panels, columns, in_features // pair, pair).permute(0, 2, 1, 3)
 
 
 def _angles(

@@ -23,7 +23,7 @@ from kernels.layer_ops import (
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3}  # of the largest value; bfloat16 rounds at 2**-8
 DTYPES = (torch.float32, torch.bfloat16)
-NAMES = ("torch", "cpu", "cpu-avx512", "cpu-avx2", "cpu-baseline", "cpu-threads")
+NAMES = ("torch", "cpu", "cpu-avx512-bf16", "cpu-avx512", "cpu-avx2", "cpu-baseline", "cpu-threads")
 
 
 @pytest.fixture(scope="module", params=NAMES)

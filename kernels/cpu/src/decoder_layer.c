@@ -39,8 +39,8 @@ int32_t layer_ops_begin(
         x = h;
     }
     product_call product = product_of(layer, layer->qkv, rows, x, layer->hidden, qkv, layer->qkv_columns);
-    layer_ops_product(context, &product);
-    if (!layer->heads.heads) return STATUS_OK;
+    const int32_t status = layer_ops_product(context, &product);
+    if (status != STATUS_OK || !layer->heads.heads) return status;
     heads_call heads = layer->heads;
     heads.x = qkv;
     heads.cos = cos;
@@ -53,8 +53,8 @@ int32_t layer_ops_begin(
 }
 
 /* y = x + multiplier * norm(product of h), the norm only where there is one; y may be x. h is overwritten then. */
-static void add_product(
-    const layer_context *context, const decoder_layer *layer, product_weights weights, norm_weights norm, int64_t rows,
+static int32_t add_product(
+    layer_context *context, const decoder_layer *layer, product_weights weights, norm_weights norm, int64_t rows,
     const void *h, int32_t in, const void *x, void *product, void *y
 ) {
     product_call call = product_of(layer, weights, rows, h, in, norm.weight ? product : y, layer->hidden);
@@ -62,8 +62,9 @@ static void add_product(
         call.residual = x;
         call.scale = layer->multiplier;
     }
-    layer_ops_product(context, &call);
-    if (norm.weight) normalise(context, layer, norm, rows, product, x, layer->multiplier, y);
+    const int32_t status = layer_ops_product(context, &call);
+    if (status == STATUS_OK && norm.weight) normalise(context, layer, norm, rows, product, x, layer->multiplier, y);
+    return status;
 }
 
 int32_t layer_ops_finish(
@@ -73,7 +74,9 @@ int32_t layer_ops_finish(
     char *h = layer_ops_scratch(context, hidden_bytes + row_bytes(layer, rows, layer->inner));
     if (!h) return STATUS_NO_MEMORY;
     char *inner = h + hidden_bytes;
-    add_product(context, layer, layer->output, layer->behind_attention, rows, attended, layer->attended, x, h, y);
+    int32_t status =
+        add_product(context, layer, layer->output, layer->behind_attention, rows, attended, layer->attended, x, h, y);
+    if (status != STATUS_OK) return status;
     const void *input = y;
     if (layer->before_mlp.weight) {
         normalise(context, layer, layer->before_mlp, rows, y, NULL, 1, h);
@@ -81,7 +84,7 @@ int32_t layer_ops_finish(
     }
     product_call gated = product_of(layer, layer->gate_up, rows, input, layer->hidden, inner, layer->inner);
     gated.activation = layer->activation;
-    layer_ops_product(context, &gated);
-    add_product(context, layer, layer->down, layer->behind_mlp, rows, inner, layer->inner, y, h, y);
-    return STATUS_OK;
+    status = layer_ops_product(context, &gated);
+    if (status != STATUS_OK) return status;
+    return add_product(context, layer, layer->down, layer->behind_mlp, rows, inner, layer->inner, y, h, y);
 }

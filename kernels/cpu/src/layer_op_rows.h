@@ -6,6 +6,10 @@ INLINE void store_vector(void *p, int64_t i, vf x, int dtype) {
         store((float *)p + i, x);
         return;
     }
+#ifdef NATIVE_BFLOAT16
+    *(vh_mem *)((uint16_t *)p + i) = (vh)_mm512_cvtneps_pbh((__m512)x);
+    return;
+#endif
     vu bits = (vu)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     vu nan = (vu)(x != x);
     *(vh_mem *)((uint16_t *)p + i) = __builtin_convertvector((rounded & ~nan) | ((bits >> 16 | 0x40) & nan), vh);

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "amx.h"
 #include "threads.h"
 
 /* A task takes at least this many elements: waking a thread costs as much as computing several thousand. */
@@ -11,12 +12,16 @@
 /* A product is split in at most this many tasks a thread: threads that begin late take fewer. */
 #define TASKS_PER_THREAD 4
 
+typedef struct {
+    void *memory;
+    size_t size;
+} scratch;
+
 struct layer_context {
     const layer_op_set *ops;
     thread_team *team;
     int32_t num_threads;
-    void *memory; /* scratch of the half layer in progress; kept between calls */
-    size_t size;
+    scratch layer, product; /* of the half layer and of the product in progress; kept between calls */
 };
 
 typedef struct {
@@ -32,8 +37,11 @@ static const layer_op_set *choose_ops(void) {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
     const char *wanted = getenv("INFINITE_LLM_CPU_ISA"); /* for tests: a lower set than the processor's best */
     int baseline = wanted && !strcmp(wanted, "baseline"), avx2 = wanted && !strcmp(wanted, "avx2");
-    int avx512 = wanted && !strcmp(wanted, "avx512");
+    int avx512 = wanted && !strcmp(wanted, "avx512"), pairs = wanted && !strcmp(wanted, "avx512-bf16");
     __builtin_cpu_init();
+#if KNOWS_AMX
+    if (!baseline && !avx2 && !avx512 && !pairs && amx_allowed()) return &amx_layer_ops;
+#endif
     if (!baseline && !avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         return !avx512 && __builtin_cpu_supports("avx512bf16") ? &avx512_bf16_layer_ops : &avx512_layer_ops;
@@ -58,22 +66,20 @@ layer_context *layer_ops_open(int32_t num_threads) {
 
 void layer_ops_close(layer_context *context) {
     team_close(context->team);
-    free(context->memory);
+    free(context->layer.memory);
+    free(context->product.memory);
     free(context);
 }
 
 int32_t layer_ops_columns(const layer_context *context, int32_t dtype) {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-    if (dtype == BFLOAT16 && __builtin_cpu_supports("amx-bf16")) return 0;
-#endif
-    return context->ops->products >> dtype & 1 ? context->ops->columns : 0;
+    return context->ops->products[dtype].columns;
 }
 
 static void run_part(const shared_work *work, int64_t first, int64_t end) {
     if (work->norm) work->ops->norm(work->norm, first, end);
     else if (work->heads) work->ops->heads(work->heads, first, end);
     else if (work->gate) work->ops->gate(work->gate, first, end);
-    else work->ops->product(work->product, first, end);
+    else work->ops->products[work->product->dtype].run(work->product, first, end);
 }
 
 static void run_task(void *argument, int64_t task, int32_t worker) {
@@ -111,21 +117,32 @@ void layer_ops_gate(const layer_context *context, const gate_call *call) {
     share_rows(context, &work, call->dim);
 }
 
-void layer_ops_product(const layer_context *context, const product_call *call) {
-    int64_t columns = context->ops->columns;
-    shared_work work = {.product = call, .count = (call->columns + columns - 1) / columns};
-    int64_t tasks = context->num_threads > 1 ? context->num_threads * TASKS_PER_THREAD : 1;
-    share(context, &work, (TASK_ELEMENTS + columns * call->in - 1) / (columns * call->in), tasks);
+static void *reserve(scratch *scratch, size_t size) {
+    if (size > scratch->size) {
+        free(scratch->memory);
+        scratch->size = (size + 4095) / 4096 * 4096;
+        scratch->memory = aligned_alloc(64, scratch->size);
+        if (!scratch->memory) scratch->size = 0;
+    }
+    return scratch->memory;
 }
 
-void *layer_ops_scratch(layer_context *context, size_t size) {
-    if (size > context->size) {
-        free(context->memory);
-        context->size = (size + 4095) / 4096 * 4096;
-        context->memory = aligned_alloc(64, context->size);
-        if (!context->memory) context->size = 0;
+void *layer_ops_scratch(layer_context *context, size_t size) { return reserve(&context->layer, size); }
+
+int32_t layer_ops_product(layer_context *context, const product_call *call) {
+    const products *products = &context->ops->products[call->dtype];
+    const int64_t columns = products->columns;
+    product_call product = *call;
+    if (products->arrange) {
+        void *rows = reserve(&context->product, products->rows_bytes(call));
+        if (!rows) return STATUS_NO_MEMORY;
+        products->arrange(call, rows);
+        product.x = rows;
     }
-    return context->memory;
+    shared_work work = {.product = &product, .count = (call->columns + columns - 1) / columns};
+    int64_t tasks = context->num_threads > 1 ? context->num_threads * TASKS_PER_THREAD : 1;
+    share(context, &work, (TASK_ELEMENTS + columns * call->in - 1) / (columns * call->in), tasks);
+    return STATUS_OK;
 }
 
 void choose_tokens(const choice_call *call) { choose_ops()->choose(call, 0, call->rows); }

@@ -89,31 +89,38 @@ typedef struct {
     float multiplier;
 } decoder_layer;
 
-/* One instruction set. Rows first .. end, for products panels first .. end of the output. */
+/* Products of one dtype. run: panels first .. end of the output. Where there is an arrange, it has put the input in an
+ * order of its own, in rows_bytes of memory, and x is that. */
 typedef struct {
-    int32_t columns;  /* of a panel */
-    int32_t products; /* bit 1 << dtype: it has products of that dtype */
+    int32_t columns; /* of a panel; 0: there are none */
+    void (*run)(const product_call *call, int64_t first, int64_t end);
+    size_t (*rows_bytes)(const product_call *call);
+    void (*arrange)(const product_call *call, void *to);
+} products;
+
+/* One instruction set. Rows first .. end. */
+typedef struct {
+    products products[BFLOAT16 + 1]; /* by dtype */
     void (*norm)(const norm_call *call, int64_t first, int64_t end);
     void (*heads)(const heads_call *call, int64_t first, int64_t end);
     void (*gate)(const gate_call *call, int64_t first, int64_t end);
-    void (*product)(const product_call *call, int64_t first, int64_t end);
     void (*choose)(const choice_call *call, int64_t first, int64_t end);
 } layer_op_set;
 
-extern const layer_op_set baseline_layer_ops, avx2_layer_ops, avx512_layer_ops, avx512_bf16_layer_ops;
+extern const layer_op_set baseline_layer_ops, avx2_layer_ops, avx512_layer_ops, avx512_bf16_layer_ops, amx_layer_ops;
 
 typedef struct layer_context layer_context;
 
 /* A context owns its threads; it serves one caller at a time. NULL: no memory or no threads. */
 EXPORT layer_context *layer_ops_open(int32_t num_threads);
 EXPORT void layer_ops_close(layer_context *context);
-/* Columns of a panel; 0 where there are no products of this dtype, or where others are much faster (AMX). */
+/* Columns of a panel; 0 where there are no products of this dtype. */
 EXPORT int32_t layer_ops_columns(const layer_context *context, int32_t dtype);
 
 EXPORT void layer_ops_norm(const layer_context *context, const norm_call *call);
 EXPORT void layer_ops_heads(const layer_context *context, const heads_call *call);
 EXPORT void layer_ops_gate(const layer_context *context, const gate_call *call);
-EXPORT void layer_ops_product(const layer_context *context, const product_call *call);
+EXPORT int32_t layer_ops_product(layer_context *context, const product_call *call);
 
 /* In the calling thread, without a context. */
 EXPORT void choose_tokens(const choice_call *call);

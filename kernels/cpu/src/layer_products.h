@@ -1,5 +1,5 @@
 /* Matrix products with packed weights, for vectors of 16 floats (in 16 registers a tile would be too small to pay);
- * products of bfloat16 where the instruction set has them. Included once per instruction set, behind layer_op_rows.h.
+ * products of bfloat16 where the instruction set has them. Included once per instruction set, behind product_rows.h.
  *
  * A tile of TILE_ROWS rows and one panel's columns is summed up in registers. Panels are walked outermost, in pieces that
  * stay in the second-level cache beside the rows: all tiles use a piece before the next one, and each prefetches its share
@@ -108,49 +108,6 @@ INLINE void sum_panel(
     }
 }
 
-/* One vector of columns of one row: sum and, in a gated product, the sum of what is gated. */
-INLINE vf finish_product(const product_call *call, vf sum, vf gated, int64_t at, int64_t column, int dtype) {
-    const int64_t up_column = column + call->columns;
-    if (call->bias) sum += load_as(call->bias, column, dtype);
-    if (call->activation >= 0) {
-        if (call->bias) gated += load_as(call->bias, up_column, dtype);
-        sum = activate(sum, call->activation) * gated;
-    }
-    sum *= splat(call->scale);
-    return call->residual ? sum + load_as(call->residual, at, dtype) : sum;
-}
-
-INLINE float finish_scalar(const product_call *call, float sum, float gated, int64_t at, int64_t column, int dtype) {
-    if (call->bias) sum += load_scalar_as(call->bias, column, dtype);
-    if (call->activation >= 0) {
-        if (call->bias) gated += load_scalar_as(call->bias, column + call->columns, dtype);
-        sum = activate(splat(sum), call->activation)[0] * gated;
-    }
-    sum *= call->scale;
-    return call->residual ? sum + load_scalar_as(call->residual, at, dtype) : sum;
-}
-
-INLINE void write_tile(
-    const product_call *call, const float *sums, const float *gated, int64_t row, int rows, int64_t panel, int dtype
-) {
-    const int64_t first = panel * COLUMNS;
-    const int count = call->columns - first < COLUMNS ? (int)(call->columns - first) : COLUMNS;
-    for (int r = 0; r < rows; r++) {
-        const int64_t at = (row + r) * call->columns + first;
-        int c = 0;
-        for (; c + WIDTH <= count; c += WIDTH) {
-            const int i = r * COLUMNS + c;
-            store_vector(
-                call->out, at + c, finish_product(call, load(sums + i), load(gated + i), at + c, first + c, dtype), dtype
-            );
-        }
-        for (; c < count; c++) {
-            const int i = r * COLUMNS + c;
-            store_scalar(call->out, at + c, finish_scalar(call, sums[i], gated[i], at + c, first + c, dtype), dtype);
-        }
-    }
-}
-
 INLINE void product_as(const product_call *call, int64_t first, int64_t end, int dtype) {
     const int64_t words = dtype == FLOAT32 ? call->in : call->in / 2, panel_words = words * COLUMNS;
     const int64_t gate_panels = call->activation >= 0 ? call->columns / COLUMNS : 0;
@@ -171,16 +128,20 @@ INLINE void product_as(const product_call *call, int64_t first, int64_t end, int
                 const int64_t row = tile_start(&block, tile);
                 const int count = (int)(tile_start(&block, tile + 1) - row);
                 write_tile(
-                    call, sums[0][tile], sums[gate_panels ? 1 : 0][tile], start + row, count, panel, dtype
+                    call, sums[0][tile], sums[gate_panels ? 1 : 0][tile], start + row, count, panel * COLUMNS, COLUMNS,
+                    dtype
                 );
             }
         }
     }
 }
 
-static void product_panels(const product_call *call, int64_t first, int64_t end) {
-#ifdef NATIVE_BFLOAT16
-    if (call->dtype == BFLOAT16) product_as(call, first, end, BFLOAT16);
-#endif
-    if (call->dtype == FLOAT32) product_as(call, first, end, FLOAT32);
+static void product_floats(const product_call *call, int64_t first, int64_t end) {
+    product_as(call, first, end, FLOAT32);
 }
+
+#if defined(NATIVE_BFLOAT16) && !defined(AMX)
+static void product_pairs(const product_call *call, int64_t first, int64_t end) {
+    product_as(call, first, end, BFLOAT16);
+}
+#endif

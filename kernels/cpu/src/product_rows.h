@@ -1,0 +1,46 @@
+/* What is done with the sums of a matrix product before they are written; included once per instruction set, behind
+ * layer_op_rows.h. */
+
+/* One vector of columns of one row: sum and, in a gated product, the sum of what is gated. */
+INLINE vf finish_product(const product_call *call, vf sum, vf gated, int64_t at, int64_t column, int dtype) {
+    const int64_t up_column = column + call->columns;
+    if (call->bias) sum += load_as(call->bias, column, dtype);
+    if (call->activation >= 0) {
+        if (call->bias) gated += load_as(call->bias, up_column, dtype);
+        sum = activate(sum, call->activation) * gated;
+    }
+    sum *= splat(call->scale);
+    return call->residual ? sum + load_as(call->residual, at, dtype) : sum;
+}
+
+INLINE float finish_scalar(const product_call *call, float sum, float gated, int64_t at, int64_t column, int dtype) {
+    if (call->bias) sum += load_scalar_as(call->bias, column, dtype);
+    if (call->activation >= 0) {
+        if (call->bias) gated += load_scalar_as(call->bias, column + call->columns, dtype);
+        sum = activate(splat(sum), call->activation)[0] * gated;
+    }
+    sum *= call->scale;
+    return call->residual ? sum + load_scalar_as(call->residual, at, dtype) : sum;
+}
+
+/* Rows of a product's output from sums [rows, columns], from its column first on; gated [rows, columns] as above. */
+INLINE void write_tile(
+    const product_call *call, const float *sums, const float *gated, int64_t row, int rows, int64_t first, int columns,
+    int dtype
+) {
+    const int count = call->columns - first < columns ? (int)(call->columns - first) : columns;
+    for (int r = 0; r < rows; r++) {
+        const int64_t at = (row + r) * call->columns + first;
+        int c = 0;
+        for (; c + WIDTH <= count; c += WIDTH) {
+            const int i = r * columns + c;
+            store_vector(
+                call->out, at + c, finish_product(call, load(sums + i), load(gated + i), at + c, first + c, dtype), dtype
+            );
+        }
+        for (; c < count; c++) {
+            const int i = r * columns + c;
+            store_scalar(call->out, at + c, finish_scalar(call, sums[i], gated[i], at + c, first + c, dtype), dtype);
+        }
+    }
+}
