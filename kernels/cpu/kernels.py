@@ -77,7 +77,7 @@ class CpuKernels(AttentionKernels):
 
     @property
     def instruction_set(self) -> str:
-        """ "avx512-bf16", "avx512", "avx2", "neon-bf16" or "baseline"."""
+        """ "avx512-amx", "avx512-bf16", "avx512", "avx2", "neon-bf16" or "baseline"."""
         name: bytes = self._library.kernels_isa(self._context)
         return name.decode()
 

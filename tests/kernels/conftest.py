@@ -18,7 +18,8 @@ from kernels.cpu import CpuKernels, find_library
 from kernels.reference import ReferenceKernels
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-CPU_NAMES = ("reference", "cpu", "cpu-avx512", "cpu-avx2", "cpu-baseline", "cpu-threads")
+SETS = ("avx512-amx", "avx512-bf16", "avx512", "avx2", "baseline")
+CPU_NAMES = ("reference", "cpu", *(f"cpu-{name}" for name in SETS), "cpu-threads")
 NAMES = ("triton",) if INTERPRETER or DEVICE != "cpu" else CPU_NAMES
 
 
@@ -48,5 +49,9 @@ def kernels(request: pytest.FixtureRequest) -> AttentionKernels:
     if name == "cpu-threads":
         return CpuKernels(num_threads=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("INFINITE_LLM_CPU_ISA", name.partition("-")[2])
-        return CpuKernels()
+        wanted = name.partition("-")[2]
+        patch.setenv("INFINITE_LLM_CPU_ISA", wanted)
+        kernels = CpuKernels()
+        if wanted and kernels.instruction_set != wanted:
+            pytest.skip(f"this processor has no {wanted}")
+        return kernels

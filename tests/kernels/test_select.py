@@ -22,7 +22,7 @@ built = pytest.mark.skipif(find_library() is None, reason="the compiled CPU kern
 def test_the_compiled_kernels_serve_the_cpu() -> None:
     chosen = kernels.select.load("cpu", num_threads=2)
     assert isinstance(chosen, CpuKernels)
-    assert chosen.instruction_set in ("avx512-bf16", "avx512", "avx2", "neon-bf16", "baseline")
+    assert chosen.instruction_set in ("avx512-amx", "avx512-bf16", "avx512", "avx2", "neon-bf16", "baseline")
 
 
 def test_without_a_compiler_plain_torch_serves_it(

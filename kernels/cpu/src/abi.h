@@ -155,8 +155,8 @@ typedef struct {
 /* A context owns its threads and scratch memory; it serves one caller at a time. NULL: no memory or no threads. */
 EXPORT kernel_context *kernels_open(int32_t num_threads);
 EXPORT void kernels_close(kernel_context *context);
-/* "avx512-bf16", "avx512", "avx2", "neon-bf16" or "baseline": the processor's best; or what INFINITE_LLM_CPU_ISA names,
- * and baseline if the processor does not have that. */
+/* "avx512-amx", "avx512-bf16", "avx512", "avx2", "neon-bf16" or "baseline": the processor's best; or what
+ * INFINITE_LLM_CPU_ISA names, and baseline if the processor does not have that. */
 EXPORT const char *kernels_isa(const kernel_context *context);
 
 EXPORT int32_t kernels_micro_attention(kernel_context *context, const attention_call *call);

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "abi.h"
+#include "amx.h"
 #include "kernel_set.h"
 #include "threads.h"
 
@@ -47,7 +48,11 @@ static const kernel_set *choose_kernels(void) {
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16") && allowed("avx512-bf16", wanted)) return &avx512_bf16_kernels;
+    int bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#if KNOWS_AMX
+    if (bf16 && allowed("avx512-amx", wanted) && amx_allowed()) return &avx512_amx_kernels;
+#endif
+    if (bf16 && allowed("avx512-bf16", wanted)) return &avx512_bf16_kernels;
     if (avx512 && allowed("avx512", wanted)) return &avx512_kernels;
     if (avx2 && allowed("avx2", wanted)) return &avx2_kernels;
 #elif defined(__aarch64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)

@@ -134,7 +134,7 @@ static void decode_write(const attention_call *call, int32_t segment, const void
         int e = i % s.rows, head = i / s.rows * group + e % group;
         int64_t index = (call->query_start[segment] + (int64_t)(e / group)) * call->q_heads + head;
         float scale, *acc = s.acc + (int64_t)i * s.padded_dim;
-        call->lse[index] = row_finish(&s.states[i], &scale);
+        call->lse[index] = row_finish(s.states[i].maximum, s.states[i].sum, &scale);
         for (int d = 0; d < s.padded_dim; d += WIDTH) store(acc + d, load(acc + d) * splat(scale));
         if (has_pairs(&call->pool)) join_row(acc, head_dim);
         store_as(call->out, index * head_dim, acc, head_dim, call->out_dtype);

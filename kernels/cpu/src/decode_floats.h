@@ -51,7 +51,7 @@ INLINE void decode_head(
                 TILE_KEYS, WIDTH / TILE_KEYS, q + r * dim, rows - r, element(k, j * ld, dtype), ld, count - j, dim,
                 dtype, s->scores + r * KEYS + j, r == 0 ? ahead : 0
             );
-    hide_and_cap(call, s->scores, rows, keys, key_pos, masked, s->pos);
+    hide_and_cap(call, s->scores, rows, KEYS, keys, key_pos, masked, s->pos);
     for (int r = 0; r < rows; r++) online_softmax(&states[r], s->scores + r * KEYS, keys, 1.0f);
     const int tiles = (rows + MAX_ROWS - 1) / MAX_ROWS, most = (rows + tiles - 1) / tiles;
     for (int r = 0; r < rows; r += most) {

@@ -104,7 +104,7 @@ INLINE void decode_head_pairs(
     const uint16_t *q = (const uint16_t *)s->q + (int64_t)head * rows * dim;
     row_state *states = s->states + (int64_t)head * rows;
     score_run(q, rows, k, count, dim, query_factor(call), s->scores, after_k);
-    hide_and_cap(call, s->scores, rows, keys, key_pos, masked, s->pos);
+    hide_and_cap(call, s->scores, rows, KEYS, keys, key_pos, masked, s->pos);
     for (int r = 0; r < rows; r++) online_softmax(&states[r], s->scores + r * KEYS, keys, 1.0f);
     const int tiles = (rows + MOST_ROWS - 1) / MOST_ROWS, most = (rows + tiles - 1) / tiles;
     for (int r = 0; r < rows; r += most) {

@@ -36,7 +36,7 @@ typedef struct {
 } kernel_set;
 
 extern const kernel_set baseline_kernels;
-extern const kernel_set avx2_kernels, avx512_kernels, avx512_bf16_kernels; /* x86-64 */
-extern const kernel_set neon_bf16_kernels;                                  /* aarch64 */
+extern const kernel_set avx2_kernels, avx512_kernels, avx512_bf16_kernels, avx512_amx_kernels; /* x86-64 */
+extern const kernel_set neon_bf16_kernels; /* aarch64 */
 
 #endif

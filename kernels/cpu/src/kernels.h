@@ -2,6 +2,9 @@
 #ifndef NATIVE_PAIRS
 #define NATIVE_PAIRS 0 /* 1: the instruction set multiplies pairs of bfloat16 */
 #endif
+#ifndef NATIVE_TILES
+#define NATIVE_TILES 0 /* 1: it also multiplies tiles of bfloat16, with AMX */
+#endif
 
 #include "kernel_set.h"
 #include "vec.h"
@@ -11,14 +14,23 @@
 #include "keys.h"
 #include "weigh_pairs.h"
 #include "prefill.h"
+#if NATIVE_TILES
+#include "tiled_keys.h"
+#include "prefill_amx.h"
+#endif
 #include "decode.h"
 #include "merge.h"
 #include "read.h"
 
 const kernel_set KERNELS = {
     .name = KERNELS_NAME,
+#if NATIVE_TILES
+    .prefill_scratch = prefill_amx_scratch,
+    .prefill = prefill_amx,
+#else
     .prefill_scratch = prefill_scratch,
     .prefill = prefill,
+#endif
     .decode_state = decode_state,
     .decode = decode,
     .decode_merge = decode_merge,

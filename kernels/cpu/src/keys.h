@@ -74,12 +74,14 @@ INLINE float query_factor(const attention_call *call) {
     return call->softcap > 0 ? call->scale / call->softcap : call->scale * LOG2_E;
 }
 
-/* Soft-cap and masks of one row group. key_pos holds keys (a multiple of WIDTH) positions, INT32_MAX for padding. */
+/* Soft-cap and masks of one row group's scores [rows][stride]. key_pos holds keys (a multiple of WIDTH) positions,
+ * INT32_MAX for padding. */
 INLINE void hide_and_cap(
-    const attention_call *call, float *scores, int rows, int keys, const int32_t *key_pos, int masked,
+    const attention_call *call, float *scores, int rows, int stride, int keys, const int32_t *key_pos, int masked,
     const int32_t *query_pos
 ) {
-    if (call->softcap > 0) cap_scores(scores, rows, keys, call->softcap * LOG2_E);
-    if (!masked) return;
-    for (int r = 0; r < rows; r++) mask_scores(scores + r * KEYS, key_pos, keys, query_pos[r], call->window);
+    for (int r = 0; r < rows; r++, scores += stride) {
+        if (call->softcap > 0) cap_scores(scores, keys, call->softcap * LOG2_E);
+        if (masked) mask_scores(scores, key_pos, keys, query_pos[r], call->window);
+    }
 }

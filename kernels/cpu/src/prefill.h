@@ -134,7 +134,7 @@ INLINE void attend_tile(const attention_call *call, row_tile *rows, int row, int
     }
     int masked = keys != tile->count || last_key > first_pos ||
                  (call->window > 0 && (int64_t)tile->pos[0] + call->window <= last_pos);
-    hide_and_cap(call, scores, MAX_ROWS, keys, tile->pos, masked, pos);
+    hide_and_cap(call, scores, MAX_ROWS, KEYS, keys, tile->pos, masked, pos);
     for (int r = 0; r < MAX_ROWS; r++) {
         online_softmax(&rows->states[row + r], scores + r * KEYS, keys, factor);
         rescale[r] = rows->states[row + r].rescale;
@@ -180,7 +180,7 @@ INLINE void prefill_as(const attention_call *call, prefill_task task, void *scra
     for (int e = 0; e < used; e++) {
         int64_t index = (first_row + e / group) * call->q_heads + task.head * group + e % group;
         float scale, *acc = rows.acc + (int64_t)e * dim;
-        call->lse[index] = row_finish(&rows.states[e], &scale);
+        call->lse[index] = row_finish(rows.states[e].maximum, rows.states[e].sum, &scale);
         for (int d = 0; d < dim; d += WIDTH) store(acc + d, load(acc + d) * splat(scale));
         if (keeps_pairs(pool, dtype)) join_row(acc, dim);
         store_as(call->out, index * head_dim, acc, head_dim, call->out_dtype);

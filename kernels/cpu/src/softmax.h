@@ -53,12 +53,8 @@ INLINE vf hyperbolic_tangent(vf x) {
 }
 
 /* cap * tanh(score) for scores that were scaled by 1 / softcap. */
-INLINE void cap_scores(float *scores, int rows, int keys, float cap) {
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < keys; j += WIDTH) {
-            float *s = scores + r * KEYS + j;
-            store(s, splat(cap) * hyperbolic_tangent(load(s)));
-        }
+INLINE void cap_scores(float *scores, int keys, float cap) {
+    for (int j = 0; j < keys; j += WIDTH) store(scores + j, splat(cap) * hyperbolic_tangent(load(scores + j)));
 }
 
 /* Hides from a row at position query_pos the keys after it and those outside its window (0: none). */
@@ -106,8 +102,8 @@ INLINE void online_softmax(row_state *row, float *scores, int keys, float factor
 }
 
 /* Log-sum-exp of a row, natural logarithm; *scale becomes what normalises its accumulated values. */
-INLINE float row_finish(const row_state *row, float *scale) {
-    float sum = sum_lanes(load(row->sum));
+INLINE float row_finish(float maximum, const float *sums, float *scale) {
+    float sum = sum_lanes(load(sums));
     *scale = sum > 0 ? 1.0f / sum : 0.0f;
-    return sum > 0 ? row->maximum * LN_2 + logf(sum) : -INFINITY;
+    return sum > 0 ? maximum * LN_2 + logf(sum) : -INFINITY;
 }

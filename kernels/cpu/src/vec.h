@@ -206,6 +206,15 @@ INLINE vf sum_each(vf x[WIDTH]) {
     return x[0];
 }
 
+/* Lane j of the result is the largest lane of x[j]. Overwrites x. */
+INLINE vf max_each(vf x[WIDTH]) {
+    transpose(x);
+    vf most = x[0];
+#pragma GCC unroll 16
+    for (int i = 1; i < WIDTH; i++) most = maximum(most, x[i]);
+    return most;
+}
+
 INLINE float sum_lanes(vf x) {
     float total = 0;
     for (int j = 0; j < WIDTH; j++) total += x[j];

@@ -1,0 +1,151 @@
+/* Keys and values of bfloat16 packed for AMX, and its products of them with many rows.
+ *
+ * A product of tiles adds 16 rows of 32 bfloat16 times 32 rows of 16 to 16 x 16 float32, and wants the second in pairs:
+ * two numbers of a column, one after the other, in a word. Keys and values are packed that way, tile after tile.
+ */
+#define TILE 16        /* rows of a tile, and words of a row */
+#define TILE_DEPTH 32  /* bfloat16 numbers of a row */
+#define TILE_BYTES 64  /* of a row */
+#define BLOCK_ROWS 32  /* rows that are computed at once: two tiles, for which keys and values are loaded once */
+#define TILED_KEYS 128 /* packed at once; a multiple of TILE_DEPTH */
+
+/* Keys are [keys / TILE][dim / 2][TILE] words, values [dim / TILE][keys / 2][TILE]: of every VECTOR dimensions first
+ * the firsts, then the seconds, as in pairs.h. */
+typedef struct {
+    int32_t *keys, *values;
+    int32_t pos[TILED_KEYS]; /* ascending, then INT32_MAX for padding */
+    int count, padded_count; /* the latter is a multiple of TILE_DEPTH */
+} tiled_keys;
+
+/* All eight tiles are used whole. */
+INLINE void configure_tiles(void) {
+    static const struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } config = {
+        .palette = 1,
+        .row_bytes = {TILE_BYTES, TILE_BYTES, TILE_BYTES, TILE_BYTES, TILE_BYTES, TILE_BYTES, TILE_BYTES, TILE_BYTES},
+        .rows = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE},
+    };
+    _tile_loadconfig(&config);
+}
+
+/* To be called before tiles are loaded: the compiler does not know that this reads memory. */
+INLINE void finish_stores(void) { __asm__ volatile("" ::: "memory"); }
+
+/* Tiles 0 .. 3 are a square of BLOCK_ROWS rows and columns; to them products of 4 and 5 with 6 and 7 are added. */
+INLINE void multiply_tiles(void) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+INLINE void store_square(float *to, int row_floats) {
+    const int64_t row = row_floats * (int64_t)sizeof(float);
+    _tile_stored(0, to, row);
+    _tile_stored(1, to + TILE, row);
+    _tile_stored(2, to + TILE * row_floats, row);
+    _tile_stored(3, to + TILE * row_floats + TILE, row);
+}
+
+/* Scores [BLOCK_ROWS][TILED_KEYS] of queries [BLOCK_ROWS][dim]. */
+static NOINLINE void score_block(const uint16_t *q, int dim, const tiled_keys *tile, float *scores) {
+    finish_stores();
+    for (int j = 0; j < tile->padded_count; j += 2 * TILE) {
+        const int32_t *keys = tile->keys + j * dim / 2, *next_keys = keys + TILE * dim / 2;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int d = 0; d < dim; d += TILE_DEPTH) {
+            _tile_loadd(4, q + d, dim * 2);
+            _tile_loadd(5, q + TILE * dim + d, dim * 2);
+            _tile_loadd(6, keys + d / 2 * TILE, TILE_BYTES);
+            _tile_loadd(7, next_keys + d / 2 * TILE, TILE_BYTES);
+            multiply_tiles();
+        }
+        store_square(scores + j, TILED_KEYS);
+    }
+}
+
+/* acc [BLOCK_ROWS][dim] += weights times values. Of each TILE_DEPTH weights of a row the high parts lie before the low
+ * ones (split_weights). */
+static NOINLINE void weigh_block(const float *weights, const tiled_keys *tile, int dim, float *acc) {
+    const int64_t row = TILED_KEYS * sizeof(float), acc_row = dim * (int64_t)sizeof(float);
+    const float *below = weights + TILE * TILED_KEYS;
+    finish_stores();
+    for (int d = 0; d < dim; d += 2 * TILE) {
+        const int32_t *firsts = tile->values + d * (TILED_KEYS / 2), *seconds = firsts + TILE * (TILED_KEYS / 2);
+        float *to = acc + d;
+        _tile_loadd(0, to, acc_row);
+        _tile_loadd(1, to + TILE, acc_row);
+        _tile_loadd(2, to + TILE * dim, acc_row);
+        _tile_loadd(3, to + TILE * dim + TILE, acc_row);
+        for (int j = 0; j < tile->padded_count; j += TILE_DEPTH) {
+            _tile_loadd(4, weights + j, row);
+            _tile_loadd(5, below + j, row);
+            _tile_loadd(6, firsts + j / 2 * TILE, TILE_BYTES);
+            _tile_loadd(7, seconds + j / 2 * TILE, TILE_BYTES);
+            multiply_tiles();
+            _tile_loadd(4, weights + j + TILE, row);
+            _tile_loadd(5, below + j + TILE, row);
+            multiply_tiles();
+        }
+        store_square(to, dim);
+    }
+}
+
+/* Keys into columns, a square of TILE keys and VECTOR dimensions at a time. */
+INLINE void pack_keys(int32_t *to, const uint16_t *const *rows, int count, int dim) {
+    for (int j = 0; j < count; j += TILE)
+        for (int d = 0; d < dim; d += VECTOR, to += TILE * TILE) {
+            vf x[TILE];
+#pragma GCC unroll 16
+            for (int i = 0; i < TILE; i++) x[i] = (vf)load_pairs(rows[j + i] + d);
+            transpose(x);
+#pragma GCC unroll 16
+            for (int i = 0; i < TILE; i++) store((float *)to + i * TILE, x[i]);
+        }
+}
+
+/* Values into pairs of two keys. */
+INLINE void pack_values(int32_t *to, const uint16_t *const *rows, int count, int dim) {
+    const vi low = splat_int(0xffff);
+    for (int d = 0; d < dim; d += VECTOR, to += VECTOR * (TILED_KEYS / 2))
+        for (int j = 0; j < count; j += 2) {
+            vi a = load_pairs(rows[j] + d), b = load_pairs(rows[j + 1] + d);
+            float *firsts = (float *)to + j / 2 * TILE, *seconds = firsts + TILE * (TILED_KEYS / 2);
+            store(firsts, (vf)((a & low) | b << 16));
+            store(seconds, (vf)((a >> 16 & low) | (b & ~low)));
+        }
+}
+
+/* Packs the next keys under the cursor, from as many blocks as it takes. Padding repeats the last key. */
+INLINE int pack_tile(tiled_keys *tile, key_cursor *cursor, int32_t head) {
+    const pool_view *pool = &cursor->call->pool;
+    const uint16_t *keys[TILED_KEYS], *values[TILED_KEYS];
+    key_run run;
+    int count = 0;
+    while (count < TILED_KEYS && next_run(cursor, TILED_KEYS - count, &run)) {
+        keys[count] = run_keys(pool, &run, head, BFLOAT16);
+        values[count] = run_values(pool, keys[count], BFLOAT16);
+        tile->pos[count] = run.pos;
+        for (int end = count++ + run.count; count < end; count++) {
+            keys[count] = keys[count - 1] + pool->head_dim;
+            values[count] = values[count - 1] + pool->head_dim;
+            tile->pos[count] = tile->pos[count - 1] + 1;
+        }
+    }
+    tile->count = count;
+    tile->padded_count = (int)round_up(count, TILE_DEPTH);
+    for (; count < tile->padded_count; count++) {
+        keys[count] = keys[count - 1];
+        values[count] = values[count - 1];
+        tile->pos[count] = INT32_MAX;
+    }
+    pack_keys(tile->keys, keys, count, pool->head_dim);
+    pack_values(tile->values, values, count, pool->head_dim);
+    return count;
+}
