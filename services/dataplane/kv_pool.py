@@ -90,22 +90,20 @@ class Pool(ABC):
 
 
 class KvPool(Pool):
-    """A pool in host memory.
+    """A pool in host memory, in huge pages where the system grants them (``shmem_enabled`` of transparent_hugepage).
 
     Args:
         pool_bytes: size; the part behind the last whole block stays unused.
-        huge_pages: ask for transparent huge pages; without effect where the system does not grant them
-            (/sys/kernel/mm/transparent_hugepage/shmem_enabled).
 
     Raises:
         ConfigError: there is not that much memory; the message names what is available.
     """
 
-    def __init__(self, pool_bytes: int, huge_pages: bool = False) -> None:
+    def __init__(self, pool_bytes: int) -> None:
         if pool_bytes < 1:
             raise ConfigError(f"pool_bytes must be positive, got {pool_bytes}")
         self.pool_bytes = pool_bytes
-        self._fd = create_memfd("infinite-llm-pool", pool_bytes, huge_pages)
+        self._fd = create_memfd("infinite-llm-pool", pool_bytes, huge_pages=True)
         self._memory: mmap.mmap | None = map_memfd(self._fd, pool_bytes)
 
     @property

@@ -103,10 +103,9 @@ def soon():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("huge_pages", [False, True])
-def test_a_pool_is_a_tensor_of_blocks(dtype, huge_pages):
+def test_a_pool_is_a_tensor_of_blocks(dtype):
     geometry = PoolGeometry(layers=2, kv_heads=3, block_tokens=4, head_dim=8, dtype=dtype)
-    pool = KvPool(BLOCKS * geometry.block_bytes + 100, huge_pages)
+    pool = KvPool(BLOCKS * geometry.block_bytes + 100)
     status = os.fstat(pool.fd)
     assert status.st_blocks * 512 >= status.st_size == pool.pool_bytes
     blocks = pool.as_tensor(geometry)

@@ -85,8 +85,6 @@ INLINE void sum_words(
         if (both) _tile_zero(3);
     }
     for (int64_t i = 0; i < count; i += TILE, x += rows * TILE, panel += TILE * AMX_COLUMNS) {
-        for (int line = 0; line < ahead.lines && ahead.from < ahead.end; line++, ahead.from += 64)
-            __builtin_prefetch(ahead.from, 0, 2);
         _tile_loadd(4, x, TILE * 4);
         _tile_loadd(6, panel, AMX_COLUMNS * 4);
         _tile_dpbf16ps(0, 4, 6);
@@ -97,6 +95,8 @@ INLINE void sum_words(
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
+        for (int line = 0; line < ahead.lines && ahead.from < ahead.end; line++, ahead.from += 64)
+            __builtin_prefetch(ahead.from, 0, 2);
     }
     _tile_stored(0, sums, AMX_COLUMNS * 4);
     _tile_stored(1, sums + TILE, AMX_COLUMNS * 4);

@@ -32,6 +32,15 @@ INLINE void write_tile(
     for (int r = 0; r < rows; r++) {
         const int64_t at = (row + r) * call->columns + first;
         int c = 0;
+#ifdef NATIVE_BFLOAT16
+        for (; dtype == BFLOAT16 && c + 2 * WIDTH <= count; c += 2 * WIDTH) { /* a cache line at once */
+            const int i = r * columns + c, j = i + WIDTH;
+            const int64_t next = first + c + WIDTH;
+            vf low = finish_product(call, load(sums + i), load(gated + i), at + c, first + c, dtype);
+            vf high = finish_product(call, load(sums + j), load(gated + j), at + c + WIDTH, next, dtype);
+            *(vi_mem *)((uint16_t *)call->out + at + c) = (vi)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+        }
+#endif
         for (; c + WIDTH <= count; c += WIDTH) {
             const int i = r * columns + c;
             store_vector(
