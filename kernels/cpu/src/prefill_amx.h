@@ -63,12 +63,12 @@ INLINE vf split_weights(float *scores, float *low, int exact, int keys, vf facto
 
 /* Maxima of TILE rows with the tile's scores, times a factor greater than 0, and what they held rescaled to them.
  * Answers whether any weight will be a large part of its row. */
-INLINE int raise_maxima(const tiled_rows *s, int row, float factor) {
+INLINE int raise_maxima(const tiled_rows *s, int row, int keys, float factor) {
     float(*scores)[TILED_KEYS] = s->weights->scores + row % BLOCK_ROWS;
     vf largest[TILE], sums[TILE];
     for (int r = 0; r < TILE; r++) {
         largest[r] = load(scores[r]);
-        for (int j = WIDTH; j < s->tile.padded_count; j += WIDTH) largest[r] = maximum(largest[r], load(scores[r] + j));
+        for (int j = WIDTH; j < keys; j += WIDTH) largest[r] = maximum(largest[r], load(scores[r] + j));
     }
     const vf tile_maximum = max_each(largest) * splat(factor);
     const vf before = load(s->maxima + row), after = maximum(before, tile_maximum);
@@ -88,13 +88,11 @@ INLINE int raise_maxima(const tiled_rows *s, int row, float factor) {
 }
 
 /* Replaces scores of BLOCK_ROWS rows by weights. exact is a constant. */
-INLINE void weights_of_scores(const tiled_rows *s, int row, int exact, float factor) {
+INLINE void weights_of_scores(const tiled_rows *s, int row, int exact, int keys, float factor) {
     for (int r = 0; r < BLOCK_ROWS; r++) {
         float maximum = s->maxima[row + r], *sum = s->sums + (row + r) * WIDTH;
         vf reference = splat(maximum == -INFINITY ? 0.0f : maximum);
-        vf added = split_weights(
-            s->weights->scores[r], s->weights->low[r], exact, s->tile.padded_count, splat(factor), reference
-        );
+        vf added = split_weights(s->weights->scores[r], s->weights->low[r], exact, keys, splat(factor), reference);
         store(sum, load(sum) + added);
     }
 }
@@ -102,12 +100,13 @@ INLINE void weights_of_scores(const tiled_rows *s, int row, int exact, float fac
 /* Scores, weights and weighted values of BLOCK_ROWS rows, from row on, over the tile. */
 INLINE void attend_tiled(const attention_call *call, const tiled_rows *s, int row) {
     const tiled_keys *tile = &s->tile;
-    const int keys = tile->padded_count, dim = s->dim;
     const int32_t *pos = s->pos + row; /* ascending: rows of a segment have consecutive positions */
     const int32_t first_pos = pos[0], last_pos = pos[BLOCK_ROWS - 1], last_key = tile->pos[tile->count - 1];
     if (tile->pos[0] > last_pos || (call->window > 0 && (int64_t)last_key + call->window <= first_pos)) return;
+    int keys = tile->padded_count, dim = s->dim;
+    while (tile->pos[keys - TILE_DEPTH] > last_pos) keys -= TILE_DEPTH; /* which none of the rows sees */
 
-    score_block(s->q + (int64_t)row * dim, dim, tile, s->weights->scores[0]);
+    score_block(s->q + (int64_t)row * dim, dim, tile->keys, keys, s->weights->scores[0]);
     float factor = query_factor(call);
     int masked = keys != tile->count || last_key > first_pos ||
                  (call->window > 0 && (int64_t)tile->pos[0] + call->window <= last_pos);
@@ -118,10 +117,10 @@ INLINE void attend_tiled(const attention_call *call, const tiled_rows *s, int ro
     }
     hide_and_cap(call, s->weights->scores[0], BLOCK_ROWS, TILED_KEYS, keys, tile->pos, masked, pos);
     int exact = 0;
-    for (int r = 0; r < BLOCK_ROWS; r += TILE) exact |= raise_maxima(s, row + r, factor);
-    if (exact) weights_of_scores(s, row, 1, factor);
-    else weights_of_scores(s, row, 0, factor);
-    weigh_block(s->weights, exact, tile, dim, s->acc + (int64_t)row * dim);
+    for (int r = 0; r < BLOCK_ROWS; r += TILE) exact |= raise_maxima(s, row + r, keys, factor);
+    if (exact) weights_of_scores(s, row, 1, keys, factor);
+    else weights_of_scores(s, row, 0, keys, factor);
+    weigh_block(s->weights, exact, tile->values, keys, dim, s->acc + (int64_t)row * dim);
 }
 
 static void prefill_tiled(const attention_call *call, prefill_task task, void *scratch) {

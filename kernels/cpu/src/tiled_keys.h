@@ -52,11 +52,11 @@ INLINE void store_square(float *to, int row_floats) {
     _tile_stored(3, to + TILE * row_floats + TILE, row);
 }
 
-/* Scores [BLOCK_ROWS][TILED_KEYS] of queries [BLOCK_ROWS][dim]. */
-static NOINLINE void score_block(const uint16_t *q, int dim, const tiled_keys *tile, float *scores) {
+/* Scores [BLOCK_ROWS][TILED_KEYS] of queries [BLOCK_ROWS][dim] with count keys, a multiple of TILE_DEPTH. */
+static NOINLINE void score_block(const uint16_t *q, int dim, const int32_t *keys, int count, float *scores) {
     finish_stores();
-    for (int j = 0; j < tile->padded_count; j += 2 * TILE) {
-        const int32_t *keys = tile->keys + j * dim / 2, *next_keys = keys + TILE * dim / 2;
+    for (int j = 0; j < count; j += 2 * TILE, keys += TILE * dim) {
+        const int32_t *next_keys = keys + TILE * dim / 2;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
@@ -72,25 +72,27 @@ static NOINLINE void score_block(const uint16_t *q, int dim, const tiled_keys *t
     }
 }
 
-/* Scores of BLOCK_ROWS rows, and in their place weights, sums of three bfloat16: of each TILE_DEPTH weights of a row the
- * high parts, then the middle ones. */
+/* Scores of BLOCK_ROWS rows, and in their place weights, sums of three bfloat16: of each TILE_DEPTH weights of a row
+ * the high parts, then the middle ones. */
 typedef struct {
     float scores[BLOCK_ROWS][TILED_KEYS], low[BLOCK_ROWS][TILED_KEYS / 2];
 } weight_block;
 
 /* acc [BLOCK_ROWS][dim] += weights, exact or without their low parts, times values. */
-static NOINLINE void weigh_block(const weight_block *weights, int exact, const tiled_keys *tile, int dim, float *acc) {
+static NOINLINE void weigh_block(
+    const weight_block *weights, int exact, const int32_t *values, int count, int dim, float *acc
+) {
     const int64_t row = sizeof weights->scores[0], low_row = sizeof weights->low[0];
     const int64_t acc_row = dim * (int64_t)sizeof(float);
     finish_stores();
     for (int d = 0; d < dim; d += 2 * TILE) {
-        const int32_t *firsts = tile->values + d * (TILED_KEYS / 2), *seconds = firsts + TILE * (TILED_KEYS / 2);
+        const int32_t *firsts = values + d * (TILED_KEYS / 2), *seconds = firsts + TILE * (TILED_KEYS / 2);
         float *to = acc + d;
         _tile_loadd(0, to, acc_row);
         _tile_loadd(1, to + TILE, acc_row);
         _tile_loadd(2, to + TILE * dim, acc_row);
         _tile_loadd(3, to + TILE * dim + TILE, acc_row);
-        for (int j = 0; j < tile->padded_count; j += TILE_DEPTH) {
+        for (int j = 0; j < count; j += TILE_DEPTH) {
             _tile_loadd(4, &weights->scores[0][j], row);
             _tile_loadd(5, &weights->scores[TILE][j], row);
             _tile_loadd(6, firsts + j / 2 * TILE, TILE_BYTES);
