@@ -56,6 +56,15 @@ def test_decoding_bfloat16(kernels: AttentionKernels, group: int, head_dim: int)
     check(kernels, make_case([context(150)], group=group, head_dim=head_dim, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("window", [0, 100])
+def test_prefill_bfloat16(kernels: AttentionKernels, group: int, head_dim: int, window: int) -> None:
+    """Several tiles of keys and, with groups, of rows, the last of them not full."""
+    case = make_case([context(430, 90)], group=group, head_dim=head_dim, window=window, dtype=torch.bfloat16)
+    check(kernels, case)
+
+
 @pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 96, 128, 256, 20])
 @pytest.mark.parametrize("rows", [2, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

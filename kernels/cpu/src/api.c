@@ -103,7 +103,7 @@ static int32_t segment_rows(const attention_call *call, int32_t segment) {
 static void plan_tasks(work *work, int32_t num_threads, int write) {
     const attention_call *call = work->call;
     const int32_t group = call->q_heads / call->pool.kv_heads;
-    const int32_t tile = PREFILL_ROWS / group > 0 ? PREFILL_ROWS / group : 1;
+    const int32_t rows_per_task = work->kernels->prefill_rows / group, tile = rows_per_task > 0 ? rows_per_task : 1;
     int64_t listed = call->block_start[call->segments] - call->block_start[0];
     int64_t part = num_threads == 1 ? INT32_MAX : listed / (num_threads * PARTS_PER_THREAD) + 1;
     if (part < MIN_PART_BLOCKS) part = MIN_PART_BLOCKS;

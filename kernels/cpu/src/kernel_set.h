@@ -6,8 +6,6 @@
 
 #include "abi.h"
 
-/* Effective rows (query rows times heads of a KV group) of a prefill task: queries and accumulators stay in L2. */
-#define PREFILL_ROWS 192
 /* A segment with at most this many effective rows is decoded. */
 #define DECODE_ROWS 32
 
@@ -23,6 +21,7 @@ typedef struct {
 
 typedef struct {
     const char *name;
+    int32_t prefill_rows; /* effective rows (query rows times heads of a KV group) of a prefill task, about */
     size_t (*prefill_scratch)(const attention_call *call);
     void (*prefill)(const attention_call *call, prefill_task task, void *scratch);
     /* Bytes of a decode task's state; two tasks over different entries of one segment merge their states. */

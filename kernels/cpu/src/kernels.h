@@ -5,6 +5,9 @@
 #ifndef NATIVE_TILES
 #define NATIVE_TILES 0 /* 1: it also multiplies tiles of bfloat16, with AMX */
 #endif
+/* Effective rows of a prefill task. Queries and accumulators stay in L2; where products are faster, more rows share the
+ * packing of keys. */
+#define PREFILL_ROWS (NATIVE_TILES ? 384 : 192)
 
 #include "kernel_set.h"
 #include "vec.h"
@@ -24,6 +27,7 @@
 
 const kernel_set KERNELS = {
     .name = KERNELS_NAME,
+    .prefill_rows = PREFILL_ROWS,
 #if NATIVE_TILES
     .prefill_scratch = prefill_amx_scratch,
     .prefill = prefill_amx,

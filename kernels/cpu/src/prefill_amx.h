@@ -1,15 +1,18 @@
 /* Micro-attention for many query rows over bfloat16 keys and values with AMX, otherwise as in prefill.h.
  *
- * Weights are split into two bfloat16, together 17 bits: their products with values are exact, and sums are float32.
+ * Weights are split into three bfloat16, which together are exact, as are their products with values; sums are float32.
+ * The third is left out where no weight of a tile is a large part of its row: it would change less than 2**-20 of it.
  */
+#define LARGE_PARTS 8.0f /* an eighth of the sum so far is large */
+
 typedef struct {
     int rows, dim;
-    uint16_t *q;     /* [rows][dim] */
-    float *acc;      /* [rows][dim], separated */
-    float *scores;   /* [BLOCK_ROWS][TILED_KEYS], then weights */
-    float *sums;     /* [rows][WIDTH] */
-    float *maxima;   /* [rows] */
-    int32_t *pos;    /* [rows] */
+    uint16_t *q;   /* [rows][dim] */
+    float *acc;    /* [rows][dim], separated */
+    float *maxima; /* [rows], as in row_state */
+    float *sums;   /* [rows][WIDTH] */
+    int32_t *pos;  /* [rows] */
+    weight_block *weights;
     tiled_keys tile;
 } tiled_rows;
 
@@ -20,7 +23,7 @@ INLINE char *tiled_layout(tiled_rows *s, int rows, int dim, void *scratch) {
     s->rows = rows, s->dim = dim;
     s->q = (uint16_t *)next, next += numbers / 2;
     s->acc = next, next += numbers;
-    s->scores = next, next += BLOCK_ROWS * TILED_KEYS;
+    s->weights = (weight_block *)next, next += sizeof(weight_block) / sizeof(float);
     s->tile.keys = (int32_t *)next, next += TILED_KEYS * dim / 2;
     s->tile.values = (int32_t *)next, next += TILED_KEYS * dim / 2;
     s->sums = next, next += rows * WIDTH;
@@ -36,70 +39,88 @@ static size_t prefill_amx_scratch(const attention_call *call) {
     return (size_t)(tiled_layout(&s, rows, call->pool.head_dim, NULL) - (char *)NULL);
 }
 
-/* Both vectors' numbers, rounded to bfloat16. */
-INLINE vf join_bfloat16(vf a, vf b) { return (vf)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+/* Numbers, the high halves of which are the numbers rounded to bfloat16. */
+INLINE vi round_high_halves(vf x) { return (vi)x + splat_int(0x8000); }
 
-/* Numbers not below 0, rounded to bfloat16. */
-INLINE vf high_parts(vf x) { return (vf)(((vi)x + splat_int(0x8000)) & splat_int(-65536)); }
-
-/* A row's scores, times factor, become weights relative to reference; answers their sum, spread over the lanes. Of each
- * VECTOR weights the high parts and after them the low ones take the place of the scores. */
-INLINE vf split_weights(float *scores, int keys, vf factor, vf reference) {
+/* A row's scores, times factor, become weights relative to reference; answers their sum, spread over the lanes. exact
+ * (with low parts) is a constant. */
+INLINE vf split_weights(float *scores, float *low, int exact, int keys, vf factor, vf reference) {
     vf sum = {0};
     for (int j = 0; j < keys; j += VECTOR) {
         vf a = exp2_not_positive(load(scores + j) * factor - reference);
         vf b = exp2_not_positive(load(scores + j + WIDTH) * factor - reference);
-        vf high_a = high_parts(a), high_b = high_parts(b);
-        store(scores + j, join_bfloat16(high_a, high_b));
-        store(scores + j + WIDTH, join_bfloat16(a - high_a, b - high_b));
+        vi high_a = round_high_halves(a), high_b = round_high_halves(b);
+        vf rest_a = a - seconds(high_a), rest_b = b - seconds(high_b);
+        vi middle_a = round_high_halves(rest_a), middle_b = round_high_halves(rest_b);
+        store(scores + j, pair_high_halves(high_a, high_b));
+        store(scores + j + WIDTH, pair_high_halves(middle_a, middle_b));
+        if (exact)
+            store(low + j / 2, pair_high_halves((vi)(rest_a - seconds(middle_a)), (vi)(rest_b - seconds(middle_b))));
         sum += a + b;
     }
     return sum;
 }
 
-/* Replaces scores of TILE rows, times a factor greater than 0, by weights; what the rows hold is rescaled to them. */
-INLINE void tiled_softmax(const tiled_rows *s, int row, float *scores, float factor) {
-    const int keys = s->tile.padded_count, dim = s->dim;
-    vf largest[TILE];
+/* Maxima of TILE rows with the tile's scores, times a factor greater than 0, and what they held rescaled to them.
+ * Answers whether any weight will be a large part of its row. */
+INLINE int raise_maxima(const tiled_rows *s, int row, int keys, float factor) {
+    float(*scores)[TILED_KEYS] = s->weights->scores + row % BLOCK_ROWS;
+    vf largest[TILE], sums[TILE];
     for (int r = 0; r < TILE; r++) {
-        largest[r] = load(scores + r * TILED_KEYS);
-        for (int j = WIDTH; j < keys; j += WIDTH) largest[r] = maximum(largest[r], load(scores + r * TILED_KEYS + j));
+        largest[r] = load(scores[r]);
+        for (int j = WIDTH; j < keys; j += WIDTH) largest[r] = maximum(largest[r], load(scores[r] + j));
     }
-    vf before = load(s->maxima + row), after = maximum(before, max_each(largest) * splat(factor));
+    const vf tile_maximum = max_each(largest) * splat(factor);
+    const vf before = load(s->maxima + row), after = maximum(before, tile_maximum);
     store(s->maxima + row, after);
     /* A row that has seen nothing yet has scores of -inf only; relative to 0 their weights are 0. */
-    vf reference = select_lanes(after == splat(-INFINITY), (vf){0}, after);
-    vf rescale = exp2_not_positive(before - reference);
+    const vf reference = select_lanes(after == splat(-INFINITY), (vf){0}, after);
+    const vf rescale = exp2_not_positive(before - reference);
     for (int r = 0; r < TILE; r++) {
-        float *sum = s->sums + (row + r) * WIDTH, *acc = s->acc + (int64_t)(row + r) * dim;
-        if (rescale[r] != 1.0f) {
-            for (int d = 0; d < dim; d += WIDTH) store(acc + d, load(acc + d) * splat(rescale[r]));
-            store(sum, load(sum) * splat(rescale[r]));
-        }
-        store(sum, load(sum) + split_weights(scores + r * TILED_KEYS, keys, splat(factor), splat(reference[r])));
+        float *acc = s->acc + (int64_t)(row + r) * s->dim, *sum = s->sums + (row + r) * WIDTH;
+        sums[r] = load(sum);
+        if (rescale[r] == 1.0f) continue;
+        for (int d = 0; d < s->dim; d += WIDTH) store(acc + d, load(acc + d) * splat(rescale[r]));
+        store(sum, sums[r] *= splat(rescale[r]));
+    }
+    const vf most = exp2_not_positive(tile_maximum - reference) * splat(LARGE_PARTS);
+    return _mm512_cmp_ps_mask((__m512)most, (__m512)sum_each(sums), _CMP_GT_OQ) != 0;
+}
+
+/* Replaces scores of BLOCK_ROWS rows by weights. exact is a constant. */
+INLINE void weights_of_scores(const tiled_rows *s, int row, int exact, int keys, float factor) {
+    for (int r = 0; r < BLOCK_ROWS; r++) {
+        float maximum = s->maxima[row + r], *sum = s->sums + (row + r) * WIDTH;
+        vf reference = splat(maximum == -INFINITY ? 0.0f : maximum);
+        vf added = split_weights(s->weights->scores[r], s->weights->low[r], exact, keys, splat(factor), reference);
+        store(sum, load(sum) + added);
     }
 }
 
 /* Scores, weights and weighted values of BLOCK_ROWS rows, from row on, over the tile. */
 INLINE void attend_tiled(const attention_call *call, const tiled_rows *s, int row) {
     const tiled_keys *tile = &s->tile;
-    const int keys = tile->padded_count, dim = s->dim;
     const int32_t *pos = s->pos + row; /* ascending: rows of a segment have consecutive positions */
     const int32_t first_pos = pos[0], last_pos = pos[BLOCK_ROWS - 1], last_key = tile->pos[tile->count - 1];
     if (tile->pos[0] > last_pos || (call->window > 0 && (int64_t)last_key + call->window <= first_pos)) return;
+    int keys = tile->padded_count, dim = s->dim;
+    while (tile->pos[keys - TILE_DEPTH] > last_pos) keys -= TILE_DEPTH; /* which none of the rows sees */
 
-    score_block(s->q + (int64_t)row * dim, dim, tile, s->scores);
+    score_block(s->q + (int64_t)row * dim, dim, tile->keys, keys, s->weights->scores[0]);
     float factor = query_factor(call);
     int masked = keys != tile->count || last_key > first_pos ||
                  (call->window > 0 && (int64_t)tile->pos[0] + call->window <= last_pos);
     if (call->softcap > 0 || factor <= 0) { /* cannot be left to the softmax */
         for (int i = 0; i < BLOCK_ROWS * TILED_KEYS; i += WIDTH)
-            store(s->scores + i, load(s->scores + i) * splat(factor));
+            store(s->weights->scores[0] + i, load(s->weights->scores[0] + i) * splat(factor));
         factor = 1.0f;
     }
-    hide_and_cap(call, s->scores, BLOCK_ROWS, TILED_KEYS, keys, tile->pos, masked, pos);
-    for (int r = 0; r < BLOCK_ROWS; r += TILE) tiled_softmax(s, row + r, s->scores + r * TILED_KEYS, factor);
-    weigh_block(s->scores, tile, dim, s->acc + (int64_t)row * dim);
+    hide_and_cap(call, s->weights->scores[0], BLOCK_ROWS, TILED_KEYS, keys, tile->pos, masked, pos);
+    int exact = 0;
+    for (int r = 0; r < BLOCK_ROWS; r += TILE) exact |= raise_maxima(s, row + r, keys, factor);
+    if (exact) weights_of_scores(s, row, 1, keys, factor);
+    else weights_of_scores(s, row, 0, keys, factor);
+    weigh_block(s->weights, exact, tile->values, keys, dim, s->acc + (int64_t)row * dim);
 }
 
 static void prefill_tiled(const attention_call *call, prefill_task task, void *scratch) {

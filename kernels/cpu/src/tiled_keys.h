@@ -1,13 +1,15 @@
 /* Keys and values of bfloat16 packed for AMX, and its products of them with many rows.
  *
  * A product of tiles adds 16 rows of 32 bfloat16 times 32 rows of 16 to 16 x 16 float32, and wants the second in pairs:
- * two numbers of a column, one after the other, in a word. Keys and values are packed that way, tile after tile.
+ * two numbers of a column in a word. Keys and values are packed that way, tile after tile. Two dimensions of a key that
+ * are neighbours make a pair; of values, those of two keys that lie TILE apart: two vectors of weights are then pairs,
+ * lane by lane.
  */
 #define TILE 16        /* rows of a tile, and words of a row */
 #define TILE_DEPTH 32  /* bfloat16 numbers of a row */
 #define TILE_BYTES 64  /* of a row */
 #define BLOCK_ROWS 32  /* rows that are computed at once: two tiles, for which keys and values are loaded once */
-#define TILED_KEYS 128 /* packed at once; a multiple of TILE_DEPTH */
+#define TILED_KEYS 192 /* packed at once. With a power of two, the parts of values would fall on each other in L1 */
 
 /* Keys are [keys / TILE][dim / 2][TILE] words, values [dim / TILE][keys / 2][TILE]: of every VECTOR dimensions first
  * the firsts, then the seconds, as in pairs.h. */
@@ -50,11 +52,11 @@ INLINE void store_square(float *to, int row_floats) {
     _tile_stored(3, to + TILE * row_floats + TILE, row);
 }
 
-/* Scores [BLOCK_ROWS][TILED_KEYS] of queries [BLOCK_ROWS][dim]. */
-static NOINLINE void score_block(const uint16_t *q, int dim, const tiled_keys *tile, float *scores) {
+/* Scores [BLOCK_ROWS][TILED_KEYS] of queries [BLOCK_ROWS][dim] with count keys, a multiple of TILE_DEPTH. */
+static NOINLINE void score_block(const uint16_t *q, int dim, const int32_t *keys, int count, float *scores) {
     finish_stores();
-    for (int j = 0; j < tile->padded_count; j += 2 * TILE) {
-        const int32_t *keys = tile->keys + j * dim / 2, *next_keys = keys + TILE * dim / 2;
+    for (int j = 0; j < count; j += 2 * TILE, keys += TILE * dim) {
+        const int32_t *next_keys = keys + TILE * dim / 2;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
@@ -70,27 +72,38 @@ static NOINLINE void score_block(const uint16_t *q, int dim, const tiled_keys *t
     }
 }
 
-/* acc [BLOCK_ROWS][dim] += weights times values. Of each TILE_DEPTH weights of a row the high parts lie before the low
- * ones (split_weights). */
-static NOINLINE void weigh_block(const float *weights, const tiled_keys *tile, int dim, float *acc) {
-    const int64_t row = TILED_KEYS * sizeof(float), acc_row = dim * (int64_t)sizeof(float);
-    const float *below = weights + TILE * TILED_KEYS;
+/* Scores of BLOCK_ROWS rows, and in their place weights, sums of three bfloat16: of each TILE_DEPTH weights of a row
+ * the high parts, then the middle ones. */
+typedef struct {
+    float scores[BLOCK_ROWS][TILED_KEYS], low[BLOCK_ROWS][TILED_KEYS / 2];
+} weight_block;
+
+/* acc [BLOCK_ROWS][dim] += weights, exact or without their low parts, times values. */
+static NOINLINE void weigh_block(
+    const weight_block *weights, int exact, const int32_t *values, int count, int dim, float *acc
+) {
+    const int64_t row = sizeof weights->scores[0], low_row = sizeof weights->low[0];
+    const int64_t acc_row = dim * (int64_t)sizeof(float);
     finish_stores();
     for (int d = 0; d < dim; d += 2 * TILE) {
-        const int32_t *firsts = tile->values + d * (TILED_KEYS / 2), *seconds = firsts + TILE * (TILED_KEYS / 2);
+        const int32_t *firsts = values + d * (TILED_KEYS / 2), *seconds = firsts + TILE * (TILED_KEYS / 2);
         float *to = acc + d;
         _tile_loadd(0, to, acc_row);
         _tile_loadd(1, to + TILE, acc_row);
         _tile_loadd(2, to + TILE * dim, acc_row);
         _tile_loadd(3, to + TILE * dim + TILE, acc_row);
-        for (int j = 0; j < tile->padded_count; j += TILE_DEPTH) {
-            _tile_loadd(4, weights + j, row);
-            _tile_loadd(5, below + j, row);
+        for (int j = 0; j < count; j += TILE_DEPTH) {
+            _tile_loadd(4, &weights->scores[0][j], row);
+            _tile_loadd(5, &weights->scores[TILE][j], row);
             _tile_loadd(6, firsts + j / 2 * TILE, TILE_BYTES);
             _tile_loadd(7, seconds + j / 2 * TILE, TILE_BYTES);
             multiply_tiles();
-            _tile_loadd(4, weights + j + TILE, row);
-            _tile_loadd(5, below + j + TILE, row);
+            _tile_loadd(4, &weights->scores[0][j + TILE], row);
+            _tile_loadd(5, &weights->scores[TILE][j + TILE], row);
+            multiply_tiles();
+            if (!exact) continue;
+            _tile_loadd(4, &weights->low[0][j / 2], low_row);
+            _tile_loadd(5, &weights->low[TILE][j / 2], low_row);
             multiply_tiles();
         }
         store_square(to, dim);
@@ -110,15 +123,20 @@ INLINE void pack_keys(int32_t *to, const uint16_t *const *rows, int count, int d
         }
 }
 
+/* Words of two bfloat16: the high halves of a, then of b. */
+INLINE vf pair_high_halves(vi a, vi b) {
+    return (vf)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)((vu)a >> 16), (__m512i)b);
+}
+
 /* Values into pairs of two keys. */
 INLINE void pack_values(int32_t *to, const uint16_t *const *rows, int count, int dim) {
-    const vi low = splat_int(0xffff);
-    for (int d = 0; d < dim; d += VECTOR, to += VECTOR * (TILED_KEYS / 2))
-        for (int j = 0; j < count; j += 2) {
-            vi a = load_pairs(rows[j] + d), b = load_pairs(rows[j + 1] + d);
-            float *firsts = (float *)to + j / 2 * TILE, *seconds = firsts + TILE * (TILED_KEYS / 2);
-            store(firsts, (vf)((a & low) | b << 16));
-            store(seconds, (vf)((a >> 16 & low) | (b & ~low)));
+    for (int i = 0; i < count / 2; i++, to += TILE)
+        for (int d = 0; d < dim; d += VECTOR) {
+            const int j = i / TILE * TILE_DEPTH + i % TILE;
+            vi a = load_pairs(rows[j] + d), b = load_pairs(rows[j + TILE] + d);
+            float *firsts = (float *)to + d * (TILED_KEYS / 2), *seconds = firsts + TILE * (TILED_KEYS / 2);
+            store(firsts, pair_high_halves(a << 16, b << 16));
+            store(seconds, pair_high_halves(a, b));
         }
 }
 
