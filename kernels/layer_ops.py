@@ -9,13 +9,15 @@ what compiled ones are tested against. ``load`` chooses.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from kernels.interface import AttentionKernels, AttentionPlan, LayerParams
 
 
 class Rotation(Enum):
@@ -142,6 +144,39 @@ class LayerParts:
     multiplier: float
 
 
+@dataclass(frozen=True, slots=True)
+class StackedLayer:
+    """One of several layers, and its attention."""
+
+    op: LayerOp
+    attention: LayerParams
+
+
+class LayerStack(ABC):
+    """Several decoder layers, one behind the other, with attention over one pool."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        x: Tensor,
+        angles: Sequence[tuple[Tensor, Tensor] | tuple[None, None]],
+        kernels: AttentionKernels,
+        pool: Tensor,
+        plan: AttentionPlan,
+        slots: Tensor,
+    ) -> tuple[Tensor, float] | None:
+        """The last layer's output, a new tensor in x's shape, and the seconds that attention took.
+
+        Args:
+            x: [..., hidden], rows in all; contiguous.
+            angles: of each layer, as in ``LayerOp.begin``.
+            pool, plan, slots: as in ``AttentionKernels``; keys and values are stored, then read.
+
+        Returns:
+            None where kernels or pool are not what the layers can be computed with.
+        """
+
+
 class LayerOps(ABC):
     """Makes operations for tensors of one dtype on one device. One object serves one thread."""
 
@@ -164,6 +199,10 @@ class LayerOps(ABC):
     @abstractmethod
     def layer(self, parts: LayerParts) -> LayerOp | None:
         """None: nothing is gained over the parts one by one, or there is no such operation for these."""
+
+    def stack(self, layers: Sequence[StackedLayer], q_heads: int, kv_heads: int) -> LayerStack | None:
+        """None: nothing is gained over the layers one by one."""
+        return None
 
 
 _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {

@@ -68,24 +68,24 @@ class CpuKernels(AttentionKernels):
         if num_threads < 1:
             raise ValueError(f"num_threads must be at least 1, got {num_threads}")
         self._library = load_library()
-        self._context = self._library.kernels_open(num_threads)
-        if not self._context:
+        self.context = self._library.kernels_open(num_threads)
+        if not self.context:
             raise MemoryError(f"no memory or no threads for {num_threads} kernel threads")
-        weakref.finalize(self, self._library.kernels_close, self._context).atexit = False
+        weakref.finalize(self, self._library.kernels_close, self.context).atexit = False
         self._attention: dict[int, _Prepared] = {}  # by id(plan), the oldest first
         self._store: _Prepared | None = None
 
     @property
     def instruction_set(self) -> str:
         """ "avx512-amx", "avx512-bf16", "avx512", "avx2", "neon-bf16" or "baseline"."""
-        name: bytes = self._library.kernels_isa(self._context)
+        name: bytes = self._library.kernels_isa(self.context)
         return name.decode()
 
     def micro_attention(
         self, q: Tensor, pool: Tensor, plan: AttentionPlan, params: LayerParams, out: Tensor, lse: Tensor
     ) -> None:
         prepared = self._prepare_attention(q, pool, plan, params, out, lse)
-        check_status(self._library.kernels_micro_attention(self._context, prepared.argument))
+        check_status(self._library.kernels_micro_attention(self.context, prepared.argument))
 
     def compiled_queries(
         self, pool: Tensor, plan: AttentionPlan, q_heads: int, out_dtype: torch.dtype
@@ -94,16 +94,30 @@ class CpuKernels(AttentionKernels):
         q = torch.empty((rows, q_heads, pool.shape[5]), dtype=pool.dtype)
         out, lse = torch.empty(q.shape, dtype=out_dtype), torch.empty(q.shape[:2])
         call = self._attention_call(q, pool, plan, out, lse)
-        return CompiledQueries(self._context, call, pool.shape[1], pool.stride(1), (self, pool, plan))
+        return CompiledQueries(self.context, call, pool.shape[1], pool.stride(1), (self, pool, plan))
+
+    def stacked_calls(
+        self, pool: Tensor, plan: AttentionPlan, slots: Tensor, q_heads: int
+    ) -> tuple[AttentionCall, StoreCall]:
+        """The native calls of a step's layers, checked, without what a layer brings; in the pool's dtype throughout."""
+        rows = slots.numel()
+        q = torch.empty((rows, q_heads, pool.shape[5]), dtype=pool.dtype)
+        k = torch.empty((rows, pool.shape[2], pool.shape[5]), dtype=pool.dtype)
+        check_pool(pool, 0, "cpu")
+        check_store(k, k, pool, slots)
+        return (
+            self._attention_call(q, pool, plan, torch.empty_like(q), torch.empty(q.shape[:2])),
+            StoreCall(pool=_pool_view(pool), slots=slots.data_ptr(), rows=rows, dtype=DTYPES[pool.dtype]),
+        )
 
     def compiled_asker(self, rows: Tensor | None, batch_rows: int, step: int, out_dtype: torch.dtype) -> CompiledAsker:
         if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1 or not rows.is_contiguous()):
             raise ValueError(f"rows must be contiguous [n] int64, got {rows.dtype} {list(rows.shape)}")
-        return CompiledAsker(self._context, rows, batch_rows, step, out_dtype, self)
+        return CompiledAsker(self.context, rows, batch_rows, step, out_dtype, self)
 
     def store_kv(self, k: Tensor, v: Tensor, pool: Tensor, slots: Tensor, layer: int) -> None:
         prepared = self._prepare_store(k, v, pool, slots, layer)
-        check_status(self._library.kernels_store_kv(self._context, prepared.argument))
+        check_status(self._library.kernels_store_kv(self.context, prepared.argument))
 
     def read(self, data: Tensor, ids: Tensor, run_bytes: int) -> int:
         """Reads memory and does nothing else: the yardstick of benchmarks.
@@ -120,7 +134,7 @@ class CpuKernels(AttentionKernels):
         if run_bytes > stride or (ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < data.shape[0]):
             raise ValueError(f"cannot read {run_bytes} bytes of entries {ids} of a tensor {list(data.shape)}")
         call = ReadCall(data.data_ptr(), ids.data_ptr(), ids.numel(), stride, run_bytes)
-        total: int = self._library.kernels_read(self._context, ctypes.byref(call))
+        total: int = self._library.kernels_read(self.context, ctypes.byref(call))
         return total
 
     def merge_partials(
@@ -139,7 +153,7 @@ class CpuKernels(AttentionKernels):
             head_dim=out.shape[2],
             part_dtype=DTYPES[part_out.dtype],
         )
-        check_status(self._library.kernels_merge_partials(self._context, ctypes.byref(call)))
+        check_status(self._library.kernels_merge_partials(self.context, ctypes.byref(call)))
 
     def _prepare_attention(
         self, q: Tensor, pool: Tensor, plan: AttentionPlan, params: LayerParams, out: Tensor, lse: Tensor

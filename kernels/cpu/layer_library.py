@@ -7,7 +7,7 @@ from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import ClassVar
 
-from kernels.cpu.library import load_library
+from kernels.cpu.library import AttentionCall, StoreCall, load_library
 
 
 class NormCall(Structure):
@@ -115,6 +115,31 @@ class DecoderLayer(Structure):
     ]
 
 
+class StackedLayerView(Structure):
+    _fields_: ClassVar = [
+        ("layer", POINTER(DecoderLayer)),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("offset", c_int64),
+        ("rotary_dim", c_int32),
+        ("window", c_int32),
+        ("scale", c_float),
+        ("softcap", c_float),
+    ]
+
+
+class StackCall(Structure):
+    _fields_: ClassVar = [
+        ("layers", POINTER(StackedLayerView)),
+        ("x", c_void_p),
+        ("y", c_void_p),
+        ("attention", AttentionCall),
+        ("store", StoreCall),
+        ("attention_ns", c_int64),
+        ("count", c_int32),
+    ]
+
+
 @cache
 def load_layer_library() -> ctypes.CDLL:
     """The kernels' library with the prototypes of the layer operations."""
@@ -140,4 +165,6 @@ def load_layer_library() -> ctypes.CDLL:
     library.layer_ops_begin.restype = c_int32
     library.layer_ops_finish.argtypes = [c_void_p, layer, c_int64, c_void_p, c_void_p, c_void_p]
     library.layer_ops_finish.restype = c_int32
+    library.layer_ops_stack.argtypes = [c_void_p, c_void_p, POINTER(StackCall)]
+    library.layer_ops_stack.restype = c_int32
     return library

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from ctypes import byref
 
 import torch
@@ -29,10 +30,12 @@ from kernels.layer_ops import (
     LayerOp,
     LayerOps,
     LayerParts,
+    LayerStack,
     LinearOp,
     NormOp,
     Rotation,
     RowReadingLinearOp,
+    StackedLayer,
     TorchLayerOps,
 )
 
@@ -95,7 +98,16 @@ class CpuLayerOps(LayerOps):
         assert isinstance(parts.down, _CpuLinear)
         if parts.down.in_features % parts.down.columns:  # gate and what it gates must begin with a panel
             return None
-        return _CpuLayer(self, parts)
+        return CpuLayer(self, parts)
+
+    def stack(self, layers: Sequence[StackedLayer], q_heads: int, kv_heads: int) -> LayerStack | None:
+        # Imported here: that module's stacks are made of this one's layers.
+        from kernels.cpu.layer_stack import CpuLayerStack
+
+        ops = [layer.op for layer in layers if isinstance(layer.op, CpuLayer)]
+        if not ops or len(ops) < len(layers) or any(op.dtype is not ops[0].dtype for op in ops):
+            return None
+        return CpuLayerStack(self, ops, [layer.attention for layer in layers], q_heads, kv_heads)
 
 
 class _CpuNorm(NormOp):
@@ -157,7 +169,7 @@ class _CpuHeads(HeadsOp):
         call.stride = x.stride(0)
         call.rows = len(x)
         call.dtype = _DTYPES[x.dtype]
-        call.cos, call.sin, call.rotary_dim = _angles(cos, sin, x.dtype, len(x), call.head_dim)
+        call.cos, call.sin, call.rotary_dim = angle_tables(cos, sin, x.dtype, len(x), call.head_dim)
         self._function(self._ops.context, byref(call))
 
 
@@ -223,7 +235,7 @@ class _CpuLinear(RowReadingLinearOp):
         return self.panels[panel, :, column].reshape(*indices.shape, self.in_features)
 
 
-class _CpuLayer(LayerOp):
+class CpuLayer(LayerOp):
     def __init__(self, ops: CpuLayerOps, parts: LayerParts) -> None:
         products = [parts.qkv, parts.output, parts.gate_up, parts.down]
         qkv, output, gate_up, down = (op for op in products if isinstance(op, _CpuLinear))
@@ -238,10 +250,10 @@ class _CpuLayer(LayerOp):
         _require(all(op.panels.dtype is dtype for op in (output, gate_up, down)), "products must have one dtype")
         self._parts = parts  # keeps the weights alive
         self._ops = ops
-        self._dtype = dtype
+        self.dtype = dtype
         self._hidden = hidden
         self._library = load_layer_library()
-        self._layer = DecoderLayer(
+        self.layer = DecoderLayer(
             qkv=qkv.weights,
             output=output.weights,
             gate_up=gate_up.weights,
@@ -258,17 +270,17 @@ class _CpuLayer(LayerOp):
             norm = getattr(parts, name)
             if norm is not None:
                 _require(norm.weight.dtype is dtype and len(norm.weight) == hidden, f"{name} must be of [hidden]")
-                setattr(self._layer, name, norm.weights)
+                setattr(self.layer, name, norm.weights)
         if heads is not None:
             _require(heads.width <= qkv.out_features, "there are more heads than q, k and v have elements")
             _require(heads.weight is None or heads.weight.dtype is dtype, "head norms must have the products' dtype")
-            self._layer.heads = heads.call
-            self._layer.heads.dtype = _DTYPES[dtype]
+            self.layer.heads = heads.call
+            self.layer.heads.dtype = _DTYPES[dtype]
 
     def begin(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        rows = self._rows(x)
-        layer = self._layer
-        angles = _angles(cos, sin, x.dtype, rows, layer.heads.head_dim)
+        rows = self.rows(x)
+        layer = self.layer
+        angles = angle_tables(cos, sin, x.dtype, rows, layer.heads.head_dim)
         qkv = torch.empty((rows, layer.qkv_columns), dtype=x.dtype)
         check_status(
             self._library.layer_ops_begin(self._ops.context, byref(layer), rows, x.data_ptr(), *angles, qkv.data_ptr())
@@ -276,8 +288,8 @@ class _CpuLayer(LayerOp):
         return qkv
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        rows = self._rows(x)
-        layer = self._layer
+        rows = self.rows(x)
+        layer = self.layer
         _require(
             attended.numel() == rows * layer.attended and attended.is_contiguous() and attended.dtype is x.dtype,
             "attended must be [rows, q_heads, head_dim] in x's dtype, contiguous",
@@ -290,9 +302,13 @@ class _CpuLayer(LayerOp):
         )
         return y
 
-    def _rows(self, x: Tensor) -> int:
+    def rows(self, x: Tensor) -> int:
+        """Of a tensor [..., hidden].
+
+        Raises: ValueError: it is not one that the layer computes with.
+        """
         _require(x.shape[-1] == self._hidden and x.is_contiguous(), "x must be [..., hidden], contiguous")
-        _require(x.dtype is self._dtype and x.is_cpu, "x must have the layer's dtype and device")
+        _require(x.dtype is self.dtype and x.is_cpu, "x must have the layer's dtype and device")
         return x.numel() // self._hidden
 
 
@@ -304,7 +320,7 @@ def _panels(weight: Tensor, columns: int) -> Tensor:
     return filled.view(panels, columns, in_features // pair, pair).permute(0, 2, 1, 3)
 
 
-def _angles(
+def angle_tables(
     cos: Tensor | None, sin: Tensor | None, dtype: torch.dtype, rows: int, head_dim: int
 ) -> tuple[int | None, int | None, int]:
     """Pointers to the tables, and their width."""

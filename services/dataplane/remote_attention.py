@@ -111,6 +111,11 @@ class RemoteAttention:
         self.merge_s = 0.0  # of the step
         self._forgotten: dict[str, list[int]] = {}
 
+    @property
+    def asks(self) -> bool:
+        """Whether any daemon takes part in the step."""
+        return bool(self._asked)
+
     def forget(self, kvdaemon_id: str, segment_handle: int) -> None:
         """The segment will not be used again; the daemon is told with its next plan."""
         if self._peers.is_connected(kvdaemon_id):

@@ -14,7 +14,7 @@ builds no mask for an attention function it does not know, so nothing quadratic 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels import AttentionKernels, AttentionPlan, LayerParams
+from kernels.layer_ops import LayerStack
 from services.core.errors import UnsupportedModelError
 from services.dataplane.device import Device
 from services.dataplane.host_device import HostDevice
@@ -32,6 +33,7 @@ ATTENTION_NAME = "infinite_llm_dist_attention"
 _CONTEXT = (
     "_infinite_llm_dist_attention"  # attribute of the attention modules; some models drop custom keyword arguments
 )
+AnglesOfLayer = tuple[Tensor, Tensor] | tuple[None, None]  # cos and sin, [1, rows, rotary_dim]
 _MARKS = 4  # of the watch, in each layer
 _HARMLESS_TENSORS = ("position_ids", "cache_position")
 
@@ -69,6 +71,15 @@ class AttentionContext(ABC):
         Returns:
             [rows, q_heads, value_dim] in q's dtype, contiguous.
         """
+
+    def through(self, stack: LayerStack, x: Tensor, angles: Sequence[AnglesOfLayer]) -> Tensor | None:
+        """Several layers with their attention at once; None: this step's layers take one call each.
+
+        Args:
+            x: [1, rows, hidden].
+            angles: of each layer.
+        """
+        return None
 
 
 class DistAttention(AttentionContext):
@@ -133,6 +144,19 @@ class DistAttention(AttentionContext):
         if value_dim < self._head_dim:
             out = out[..., :value_dim].contiguous()
         return out if out.dtype is dtype else out.to(dtype)
+
+    def through(self, stack: LayerStack, x: Tensor, angles: Sequence[AnglesOfLayer]) -> Tensor | None:
+        step = self._step
+        assert step is not None, "begin_step comes before the model's forward"
+        if self._remote is not None and self._remote.asks:
+            return None
+        answer = stack(x, angles, self._kernels, self._pool, step.local, step.slots)
+        if answer is None:
+            return None
+        out, attention_s = answer
+        self.calls += len(angles)
+        self._times.add(attention_s, attention_s)
+        return out
 
     def _fit(self, x: Tensor) -> Tensor:
         """[rows, heads, dim] as [rows, heads, the pool's head_dim], in its dtype; each row contiguous."""

@@ -11,13 +11,13 @@ import torch
 from architectures import SERVED, VOCAB_SIZE, Architecture, served
 from torch import Tensor, nn
 
-from kernels import LayerParams, layer_ops
-from kernels.cpu import find_library
+from kernels import AttentionPlan, LayerParams, layer_ops
+from kernels.cpu import CpuKernels, find_library
 from kernels.cpu.layer_ops import CpuLayerOps
 from kernels.layer_ops import TorchLayerOps
 from services.core.errors import ConfigError, UnsupportedModelError
 from services.instance.config import InstanceConfig
-from services.instance.dist_attention import AttentionContext
+from services.instance.dist_attention import AttentionContext, DistAttention, StepTensors
 from services.instance.model import Model, load_model
 from services.instance.passes import PASSES, PassName, linears
 from services.instance.passes.apply import apply_passes
@@ -96,14 +96,14 @@ def test_each_pass_can_be_left_out(name: str, count: int, tmp_path: Path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_recognised(name: str, dtype: str, tmp_path: Path):
     model = load(served(name), tmp_path, dtype)
-    assert tuple(apply_passes(model).values()) == APPLIED[name]
+    assert tuple(apply_passes(model, PASSES[:-1]).values()) == APPLIED[name]
 
 
 def test_without_compiled_operations_the_passes_apply_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(layer_ops, "load", lambda *_: TorchLayerOps())
     model = load(served("llama"), tmp_path)
     expected = logits_of(model)
-    assert tuple(apply_passes(model).values()) == APPLIED["llama"]
+    assert tuple(apply_passes(model).values()) == (*APPLIED["llama"], 0)
     assert all(isinstance(layer, PlainLayer) for layer in model.module.model.layers)
     assert (logits_of(model) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
@@ -114,7 +114,7 @@ def test_without_packed_products_the_other_passes_apply(tmp_path: Path, monkeypa
     monkeypatch.setattr(TorchLayerOps, "linear", lambda *_: None)
     model = load(served("llama"), tmp_path)
     expected = logits_of(model)
-    assert tuple(apply_passes(model).values()) == (9, 0, 7, 3, 3, 3, 1)
+    assert tuple(apply_passes(model).values()) == (9, 0, 7, 3, 3, 3, 1, 0)
     assert (logits_of(model) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
@@ -129,6 +129,50 @@ def test_a_layer_is_two_calls_where_all_its_parts_are_operations(tmp_path: Path)
         apply_passes(model)
         assert all(isinstance(layer, WholeLayer) for layer in model.module.model.layers)
         assert isinstance(model.compute, WholeModel) == (name != "granite")
+
+
+@pytest.mark.skipif(not has_own_products(), reason="no compiled products for this processor")
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3"])
+def test_a_stack_of_layers_computes_what_they_do_one_by_one(name: str, tmp_path: Path):
+    model = load(served(name), tmp_path)
+    assert apply_passes(model)["fuse_stack"] == len(model.attention_modules) - 1
+    stacked, through = paged_logits(model)
+    assert through == 1  # the last layer alone is called
+    model.compute.stack = None
+    expected, one_by_one = paged_logits(model)
+    assert one_by_one == len(model.attention_modules)
+    assert torch.equal(stacked, expected)
+
+
+def paged_logits(model: Model) -> tuple[Tensor, int]:
+    """Logits of two sequences over a pool of blocks, and how many layers were called for them one by one."""
+    lengths, block_tokens = (40, 3), 16
+    attention = model.shape.attention
+    blocks = [-(-length // block_tokens) for length in lengths]
+    pool = torch.zeros(sum(blocks), attention.layers, attention.kv_heads, 2, block_tokens, attention.head_dim)
+    context = DistAttention(CpuKernels(), pool, None)
+    context.attach_to(model.module)
+    starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
+    plan = AttentionPlan(
+        query_start=starts,
+        query_pos=torch.zeros(2, dtype=torch.int32),
+        block_start=torch.tensor([0, blocks[0], sum(blocks)], dtype=torch.int32),
+        block_ids=torch.arange(sum(blocks), dtype=torch.int32),
+        block_pos=torch.cat([torch.arange(count) * block_tokens for count in blocks]).int(),
+        max_query_len=max(lengths),
+    )
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    slots = torch.cat([torch.arange(lengths[0]), blocks[0] * block_tokens + torch.arange(lengths[1])])
+    tokens = torch.randint(0, model.shape.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(5))
+    calls = []
+    hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in model.module.model.layers]
+    context.begin_step(StepTensors(slots, plan))
+    logits = model.forward(tokens, positions, torch.tensor([39, 42]), None)
+    assert context.calls == len(model.attention_modules)
+    assert 0 < context.times.local_attention_s <= context.times.attention_s
+    for hook in hooks:
+        hook.remove()
+    return logits, len(calls)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "starcoder2"])

@@ -33,7 +33,7 @@ int32_t layer_ops_begin(
     int32_t rotary_dim, void *qkv
 ) {
     if (layer->before_attention.weight) {
-        void *h = layer_ops_scratch(context, row_bytes(layer, rows, layer->hidden));
+        void *h = layer_ops_scratch(context, FOR_HALF_LAYER, row_bytes(layer, rows, layer->hidden));
         if (!h) return STATUS_NO_MEMORY;
         normalise(context, layer, layer->before_attention, rows, x, NULL, 1, h);
         x = h;
@@ -71,7 +71,7 @@ int32_t layer_ops_finish(
     layer_context *context, const decoder_layer *layer, int64_t rows, const void *x, const void *attended, void *y
 ) {
     const size_t hidden_bytes = row_bytes(layer, rows, layer->hidden);
-    char *h = layer_ops_scratch(context, hidden_bytes + row_bytes(layer, rows, layer->inner));
+    char *h = layer_ops_scratch(context, FOR_HALF_LAYER, hidden_bytes + row_bytes(layer, rows, layer->inner));
     if (!h) return STATUS_NO_MEMORY;
     char *inner = h + hidden_bytes;
     int32_t status =

@@ -21,7 +21,7 @@ struct layer_context {
     const layer_op_set *ops;
     thread_team *team;
     int32_t num_threads;
-    scratch layer, product; /* of the half layer and of the product in progress; kept between calls */
+    scratch scratch[SCRATCH_USES]; /* kept between calls */
 };
 
 typedef struct {
@@ -66,8 +66,7 @@ layer_context *layer_ops_open(int32_t num_threads) {
 
 void layer_ops_close(layer_context *context) {
     team_close(context->team);
-    free(context->layer.memory);
-    free(context->product.memory);
+    for (int use = 0; use < SCRATCH_USES; use++) free(context->scratch[use].memory);
     free(context);
 }
 
@@ -117,7 +116,8 @@ void layer_ops_gate(const layer_context *context, const gate_call *call) {
     share_rows(context, &work, call->dim);
 }
 
-static void *reserve(scratch *scratch, size_t size) {
+void *layer_ops_scratch(layer_context *context, enum scratch_use use, size_t size) {
+    scratch *scratch = &context->scratch[use];
     if (size > scratch->size) {
         free(scratch->memory);
         scratch->size = (size + 4095) / 4096 * 4096;
@@ -127,14 +127,12 @@ static void *reserve(scratch *scratch, size_t size) {
     return scratch->memory;
 }
 
-void *layer_ops_scratch(layer_context *context, size_t size) { return reserve(&context->layer, size); }
-
 int32_t layer_ops_product(layer_context *context, const product_call *call) {
     const products *products = &context->ops->products[call->dtype];
     const int64_t columns = products->columns;
     product_call product = *call;
     if (products->arrange) {
-        void *rows = reserve(&context->product, products->rows_bytes(call));
+        void *rows = layer_ops_scratch(context, FOR_PRODUCT, products->rows_bytes(call));
         if (!rows) return STATUS_NO_MEMORY;
         products->arrange(call, rows);
         product.x = rows;

@@ -125,8 +125,9 @@ EXPORT int32_t layer_ops_product(layer_context *context, const product_call *cal
 /* In the calling thread, without a context. */
 EXPORT void choose_tokens(const choice_call *call);
 
-/* Memory of the context for this many bytes, until the next call; NULL: there is none. */
-void *layer_ops_scratch(layer_context *context, size_t size);
+/* Memory of the context for this many bytes, until the next call for the same use; NULL: there is none. */
+enum scratch_use { FOR_HALF_LAYER, FOR_PRODUCT, FOR_STACK, SCRATCH_USES };
+void *layer_ops_scratch(layer_context *context, enum scratch_use use, size_t size);
 
 /* The two halves of a layer, before and behind attention. x, y [rows, hidden]; qkv [rows, qkv_columns]; attended
  * [rows, attended]; cos, sin [rows, rotary_dim] or NULL. y may not be x. */
@@ -137,5 +138,28 @@ EXPORT int32_t layer_ops_begin(
 EXPORT int32_t layer_ops_finish(
     layer_context *context, const decoder_layer *layer, int64_t rows, const void *x, const void *attended, void *y
 );
+
+/* One of several layers. */
+typedef struct {
+    const decoder_layer *layer;
+    const void *cos, *sin; /* as above */
+    int64_t offset;        /* of the layer in a block */
+    int32_t rotary_dim, window;
+    float scale, softcap;
+} stacked_layer;
+
+/* Layers one behind the other, with attention over one pool: x, y [rows, hidden]. What a layer brings is filled into
+ * attention and store; q, k and v lie side by side in a row of qkv. */
+typedef struct {
+    const stacked_layer *layers;
+    const void *x;
+    void *y;
+    attention_call attention;
+    store_call store;
+    int64_t attention_ns; /* what attention took */
+    int32_t count;
+} stack_call;
+
+EXPORT int32_t layer_ops_stack(layer_context *context, kernel_context *kernels, stack_call *call);
 
 #endif

@@ -22,7 +22,7 @@ from services.instance.passes.mlp import fuse_mlps
 from services.instance.passes.norms import recognised
 from services.instance.passes.replace import replace_modules
 from services.instance.passes.trace import LayerTrace, Trace, trace
-from services.instance.passes.whole_model import fuse_model
+from services.instance.passes.whole_model import fuse_model, fuse_stack
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ def apply_passes(model: Model, names: Collection[PassName] = PASSES, num_threads
         "fuse_attention": lambda: fuse_attention(layers, ops),
         "fuse_layers": lambda: fuse_layers(layers, ops),
         "fuse_model": lambda: fuse_model(model, traced),
+        "fuse_stack": lambda: fuse_stack(model, ops),
     }
     done = {name: apply() for name, apply in passes.items() if name in names}
     _check(model, traced)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from kernels import LayerParams
 from kernels.layer_ops import HeadNorms, HeadsOp, LayerOps, Rotation
 from services.instance.dist_attention import attention_context
 from services.instance.passes.check import agree
@@ -66,6 +67,16 @@ class PlainAttention(nn.Module):
     def attended_shape(self, qkv: Tensor) -> tuple[int, int, int]:
         """Of what ``between`` answers for this."""
         return len(qkv), self._counts[0], qkv.shape[1] // self._all_heads
+
+    @property
+    def heads_of(self) -> tuple[int, int]:
+        """Query heads and KV heads."""
+        return self._counts[0], self._counts[1]
+
+    @property
+    def params(self) -> LayerParams | None:
+        """All that the attention function is told; None: it is told more than this."""
+        return self._params if self._sinks is None else None
 
     def angles(self, angles: Angles | None) -> Angles | tuple[None, None]:
         """What this layer's heads are told of the model's angles."""

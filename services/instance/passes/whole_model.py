@@ -14,10 +14,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from kernels.layer_ops import LayerOps, LayerStack, StackedLayer
+from services.instance.dist_attention import attention_context
 from services.instance.model import Model
 from services.instance.passes.attention import Angles
 from services.instance.passes.check import TOLERANCE, typical_error
-from services.instance.passes.layers import Layer
+from services.instance.passes.layers import Layer, WholeLayer
 from services.instance.passes.trace import Call, Trace, same
 
 
@@ -60,6 +62,7 @@ class WholeModel:
         self._which = tuple(which for _, which in layers)
         self._norm = norm
         self._output = output
+        self.stack: LayerStack | None = None  # all layers but the last, of which some rows may be wanted
 
     def __call__(self, token_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Tensor:
         """As ``Model.forward``."""
@@ -67,9 +70,20 @@ class WholeModel:
         last, count = len(self.layers) - 1, len(logit_rows)
         # Not every module takes no rows at all: one is computed then.
         wanted = None if count == len(token_ids) else logit_rows if count else logit_rows.new_zeros(1)
-        for at, layer in enumerate(self.layers):
+        through = self._through_stack(x, angles)
+        first, x = (0, x) if through is None else (last, through)
+        for at, layer in enumerate(self.layers[first:], first):
             x = layer(x, position_embeddings=angles[at], rows=wanted if at == last else None)
         return self.finish(x)[:count]
+
+    def _through_stack(self, x: Tensor, angles: Sequence[Angles | None]) -> Tensor | None:
+        """The output of all layers but the last; None: they are called one by one."""
+        if self.stack is None:
+            return None
+        pairs = zip(self.layers[:-1], angles, strict=False)
+        return attention_context(self.layers[0].attention).through(
+            self.stack, x, [layer.attention.angles(of_layer) for layer, of_layer in pairs]
+        )
 
     def begin(self, token_ids: Tensor, positions: Tensor) -> tuple[Tensor, list[Angles | None]]:
         """All before the layers: the first one's input, [1, rows, hidden], and each one's angles."""
@@ -98,6 +112,20 @@ def fuse_model(model: Model, traced: Trace) -> int:
             return 0
     model.compute = whole
     return 1
+
+
+def fuse_stack(model: Model, ops: LayerOps) -> int:
+    """Lets all layers but the last be one operation, where nothing is asked of other daemons; answers how many."""
+    whole = model.compute
+    if not isinstance(whole, WholeModel):
+        return 0
+    layers = [layer for layer in whole.layers[:-1] if isinstance(layer, WholeLayer)]
+    stacked = [StackedLayer(layer.op, layer.attention.params) for layer in layers if layer.attention.params is not None]
+    heads = {layer.attention.heads_of for layer in layers}
+    if len(stacked) < len(whole.layers) - 1 or len(heads) != 1:
+        return 0
+    whole.stack = ops.stack(stacked, *heads.pop())
+    return 0 if whole.stack is None else len(stacked)
 
 
 def _recognised(model: Model, traced: Trace) -> WholeModel | None:
