@@ -152,28 +152,61 @@ class StackedLayer:
     attention: LayerParams
 
 
-class LayerStack(ABC):
-    """Several decoder layers, one behind the other, with attention over one pool."""
+class StackRun(ABC):
+    """One pass through a stack of layers.
+
+    Attributes:
+        attention_s: what attention within the stack has taken.
+        output: the last layer's, once ``advance`` has come to the end; a new tensor.
+    """
+
+    output: Tensor
+
+    @property
+    @abstractmethod
+    def attention_s(self) -> float: ...
 
     @abstractmethod
-    def __call__(
+    def advance(self) -> int | None:
+        """Computes up to the next attention that is left to the caller; answers its layer, or None at the end."""
+
+    @property
+    @abstractmethod
+    def q(self) -> Tensor:
+        """[rows, q_heads, head_dim], of that layer; its keys and values are stored. Valid up to ``advance``."""
+
+    @abstractmethod
+    def put(self, attended: Tensor) -> None:
+        """[rows, q_heads, head_dim], its attention; ``advance`` may follow."""
+
+
+class LayerStack(ABC):
+    """Several decoder layers, one behind the other, with attention over one pool.
+
+    Attributes:
+        attention: of each layer.
+    """
+
+    attention: Sequence[LayerParams]
+
+    @abstractmethod
+    def begin(
         self,
         x: Tensor,
         angles: Sequence[tuple[Tensor, Tensor] | tuple[None, None]],
+        left: Sequence[bool],
         kernels: AttentionKernels,
         pool: Tensor,
         plan: AttentionPlan,
         slots: Tensor,
-    ) -> tuple[Tensor, float] | None:
-        """The last layer's output, a new tensor in x's shape, and the seconds that attention took.
+    ) -> StackRun | None:
+        """None where kernels or pool are not what the layers can be computed with.
 
         Args:
             x: [..., hidden], rows in all; contiguous.
             angles: of each layer, as in ``LayerOp.begin``.
+            left: which layers leave their attention to the caller.
             pool, plan, slots: as in ``AttentionKernels``; keys and values are stored, then read.
-
-        Returns:
-            None where kernels or pool are not what the layers can be computed with.
         """
 
 

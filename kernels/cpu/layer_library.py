@@ -125,6 +125,7 @@ class StackedLayerView(Structure):
         ("window", c_int32),
         ("scale", c_float),
         ("softcap", c_float),
+        ("leaves_attention", c_int32),
     ]
 
 
@@ -133,10 +134,14 @@ class StackCall(Structure):
         ("layers", POINTER(StackedLayerView)),
         ("x", c_void_p),
         ("y", c_void_p),
+        ("qkv", c_void_p),
+        ("attended", c_void_p),
         ("attention", AttentionCall),
         ("store", StoreCall),
         ("attention_ns", c_int64),
         ("count", c_int32),
+        ("at", c_int32),
+        ("has_left", c_int32),
     ]
 
 

@@ -13,11 +13,11 @@ from kernels.cpu.layer_library import StackCall, StackedLayerView, load_layer_li
 from kernels.cpu.layer_ops import CpuLayer, CpuLayerOps, angle_tables
 from kernels.cpu.library import check_status
 from kernels.interface import AttentionKernels, AttentionPlan, LayerParams
-from kernels.layer_ops import LayerStack
+from kernels.layer_ops import LayerStack, StackRun
 
 
 class CpuLayerStack(LayerStack):
-    """The GIL is released from the first layer to the last one.
+    """Python's lock is released from the first layer to the last one, or to an attention that is left to the caller.
 
     Args:
         layers: of one dtype.
@@ -32,56 +32,83 @@ class CpuLayerStack(LayerStack):
         q_heads: int,
         kv_heads: int,
     ) -> None:
-        self._ops = ops
+        self.ops = ops
+        self.attention = attention
         self._layers = layers  # keeps the weights alive
-        self._attention = attention
+        self._dtype = layers[0].dtype
         self._q_heads, self._kv_heads = q_heads, kv_heads
         self._head_dim = layers[0].layer.attended // q_heads
         self._views = (StackedLayerView * len(layers))()
         for view, layer, params in zip(self._views, layers, attention, strict=True):
             view.layer = pointer(layer.layer)
             view.window, view.scale, view.softcap = params.window, params.scale, params.softcap
-        self._function = load_layer_library().layer_ops_stack
 
-    def __call__(
+    def begin(
         self,
         x: Tensor,
         angles: Sequence[tuple[Tensor, Tensor] | tuple[None, None]],
+        left: Sequence[bool],
         kernels: AttentionKernels,
         pool: Tensor,
         plan: AttentionPlan,
         slots: Tensor,
-    ) -> tuple[Tensor, float] | None:
+    ) -> StackRun | None:
         shape = (pool.dtype, pool.shape[2], pool.shape[5])
-        if shape != (self._layers[0].dtype, self._kv_heads, self._head_dim) or not isinstance(kernels, CpuKernels):
+        if shape != (self._dtype, self._kv_heads, self._head_dim) or not isinstance(kernels, CpuKernels):
             return None
         rows = self._layers[0].rows(x)
-        self._set_layers(angles, pool, x.dtype, rows)
-        attention, store = kernels.stacked_calls(pool, plan, slots, self._q_heads)
-        attention.q_stride = store.k_stride = store.v_stride = (self._q_heads + 2 * self._kv_heads) * self._head_dim
-        y = torch.empty_like(x)
-        call = StackCall(
-            layers=self._views,
-            x=x.data_ptr(),
-            y=y.data_ptr(),
-            attention=attention,
-            store=store,
-            count=len(self._layers),
-        )
-        check_status(self._function(self._ops.context, kernels.context, byref(call)))
-        return y, 1e-9 * float(call.attention_ns)
-
-    def _set_layers(
-        self,
-        angles: Sequence[tuple[Tensor, Tensor] | tuple[None, None]],
-        pool: Tensor,
-        dtype: torch.dtype,
-        rows: int,
-    ) -> None:
         tables = {
-            of_layer: angle_tables(cos, sin, dtype, rows, self._head_dim)
+            of_layer: angle_tables(cos, sin, x.dtype, rows, self._head_dim)
             for of_layer, (cos, sin) in {id(of_layer): of_layer for of_layer in angles}.items()
         }
-        for view, params, of_layer in zip(self._views, self._attention, angles, strict=True):
+        for view, params, of_layer, leaves in zip(self._views, self.attention, angles, left, strict=True):
             view.cos, view.sin, view.rotary_dim = tables[id(of_layer)]
             view.offset = params.layer * pool.stride(1)
+            view.leaves_attention = leaves
+        attention, store = kernels.stacked_calls(pool, plan, slots, self._q_heads)
+        call = StackCall(layers=self._views, attention=attention, store=store, count=len(self._layers))
+        heads = self._q_heads + 2 * self._kv_heads
+        qkv = torch.empty((rows, heads, self._head_dim), dtype=x.dtype)
+        return _CpuStackRun(self, kernels, call, x, qkv, self._q_heads, (angles, pool, plan, slots))
+
+
+class _CpuStackRun(StackRun):
+    """Args: kept: what the call holds addresses of."""
+
+    def __init__(
+        self,
+        stack: CpuLayerStack,
+        kernels: CpuKernels,
+        call: StackCall,
+        x: Tensor,
+        qkv: Tensor,
+        q_heads: int,
+        kept: object,
+    ) -> None:
+        self._kept = x, kept
+        self._ops, self._kernels = stack.ops, kernels
+        self._function = load_layer_library().layer_ops_stack
+        self._q = qkv[:, :q_heads]
+        self._attended = torch.empty(self._q.shape, dtype=x.dtype)
+        self.output = torch.empty_like(x)
+        call.x, call.y = x.data_ptr(), self.output.data_ptr()
+        call.qkv, call.attended = qkv.data_ptr(), self._attended.data_ptr()
+        call.attention.q_stride = call.store.k_stride = call.store.v_stride = qkv.stride(0)
+        self._call = call
+        self._reference = byref(call)
+
+    def advance(self) -> int | None:
+        check_status(self._function(self._ops.context, self._kernels.context, self._reference))
+        at: int = self._call.at
+        return at if self._call.has_left else None
+
+    @property
+    def attention_s(self) -> float:
+        return 1e-9 * float(self._call.attention_ns)
+
+    @property
+    def q(self) -> Tensor:
+        return self._q
+
+    def put(self, attended: Tensor) -> None:
+        self._attended.copy_(attended)

@@ -111,10 +111,9 @@ class RemoteAttention:
         self.merge_s = 0.0  # of the step
         self._forgotten: dict[str, list[int]] = {}
 
-    @property
-    def asks(self) -> bool:
-        """Whether any daemon takes part in the step."""
-        return bool(self._asked)
+    def asks(self, params: LayerParams) -> bool:
+        """Whether ``submit`` asks any daemon for this layer of the step."""
+        return any(_sees(asked, params) for asked in self._asked)
 
     def forget(self, kvdaemon_id: str, segment_handle: int) -> None:
         """The segment will not be used again; the daemon is told with its next plan."""
@@ -161,7 +160,7 @@ class RemoteAttention:
         """
         whole: Download | None = None
         for asked in self._asked:
-            if 0 < params.window <= asked.share.distance:
+            if not _sees(asked, params):
                 continue
             sent_at = time.perf_counter()
             sequence = self._ask(asked, params, q)
@@ -300,3 +299,8 @@ class RemoteAttention:
             if arrived is not None:
                 arrived[2].release()
         self._waiting.clear()
+
+
+def _sees(asked: _Asked, params: LayerParams) -> bool:
+    """Whether any row of the layer sees a key of the daemon's."""
+    return not 0 < params.window <= asked.share.distance

@@ -73,7 +73,7 @@ class AttentionContext(ABC):
         """
 
     def through(self, stack: LayerStack, x: Tensor, angles: Sequence[AnglesOfLayer]) -> Tensor | None:
-        """Several layers with their attention at once; None: this step's layers take one call each.
+        """Several layers with their attention; None: they are called one by one.
 
         Args:
             x: [1, rows, hidden].
@@ -124,10 +124,30 @@ class DistAttention(AttentionContext):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, params: LayerParams, sinks: Tensor | None) -> Tensor:
         step = self._step
         assert step is not None, "begin_step comes before the model's forward"
-        self.calls += 1
         value_dim, dtype = v.shape[2], q.dtype
         q, k, v = self._fit(q), self._fit(k), self._fit(v)
         self._kernels.store_kv(k, v, self._pool, step.slots, params.layer)
+        out = self._attend(q, step, params, sinks)
+        if value_dim < self._head_dim:
+            out = out[..., :value_dim].contiguous()
+        return out if out.dtype is dtype else out.to(dtype)
+
+    def through(self, stack: LayerStack, x: Tensor, angles: Sequence[AnglesOfLayer]) -> Tensor | None:
+        step, remote = self._step, self._remote
+        assert step is not None, "begin_step comes before the model's forward"
+        asks = [remote is not None and remote.asks(params) for params in stack.attention]
+        run = stack.begin(x, angles, asks, self._kernels, self._pool, step.local, step.slots)
+        if run is None:
+            return None
+        while (layer := run.advance()) is not None:
+            run.put(self._attend(run.q, step, stack.attention[layer], None))
+        self.calls += asks.count(False)
+        self._times.add(run.attention_s, run.attention_s)
+        return run.output
+
+    def _attend(self, q: Tensor, step: StepTensors, params: LayerParams, sinks: Tensor | None) -> Tensor:
+        """Over keys and values that are stored: [rows, q_heads, head_dim], in float32 where anything is merged."""
+        self.calls += 1
         self._watch.mark()
         remote = self._remote if self._remote is not None and self._remote.submit(params, q) else None
         merging = remote is not None or sinks is not None
@@ -141,21 +161,6 @@ class DistAttention(AttentionContext):
         self._watch.mark()
         if sinks is not None:
             self._kernels.merge_sinks(out, lse, sinks)
-        if value_dim < self._head_dim:
-            out = out[..., :value_dim].contiguous()
-        return out if out.dtype is dtype else out.to(dtype)
-
-    def through(self, stack: LayerStack, x: Tensor, angles: Sequence[AnglesOfLayer]) -> Tensor | None:
-        step = self._step
-        assert step is not None, "begin_step comes before the model's forward"
-        if self._remote is not None and self._remote.asks:
-            return None
-        answer = stack(x, angles, self._kernels, self._pool, step.local, step.slots)
-        if answer is None:
-            return None
-        out, attention_s = answer
-        self.calls += len(angles)
-        self._times.add(attention_s, attention_s)
         return out
 
     def _fit(self, x: Tensor) -> Tensor:

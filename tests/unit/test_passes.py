@@ -136,21 +136,34 @@ def test_a_layer_is_two_calls_where_all_its_parts_are_operations(tmp_path: Path)
 def test_a_stack_of_layers_computes_what_they_do_one_by_one(name: str, tmp_path: Path):
     model = load(served(name), tmp_path)
     assert apply_passes(model)["fuse_stack"] == len(model.attention_modules) - 1
-    stacked, through = paged_logits(model)
-    assert through == 1  # the last layer alone is called
+    answers = [paged_logits(model, remote) for remote in (None, SilentDaemons(), SilentDaemons(every=2))]
+    assert [called for _, called in answers] == [1, 1, 1]  # the last layer alone
     model.compute.stack = None
-    expected, one_by_one = paged_logits(model)
+    expected, one_by_one = paged_logits(model, None)
     assert one_by_one == len(model.attention_modules)
-    assert torch.equal(stacked, expected)
+    assert all(torch.equal(logits, expected) for logits, _ in answers)
 
 
-def paged_logits(model: Model) -> tuple[Tensor, int]:
+class SilentDaemons:
+    """In the place of ``RemoteAttention``: daemons that are to be asked in every so many layers, and hold nothing."""
+
+    def __init__(self, every: int = 1) -> None:
+        self.every = every
+
+    def asks(self, params: LayerParams) -> bool:
+        return params.layer % self.every == 0
+
+    def submit(self, params: LayerParams, q: Tensor) -> bool:
+        return False
+
+
+def paged_logits(model: Model, remote: SilentDaemons | None) -> tuple[Tensor, int]:
     """Logits of two sequences over a pool of blocks, and how many layers were called for them one by one."""
     lengths, block_tokens = (40, 3), 16
     attention = model.shape.attention
     blocks = [-(-length // block_tokens) for length in lengths]
     pool = torch.zeros(sum(blocks), attention.layers, attention.kv_heads, 2, block_tokens, attention.head_dim)
-    context = DistAttention(CpuKernels(), pool, None)
+    context = DistAttention(CpuKernels(), pool, remote)
     context.attach_to(model.module)
     starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
     plan = AttentionPlan(

@@ -146,20 +146,25 @@ typedef struct {
     int64_t offset;        /* of the layer in a block */
     int32_t rotary_dim, window;
     float scale, softcap;
+    int32_t leaves_attention; /* to the caller; keys and values are stored */
 } stacked_layer;
 
-/* Layers one behind the other, with attention over one pool: x, y [rows, hidden]. What a layer brings is filled into
- * attention and store; q, k and v lie side by side in a row of qkv. */
+/* Layers one behind the other, with attention over one pool: x, y [rows, hidden]; qkv [rows, q, k and v] and attended
+ * [rows, q_heads, head_dim] are those of the layer in progress. What a layer brings is filled into attention and store.
+ */
 typedef struct {
     const stacked_layer *layers;
     const void *x;
-    void *y;
+    void *y, *qkv, *attended;
     attention_call attention;
     store_call store;
-    int64_t attention_ns; /* what attention took */
+    int64_t attention_ns; /* what attention has taken */
     int32_t count;
+    int32_t at;       /* the layer in progress; 0 at first */
+    int32_t has_left; /* it has left its attention to the caller; 0 at first */
 } stack_call;
 
+/* Goes on up to the end (at is count then), or to the next layer that leaves its attention to the caller. */
 EXPORT int32_t layer_ops_stack(layer_context *context, kernel_context *kernels, stack_call *call);
 
 #endif

@@ -11,7 +11,7 @@ know. ``apply`` runs them in this order, in which they build on each other; each
     fuse_attention   head norms and rotary embedding are one operation, where q, k and v are one product
     fuse_layers      a layer is one call before its attention and one behind it, or as near to that as its parts allow
     fuse_model       the way through the model, without transformers' Python around the layers
-    fuse_stack       all layers but the last as one operation, in steps that ask no other daemon
+    fuse_stack       all layers but the last as one operation, which pauses for an attention that asks other daemons
 """
 
 from typing import Literal, get_args

@@ -115,7 +115,7 @@ def fuse_model(model: Model, traced: Trace) -> int:
 
 
 def fuse_stack(model: Model, ops: LayerOps) -> int:
-    """Lets all layers but the last be one operation, where nothing is asked of other daemons; answers how many."""
+    """Lets all layers but the last be one operation; answers how many."""
     whole = model.compute
     if not isinstance(whole, WholeModel):
         return 0
