@@ -75,7 +75,7 @@ def measure(run: Run) -> None:
 def _variants(run: Run, name: str, model: Model) -> dict[str, Model]:
     """The model with none, one, two, ... of the passes; weights that no pass touches are shared."""
     variants = {"none": model}
-    for count in range(1, len(PASSES) + 1):
+    for count in range(1, len(PASSES)):  # the last one carries attention, too, which is left out here
         run.progress.update(f"{name}: {', '.join(PASSES[:count])}")
         variant = copy.deepcopy(model, {id(tensor): tensor for tensor in model.module.parameters()})
         apply_passes(variant, PASSES[:count], run.options.threads)

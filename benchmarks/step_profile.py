@@ -2,8 +2,8 @@
 
 A whole engine runs in this process, with a gateway's stream on the event loop beside it. Its parts are timed where they
 are called, each without those it calls in turn, in CPU time of the engine's thread: what other processes do at the same
-time counts as little as it can. A row is the median over the steps that decode the whole batch; engines without and
-with passes run in turn.
+time counts as little as it can. A row is the median over the steps that decode the whole batch; engines without passes,
+with all, and with all but the last one, which leaves nothing to time between layers, run in turn.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from benchmarks.harness import Run, main
 from benchmarks.local_engine import LocalEngine
 from infinitellm.internal.v1 import instance_pb2 as pb
 from kernels import LayerParams
+from kernels.layer_ops import LayerStack
 from services.instance import engine as engine_module
-from services.instance.dist_attention import AttentionContext
+from services.instance.dist_attention import AnglesOfLayer, AttentionContext
 from services.instance.model import Model, load_model
 from services.instance.outputs import Output
+from services.instance.passes import PASSES
 from services.instance.passes.apply import apply_passes
 from services.instance.passes.layers import WholeLayer
 from services.instance.passes.linears import PackedLinear
@@ -49,6 +51,7 @@ _STEPS = 48
 _QUICK_STEPS = 24  # more than it takes until all prompts are computed
 _REPETITIONS = 5
 _CHUNK = 1024
+_PASSES = {"none": (), f"all but {PASSES[-1]}": PASSES[:-1], "all": PASSES}
 _REST = "engine: events, scheduling, blocks, commit"
 
 
@@ -92,9 +95,14 @@ class Stopwatch:
 class _TimedAttention(AttentionContext):
     def __init__(self, stopwatch: Stopwatch, attention: AttentionContext) -> None:
         self._call = stopwatch.wrap("attention", attention)
+        self._through = stopwatch.wrap("model: layers and their attention, one call", attention.through)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, params: LayerParams, sinks: Tensor | None) -> Tensor:
         out: Tensor = self._call(q, k, v, params, sinks)
+        return out
+
+    def through(self, stack: LayerStack, x: Tensor, angles: Sequence[AnglesOfLayer]) -> Tensor | None:
+        out: Tensor | None = self._through(stack, x, angles)
         return out
 
 
@@ -158,7 +166,7 @@ class _Gateway(threading.Thread):
 
 @dataclass(slots=True)
 class _Engine:
-    """One of the two that are compared, and what was measured of it."""
+    """One of those that are compared, and what was measured of it."""
 
     name: str
     model: Model
@@ -173,10 +181,11 @@ def measure(run: Run) -> None:
             path = Path(directory) / name
             run.progress.update(f"{name}: making the checkpoint")
             write_random_checkpoint(path, SHAPES[name])
-            plain, rewritten = (load_model(path, _DTYPE, None) for _ in range(2))
-        apply_passes(rewritten, num_threads=run.options.threads)
+            models = {passes: load_model(path, _DTYPE, None) for passes in _PASSES}
+        for passes, model in models.items():
+            apply_passes(model, _PASSES[passes], run.options.threads)
         for batch in run.options.batches:
-            engines = (_Engine("none", plain), _Engine("all", rewritten))
+            engines = [_Engine(passes, model) for passes, model in models.items()]
             for turn in run.rounds(_REPETITIONS):
                 for engine in turn.order(engines):
                     run.progress.update(f"{name}, batch {batch}, {turn.label}: passes: {engine.name}")
@@ -249,7 +258,7 @@ def _report(run: Run, name: str, batch: int, engines: Sequence[_Engine]) -> None
         run.row({**common, "part": "whole step", "step_ms": 1e3 * total, "share": 1.0})
         seconds = statistics.median(engine.event_loop_s)
         run.row({**common, "part": "(event loop's thread)", "step_ms": 1e3 * seconds, "share": seconds / total})
-    run.summary(f"speedup_{name}_batch_{batch}", totals[0] / totals[1])
+    run.summary(f"speedup_{name}_batch_{batch}", totals[0] / totals[-1])
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@
 #include "weigh_pairs.h"
 #include "prefill.h"
 #if NATIVE_TILES
+#include "tiles.h"
 #include "tiled_keys.h"
 #include "prefill_amx.h"
 #endif

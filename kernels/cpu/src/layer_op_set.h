@@ -10,6 +10,7 @@
 #include "layer_products.h"
 #endif
 #ifdef AMX
+#include "tiles.h"
 #include "layer_products_amx.h"
 #endif
 

@@ -1,4 +1,4 @@
-/* Matrix products of bfloat16 with AMX; included behind product_rows.h.
+/* Matrix products of bfloat16 with AMX; included behind product_rows.h and tiles.h.
  *
  * A block of up to BLOCK_ROWS rows and a panel's columns is summed up in four tiles, TILE words of the rows and of the
  * panel at a time. So many products are made in the time that a byte of weights takes to arrive that memory is the limit
@@ -6,9 +6,7 @@
  * panel before the next one, and each prefetches its share of what is read then. The order of additions, and so the
  * result, is that of the words, for any number of rows.
  */
-#define TILE 16 /* rows of a tile; words of 32 bits in each of them */
 #define AMX_COLUMNS (2 * TILE)
-#define BLOCK_ROWS (2 * TILE)
 #define ROWS_BYTES (1 << 20) /* of the input, that all panels are multiplied with in turn */
 #define LEAST_BLOCKS 4       /* of them: else weights would be read anew for each block of very long rows */
 #define AMX_AHEAD_BYTES (16 << 10) /* prefetched that far ahead, where there is one block */
@@ -51,39 +49,14 @@ typedef struct {
     int lines;
 } lines_ahead;
 
-/* Tiles 0 to 3 are sums (rows 0 .. 15 with both halves of the columns, then rows 16 .. 31), 4 and 5 rows, 6 and 7 words
- * of the panel. Takes as long as several products. */
-INLINE void configure_tiles(int words) {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } config = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) {
-        config.row_bytes[tile] = (uint16_t)(tile == 4 || tile == 5 ? words * 4 : TILE * 4);
-        config.rows[tile] = (uint8_t)(tile >= 6 ? words : TILE);
-    }
-    _tile_loadconfig(&config);
-}
-
 /* sums [rows, AMX_COLUMNS] of arranged rows and a panel. rows, a constant, is that of one tile or of two; count is a
  * multiple of TILE, or less than it, and then more is added to sums. */
 INLINE void sum_words(
     float *sums, const uint32_t *x, int rows, const uint32_t *panel, int64_t count, int more, lines_ahead ahead
 ) {
     const int both = rows > TILE;
-    float *lower_sums = sums + TILE * AMX_COLUMNS;
-    if (more) {
-        _tile_loadd(0, sums, AMX_COLUMNS * 4);
-        _tile_loadd(1, sums + TILE, AMX_COLUMNS * 4);
-        if (both) _tile_loadd(2, lower_sums, AMX_COLUMNS * 4);
-        if (both) _tile_loadd(3, lower_sums + TILE, AMX_COLUMNS * 4);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        if (both) _tile_zero(2);
-        if (both) _tile_zero(3);
-    }
+    if (more) load_square(sums, AMX_COLUMNS);
+    else zero_square();
     for (int64_t i = 0; i < count; i += TILE, x += rows * TILE, panel += TILE * AMX_COLUMNS) {
         _tile_loadd(4, x, TILE * 4);
         _tile_loadd(6, panel, AMX_COLUMNS * 4);
@@ -98,10 +71,7 @@ INLINE void sum_words(
         for (int line = 0; line < ahead.lines && ahead.from < ahead.end; line++, ahead.from += 64)
             __builtin_prefetch(ahead.from, 0, 2);
     }
-    _tile_stored(0, sums, AMX_COLUMNS * 4);
-    _tile_stored(1, sums + TILE, AMX_COLUMNS * 4);
-    if (both) _tile_stored(2, lower_sums, AMX_COLUMNS * 4);
-    if (both) _tile_stored(3, lower_sums + TILE, AMX_COLUMNS * 4);
+    store_square(sums, AMX_COLUMNS);
 }
 
 INLINE void sum_block_of(

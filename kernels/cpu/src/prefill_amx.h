@@ -145,7 +145,7 @@ static void prefill_tiled(const attention_call *call, prefill_task task, void *s
     key_cursor cursor = key_cursor_at(
         call, call->block_start[task.segment], call->block_start[task.segment + 1], first_pos, last_pos
     );
-    configure_tiles();
+    configure_tiles(TILE);
     while (pack_tile(&s.tile, &cursor, task.head))
         for (int row = 0; row < s.rows; row += BLOCK_ROWS) attend_tiled(call, &s, row);
     _tile_release(); /* so that the system need not keep the tiles when it switches threads */

@@ -1,14 +1,9 @@
-/* Keys and values of bfloat16 packed for AMX, and its products of them with many rows.
+/* Keys and values of bfloat16 packed for AMX (tiles.h), and its products of them with many rows.
  *
- * A product of tiles adds 16 rows of 32 bfloat16 times 32 rows of 16 to 16 x 16 float32, and wants the second in pairs:
- * two numbers of a column in a word. Keys and values are packed that way, tile after tile. Two dimensions of a key that
+ * Keys and values are packed in pairs, tile after tile. Two dimensions of a key that
  * are neighbours make a pair; of values, those of two keys that lie TILE apart: two vectors of weights are then pairs,
  * lane by lane.
  */
-#define TILE 16        /* rows of a tile, and words of a row */
-#define TILE_DEPTH 32  /* bfloat16 numbers of a row */
-#define TILE_BYTES 64  /* of a row */
-#define BLOCK_ROWS 32  /* rows that are computed at once: two tiles, for which keys and values are loaded once */
 #define TILED_KEYS 192 /* packed at once. With a power of two, the parts of values would fall on each other in L1 */
 
 /* Keys are [keys / TILE][dim / 2][TILE] words, values [dim / TILE][keys / 2][TILE]: of every VECTOR dimensions first
@@ -19,48 +14,12 @@ typedef struct {
     int count, padded_count; /* the latter is a multiple of TILE_DEPTH */
 } tiled_keys;
 
-/* All eight tiles are used whole. */
-INLINE void configure_tiles(void) {
-    static const struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } config = {
-        .palette = 1,
-        .row_bytes = {TILE_BYTES, TILE_BYTES, TILE_BYTES, TILE_BYTES, TILE_BYTES, TILE_BYTES, TILE_BYTES, TILE_BYTES},
-        .rows = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE},
-    };
-    _tile_loadconfig(&config);
-}
-
-/* To be called before tiles are loaded: the compiler does not know that this reads memory. */
-INLINE void finish_stores(void) { __asm__ volatile("" ::: "memory"); }
-
-/* Tiles 0 .. 3 are a square of BLOCK_ROWS rows and columns; to them products of 4 and 5 with 6 and 7 are added. */
-INLINE void multiply_tiles(void) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-}
-
-INLINE void store_square(float *to, int row_floats) {
-    const int64_t row = row_floats * (int64_t)sizeof(float);
-    _tile_stored(0, to, row);
-    _tile_stored(1, to + TILE, row);
-    _tile_stored(2, to + TILE * row_floats, row);
-    _tile_stored(3, to + TILE * row_floats + TILE, row);
-}
-
 /* Scores [BLOCK_ROWS][TILED_KEYS] of queries [BLOCK_ROWS][dim] with count keys, a multiple of TILE_DEPTH. */
 static NOINLINE void score_block(const uint16_t *q, int dim, const int32_t *keys, int count, float *scores) {
     finish_stores();
     for (int j = 0; j < count; j += 2 * TILE, keys += TILE * dim) {
         const int32_t *next_keys = keys + TILE * dim / 2;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_square();
         for (int d = 0; d < dim; d += TILE_DEPTH) {
             _tile_loadd(4, q + d, dim * 2);
             _tile_loadd(5, q + TILE * dim + d, dim * 2);
@@ -83,15 +42,11 @@ static NOINLINE void weigh_block(
     const weight_block *weights, int exact, const int32_t *values, int count, int dim, float *acc
 ) {
     const int64_t row = sizeof weights->scores[0], low_row = sizeof weights->low[0];
-    const int64_t acc_row = dim * (int64_t)sizeof(float);
     finish_stores();
     for (int d = 0; d < dim; d += 2 * TILE) {
         const int32_t *firsts = values + d * (TILED_KEYS / 2), *seconds = firsts + TILE * (TILED_KEYS / 2);
         float *to = acc + d;
-        _tile_loadd(0, to, acc_row);
-        _tile_loadd(1, to + TILE, acc_row);
-        _tile_loadd(2, to + TILE * dim, acc_row);
-        _tile_loadd(3, to + TILE * dim + TILE, acc_row);
+        load_square(to, dim);
         for (int j = 0; j < count; j += TILE_DEPTH) {
             _tile_loadd(4, &weights->scores[0][j], row);
             _tile_loadd(5, &weights->scores[TILE][j], row);
