@@ -31,9 +31,9 @@ from benchmarks.harness import Run, main
 from benchmarks.local_engine import LocalEngine
 from infinitellm.internal.v1 import instance_pb2 as pb
 from kernels import LayerParams
-from kernels.layer_ops import LayerStack
+from kernels.layer_ops import LayerAngles, LayerStack
 from services.instance import engine as engine_module
-from services.instance.dist_attention import AnglesOfLayer, AttentionContext
+from services.instance.dist_attention import AttentionContext
 from services.instance.model import Model, load_model
 from services.instance.outputs import Output
 from services.instance.passes import PASSES
@@ -101,7 +101,7 @@ class _TimedAttention(AttentionContext):
         out: Tensor = self._call(q, k, v, params, sinks)
         return out
 
-    def through(self, stack: LayerStack, x: Tensor, angles: Sequence[AnglesOfLayer]) -> Tensor | None:
+    def through(self, stack: LayerStack, x: Tensor, angles: Sequence[LayerAngles]) -> Tensor | None:
         out: Tensor | None = self._through(stack, x, angles)
         return out
 

@@ -19,6 +19,8 @@ from torch.nn import functional
 
 from kernels.interface import AttentionKernels, AttentionPlan, LayerParams
 
+LayerAngles = tuple[Tensor, Tensor] | tuple[None, None]  # cos and sin, [..., rotary_dim]; None: no rotation
+
 
 class Rotation(Enum):
     """Which elements of a head turn together, and where cosine and sine of their angle stand in the tables.
@@ -193,7 +195,7 @@ class LayerStack(ABC):
     def begin(
         self,
         x: Tensor,
-        angles: Sequence[tuple[Tensor, Tensor] | tuple[None, None]],
+        angles: Sequence[LayerAngles],
         left: Sequence[bool],
         kernels: AttentionKernels,
         pool: Tensor,

@@ -90,10 +90,7 @@ class CpuKernels(AttentionKernels):
     def compiled_queries(
         self, pool: Tensor, plan: AttentionPlan, q_heads: int, out_dtype: torch.dtype
     ) -> CompiledQueries:
-        rows = int(plan.query_start[-1])
-        q = torch.empty((rows, q_heads, pool.shape[5]), dtype=pool.dtype)
-        out, lse = torch.empty(q.shape, dtype=out_dtype), torch.empty(q.shape[:2])
-        call = self._attention_call(q, pool, plan, out, lse)
+        call = self._blank_attention(pool, plan, int(plan.query_start[-1]), q_heads, out_dtype)
         return CompiledQueries(self.context, call, pool.shape[1], pool.stride(1), (self, pool, plan))
 
     def stacked_calls(
@@ -101,12 +98,11 @@ class CpuKernels(AttentionKernels):
     ) -> tuple[AttentionCall, StoreCall]:
         """The native calls of a step's layers, checked, without what a layer brings; in the pool's dtype throughout."""
         rows = slots.numel()
-        q = torch.empty((rows, q_heads, pool.shape[5]), dtype=pool.dtype)
         k = torch.empty((rows, pool.shape[2], pool.shape[5]), dtype=pool.dtype)
         check_pool(pool, 0, "cpu")
         check_store(k, k, pool, slots)
         return (
-            self._attention_call(q, pool, plan, torch.empty_like(q), torch.empty(q.shape[:2])),
+            self._blank_attention(pool, plan, rows, q_heads, pool.dtype),
             StoreCall(pool=_pool_view(pool), slots=slots.data_ptr(), rows=rows, dtype=DTYPES[pool.dtype]),
         )
 
@@ -190,6 +186,13 @@ class CpuKernels(AttentionKernels):
         prepared = _Prepared(call, call.pool, ctypes.byref(call), weakref.ref(pool), layout, plan)
         self._attention[id(plan)] = prepared
         return prepared
+
+    def _blank_attention(
+        self, pool: Tensor, plan: AttentionPlan, rows: int, q_heads: int, out_dtype: torch.dtype
+    ) -> AttentionCall:
+        """One whose q, out and lse are still to be set: as contiguous as those it was checked with."""
+        q = torch.empty((rows, q_heads, pool.shape[5]), dtype=pool.dtype)
+        return self._attention_call(q, pool, plan, torch.empty(q.shape, dtype=out_dtype), torch.empty(q.shape[:2]))
 
     @staticmethod
     def _attention_call(q: Tensor, pool: Tensor, plan: AttentionPlan, out: Tensor, lse: Tensor) -> AttentionCall:

@@ -105,7 +105,10 @@ class CpuLayerOps(LayerOps):
         from kernels.cpu.layer_stack import CpuLayerStack
 
         ops = [layer.op for layer in layers if isinstance(layer.op, CpuLayer)]
-        if not ops or len(ops) < len(layers) or any(op.dtype is not ops[0].dtype for op in ops):
+        if not ops or len(ops) < len(layers) or len({op.row_shape for op in ops}) > 1:
+            return None
+        _, _, qkv_columns, attended = ops[0].row_shape
+        if attended % q_heads or qkv_columns != attended // q_heads * (q_heads + 2 * kv_heads):
             return None
         return CpuLayerStack(self, ops, [layer.attention for layer in layers], q_heads, kv_heads)
 
@@ -301,6 +304,11 @@ class CpuLayer(LayerOp):
             )
         )
         return y
+
+    @property
+    def row_shape(self) -> tuple[torch.dtype, int, int, int]:
+        """Dtype, and columns of the input, of q, k and v, and of what is attended; layers that agree share memory."""
+        return self.dtype, self._hidden, self.layer.qkv_columns, self.layer.attended
 
     def rows(self, x: Tensor) -> int:
         """Of a tensor [..., hidden].

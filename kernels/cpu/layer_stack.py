@@ -13,14 +13,14 @@ from kernels.cpu.layer_library import StackCall, StackedLayerView, load_layer_li
 from kernels.cpu.layer_ops import CpuLayer, CpuLayerOps, angle_tables
 from kernels.cpu.library import check_status
 from kernels.interface import AttentionKernels, AttentionPlan, LayerParams
-from kernels.layer_ops import LayerStack, StackRun
+from kernels.layer_ops import LayerAngles, LayerStack, StackRun
 
 
 class CpuLayerStack(LayerStack):
     """Python's lock is released from the first layer to the last one, or to an attention that is left to the caller.
 
     Args:
-        layers: of one dtype.
+        layers: of one ``row_shape``.
         attention: of each layer.
     """
 
@@ -46,7 +46,7 @@ class CpuLayerStack(LayerStack):
     def begin(
         self,
         x: Tensor,
-        angles: Sequence[tuple[Tensor, Tensor] | tuple[None, None]],
+        angles: Sequence[LayerAngles],
         left: Sequence[bool],
         kernels: AttentionKernels,
         pool: Tensor,
@@ -57,6 +57,10 @@ class CpuLayerStack(LayerStack):
         if shape != (self._dtype, self._kv_heads, self._head_dim) or not isinstance(kernels, CpuKernels):
             return None
         rows = self._layers[0].rows(x)
+        if rows != slots.numel():
+            raise ValueError(f"x must have a row for each of {slots.numel()} slots, got {rows}")
+        if any(params.layer >= pool.shape[1] for params in self.attention):
+            raise ValueError(f"the pool's blocks hold {pool.shape[1]} layers, not all of the stack's")
         tables = {
             of_layer: angle_tables(cos, sin, x.dtype, rows, self._head_dim)
             for of_layer, (cos, sin) in {id(of_layer): of_layer for of_layer in angles}.items()

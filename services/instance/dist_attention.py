@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels import AttentionKernels, AttentionPlan, LayerParams
-from kernels.layer_ops import LayerStack
+from kernels.layer_ops import LayerAngles, LayerStack
 from services.core.errors import UnsupportedModelError
 from services.dataplane.device import Device
 from services.dataplane.host_device import HostDevice
@@ -33,7 +33,6 @@ ATTENTION_NAME = "infinite_llm_dist_attention"
 _CONTEXT = (
     "_infinite_llm_dist_attention"  # attribute of the attention modules; some models drop custom keyword arguments
 )
-AnglesOfLayer = tuple[Tensor, Tensor] | tuple[None, None]  # cos and sin, [1, rows, rotary_dim]
 _MARKS = 4  # of the watch, in each layer
 _HARMLESS_TENSORS = ("position_ids", "cache_position")
 
@@ -72,7 +71,7 @@ class AttentionContext(ABC):
             [rows, q_heads, value_dim] in q's dtype, contiguous.
         """
 
-    def through(self, stack: LayerStack, x: Tensor, angles: Sequence[AnglesOfLayer]) -> Tensor | None:
+    def through(self, stack: LayerStack, x: Tensor, angles: Sequence[LayerAngles]) -> Tensor | None:
         """Several layers with their attention; None: they are called one by one.
 
         Args:
@@ -132,7 +131,7 @@ class DistAttention(AttentionContext):
             out = out[..., :value_dim].contiguous()
         return out if out.dtype is dtype else out.to(dtype)
 
-    def through(self, stack: LayerStack, x: Tensor, angles: Sequence[AnglesOfLayer]) -> Tensor | None:
+    def through(self, stack: LayerStack, x: Tensor, angles: Sequence[LayerAngles]) -> Tensor | None:
         step, remote = self._step, self._remote
         assert step is not None, "begin_step comes before the model's forward"
         asks = [remote is not None and remote.asks(params) for params in stack.attention]

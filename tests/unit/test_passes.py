@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kernels import AttentionPlan, LayerParams, layer_ops
 from kernels.cpu import CpuKernels, find_library
 from kernels.cpu.layer_ops import CpuLayerOps
-from kernels.layer_ops import TorchLayerOps
+from kernels.layer_ops import StackedLayer, TorchLayerOps
 from services.core.errors import ConfigError, UnsupportedModelError
 from services.instance.config import InstanceConfig
 from services.instance.dist_attention import AttentionContext, DistAttention, StepTensors
@@ -142,6 +142,23 @@ def test_a_stack_of_layers_computes_what_they_do_one_by_one(name: str, tmp_path:
     expected, one_by_one = paged_logits(model, None)
     assert one_by_one == len(model.attention_modules)
     assert all(torch.equal(logits, expected) for logits, _ in answers)
+
+
+@pytest.mark.skipif(not has_own_products(), reason="no compiled products for this processor")
+def test_layers_of_different_shapes_are_no_stack(tmp_path: Path):
+    ops, stacked = CpuLayerOps(), []
+    for at, heads in enumerate((4, 2)):
+        model = load(
+            Architecture("one", "LlamaConfig", {"num_attention_heads": heads, "head_dim": 16}), tmp_path / str(at)
+        )
+        apply_passes(model)
+        layer = model.module.model.layers[0]
+        assert isinstance(layer, WholeLayer)
+        stacked.append(StackedLayer(layer.op, layer.attention.params))
+        kv_heads = layer.attention.heads_of[1]
+        assert ops.stack(stacked[-1:], heads, kv_heads) is not None
+        assert ops.stack(stacked[-1:], heads, kv_heads + 1) is None
+    assert ops.stack(stacked, heads, kv_heads) is None
 
 
 class SilentDaemons:

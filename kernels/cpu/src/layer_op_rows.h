@@ -7,12 +7,12 @@ INLINE void store_vector(void *p, int64_t i, vf x, int dtype) {
         return;
     }
 #ifdef NATIVE_BFLOAT16
-    *(vh_mem *)((uint16_t *)p + i) = (vh)_mm512_cvtneps_pbh((__m512)x);
-    return;
-#endif
+    *(vh_mem *)((uint16_t *)p + i) = (vh)_mm512_cvtneps_pbh((__m512)x); /* subnormals become 0, as in products */
+#else
     vu bits = (vu)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     vu nan = (vu)(x != x);
     *(vh_mem *)((uint16_t *)p + i) = __builtin_convertvector((rounded & ~nan) | ((bits >> 16 | 0x40) & nan), vh);
+#endif
 }
 
 INLINE void store_scalar(void *p, int64_t i, float x, int dtype) { store_as(p, i, &x, 1, dtype); }

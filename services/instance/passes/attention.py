@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import LayerParams
-from kernels.layer_ops import HeadNorms, HeadsOp, LayerOps, Rotation
+from kernels.layer_ops import HeadNorms, HeadsOp, LayerAngles, LayerOps, Rotation
 from services.instance.dist_attention import attention_context
 from services.instance.passes.check import agree
 from services.instance.passes.linears import whole
@@ -78,7 +78,7 @@ class PlainAttention(nn.Module):
         """All that the attention function is told; None: it is told more than this."""
         return self._params if self._sinks is None else None
 
-    def angles(self, angles: Angles | None) -> Angles | tuple[None, None]:
+    def angles(self, angles: Angles | None) -> LayerAngles:
         """What this layer's heads are told of the model's angles."""
         return angles if self._rotates and angles is not None else (None, None)
 
