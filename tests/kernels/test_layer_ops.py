@@ -144,13 +144,19 @@ def test_linear(ops: LayerOps, inputs: int, outputs: int, rows: int, dtype: torc
             assert torch.equal(linear.weight_rows(indices), weight[indices])
 
 
-def test_a_long_product_is_walked_in_blocks_of_rows():
-    """More rows than are computed at a time beside a panel."""
-    ops = load("cpu", torch.float32)
-    weight, x = random(70, 4096, dtype=torch.float32), random(80, 4096, dtype=torch.float32, seed=1)
-    linear = ops.linear(weight, None)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_of_many_long_rows(ops: LayerOps, dtype: torch.dtype):
+    """More rows than are computed at a time beside a panel, of words that no tile divides, and several groups of
+    panels."""
+    inputs, outputs, rows = 4130, 1100, 300
+    weight, bias = random(outputs, inputs, dtype=dtype), random(outputs, dtype=dtype, seed=1)
+    x = random(rows, inputs, dtype=dtype, seed=2)
+    linear = ops.linear(weight, bias)
     assert linear is not None
-    check(linear(x), x.double() @ weight.double().T)
+    result = linear(x)
+    check(result, x.double() @ weight.double().T + bias.double())
+    if isinstance(linear, RowReadingLinearOp):  # not torch's
+        assert torch.equal(linear(x[:3]), result[:3]), "depends on the number of rows"
 
 
 NORMS = list(itertools.product((False, True), repeat=4))
@@ -160,51 +166,59 @@ NORMS = list(itertools.product((False, True), repeat=4))
 @pytest.mark.parametrize("rows", [1, 9])
 def test_whole_layer(ops: LayerOps, rows: int, dtype: torch.dtype):
     """Every combination of norms, with and without biases, head norms and a multiplier."""
-    hidden, heads, kv_heads, head_dim, inner = 48, 4, 2, 32, 128
+    for number in range(len(NORMS)):
+        check_layer(ops, rows, 48, 128, number, dtype)
+
+
+def test_a_layer_of_many_long_rows(ops: LayerOps):
+    check_layer(ops, 300, 2080, 1088, len(NORMS) - 1, torch.bfloat16)
+
+
+def check_layer(ops: LayerOps, rows: int, hidden: int, inner: int, number: int, dtype: torch.dtype) -> None:
+    """``number``: of the combination."""
+    heads, kv_heads, head_dim = 4, 2, 32
+    present, biased, multiplier = NORMS[number], number % 2 == 0, (1.0, 0.3)[number % 3 == 0]
     shapes = [
         ((heads + 2 * kv_heads) * head_dim, hidden),
         (hidden, heads * head_dim),
         (2 * inner, hidden),
         (hidden, inner),
     ]
-    weights = [random(*shape, dtype=dtype, seed=n) * 0.2 for n, shape in enumerate(shapes)]
+    weights = [random(*shape, dtype=dtype, seed=n) * (0.2 * (48 / hidden) ** 0.5) for n, shape in enumerate(shapes)]
     biases = [random(shape[0], dtype=dtype, seed=10 + n) for n, shape in enumerate(shapes)]
     norm_weights = [random(hidden, dtype=dtype, seed=20 + n) for n in range(4)]
     head_weights = random(heads + kv_heads, head_dim, dtype=dtype, seed=30)
     x = random(1, rows, hidden, dtype=dtype, seed=40)
     attended = random(rows, heads, head_dim, dtype=dtype, seed=41)
     cos, sin = (random(1, rows, head_dim, dtype=dtype, seed=seed) for seed in (42, 43))
-    for number, present in enumerate(NORMS):
-        biased, multiplier = number % 2 == 0, (1.0, 0.3)[number % 3 == 0]
-        activation = list(Activation)[number % 2]
-        head_norms = HeadNorms(head_weights, 1e-5, 0.0) if number % 2 else None
-        linears = [ops.linear(w, b if biased else None) for w, b in zip(weights, biases, strict=True)]
-        norms = [ops.norm(w, 1e-5, 1.0) if has else None for w, has in zip(norm_weights, present, strict=True)]
-        qkv, output, gate_up, down = linears
-        assert qkv is not None
-        assert output is not None
-        assert gate_up is not None
-        assert down is not None
-        turn = ops.heads(heads + kv_heads, head_dim, Rotation.HALVES, head_norms)
-        layer = ops.layer(
-            LayerParts(norms[0], qkv, turn, output, norms[1], norms[2], gate_up, activation, down, norms[3], multiplier)
-        )
-        if layer is None:
-            pytest.skip(f"{ops.name}: no whole layers with this instruction set")
+    activation = list(Activation)[number % 2]
+    head_norms = HeadNorms(head_weights, 1e-5, 0.0) if number % 2 else None
+    qkv, output, gate_up, down = (ops.linear(w, b if biased else None) for w, b in zip(weights, biases, strict=True))
+    norms = [ops.norm(w, 1e-5, 1.0) if has else None for w, has in zip(norm_weights, present, strict=True)]
+    assert qkv is not None
+    assert output is not None
+    assert gate_up is not None
+    assert down is not None
+    turn = ops.heads(heads + kv_heads, head_dim, Rotation.HALVES, head_norms)
+    layer = ops.layer(
+        LayerParts(norms[0], qkv, turn, output, norms[1], norms[2], gate_up, activation, down, norms[3], multiplier)
+    )
+    if layer is None:
+        pytest.skip(f"{ops.name}: no whole layers with this instruction set")
 
-        def norm(at: int, value: Tensor, present: tuple[bool, ...] = present) -> Tensor:
-            return exact_norm(value, norm_weights[at], 1e-5, 1.0) if present[at] else value
+    def norm(at: int, value: Tensor) -> Tensor:
+        return exact_norm(value, norm_weights[at], 1e-5, 1.0) if present[at] else value
 
-        def product(at: int, value: Tensor, biased: bool = biased) -> Tensor:
-            return value @ weights[at].double().T + (biases[at].double() if biased else 0)
+    def product(at: int, value: Tensor) -> Tensor:
+        return value @ weights[at].double().T + (biases[at].double() if biased else 0)
 
-        expected = product(0, norm(0, x.double()))[0].to(dtype)
-        turn(expected, cos, sin)
-        check(layer.begin(x, cos, sin), expected.double())
-        y = x.double() + multiplier * norm(1, product(1, attended.double().flatten(1)[None]))
-        gate, up = product(2, norm(2, y)).chunk(2, dim=-1)
-        y = y + multiplier * norm(3, product(3, activated(gate, activation) * up))
-        check(layer.finish(x, attended), y, roundings=4)
+    expected = product(0, norm(0, x.double()))[0].to(dtype)
+    turn(expected, cos, sin)
+    check(layer.begin(x, cos, sin), expected.double())
+    y = x.double() + multiplier * norm(1, product(1, attended.double().flatten(1)[None]))
+    gate, up = product(2, norm(2, y)).chunk(2, dim=-1)
+    y = y + multiplier * norm(3, product(3, activated(gate, activation) * up))
+    check(layer.finish(x, attended), y, roundings=4)
 
 
 def test_wrong_tensors_are_refused():
