@@ -10,6 +10,7 @@ INLINE int needs_widening(const pool_view *pool) { return pool->head_dim % WIDTH
 typedef struct {
     int rows, padded_dim;
     float *q, *acc; /* [kv_heads * rows][padded_dim]; q is bfloat16 where keys are read as pairs */
+    uint32_t *q_columns; /* of such: [kv_heads][padded_dim / 2][rows], for tiles */
     float *widened; /* [2][KEYS][padded_dim]: a run that needs_widening */
     float *scores;  /* [rows][KEYS] */
     row_state *states;
@@ -23,7 +24,7 @@ INLINE decode_rows decode_layout(const attention_call *call, int32_t segment, co
     s.padded_dim = (int)round_up(call->pool.head_dim, WIDTH);
     int64_t all = (int64_t)s.rows * call->pool.kv_heads;
     float *next = (float *)memory;
-    s.q = next, next += all * s.padded_dim;
+    s.q = next, s.q_columns = (uint32_t *)next + all * s.padded_dim / 2, next += all * s.padded_dim;
     s.acc = next, next += all * s.padded_dim;
     s.widened = next, next += needs_widening(&call->pool) ? 2 * KEYS * s.padded_dim : 0;
     s.scores = next, next += s.rows * KEYS;
@@ -38,6 +39,9 @@ static size_t decode_state(const attention_call *call, int32_t segment) {
 }
 
 #include "decode_floats.h"
+#if NATIVE_TILES
+#include "decode_tiles.h"
+#endif
 #include "decode_pairs.h"
 
 /* All KV heads over one run; next is the run after it, or the same. */
@@ -91,6 +95,14 @@ INLINE void decode_as(const attention_call *call, decode_task task, void *memory
         row_reset(&s.states[i]);
     }
     memset(s.acc, 0, sizeof(float) * (size_t)s.padded_dim * (size_t)(s.rows * pool->kv_heads));
+#if NATIVE_TILES
+    const int tiled = dtype == BFLOAT16 && has_tiled_queries(call, s.rows), head_numbers = s.rows * head_dim;
+    for (int i = 0; tiled && i < pool->kv_heads; i++) {
+        const uint16_t *q = (const uint16_t *)s.q + i * head_numbers;
+        queries_to_columns(s.q_columns + i * head_numbers / 2, q, s.rows, head_dim);
+    }
+    if (tiled) configure_query_tiles(s.rows);
+#endif
 
     key_cursor cursor = key_cursor_at(call, task.entry, task.end, s.pos[0], s.pos[s.rows - 1]);
     key_run run, next;
@@ -99,6 +111,9 @@ INLINE void decode_as(const attention_call *call, decode_task task, void *memory
         more = next_run(&cursor, KEYS, &next);
         decode_run(call, &s, &run, &next, dtype);
     }
+#if NATIVE_TILES
+    if (tiled) _tile_release(); /* so that the system need not keep the tiles when it switches threads */
+#endif
 }
 
 static void decode(const attention_call *call, decode_task task, void *state) {

@@ -12,20 +12,27 @@
  * this reads memory. */
 INLINE void finish_stores(void) { __asm__ volatile("" ::: "memory"); }
 
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} tile_config;
+
+/* Tiles are zero afterwards; it takes as long as several products. */
+INLINE void load_tile_config(const tile_config *config) {
+    finish_stores();
+    _tile_loadconfig(config);
+}
+
 /* Tiles 0 .. 3 are a square of BLOCK_ROWS rows and columns, sums of products; 4 and 5 are rows, 6 and 7 columns, of so
- * many words (TILE, or what is left in the end). Tiles are zero afterwards; it takes as long as several products. */
+ * many words (TILE, or what is left in the end). */
 INLINE void configure_tiles(int words) {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } config = {.palette = 1};
+    tile_config config = {.palette = 1};
     for (int tile = 0; tile < 8; tile++) {
         config.row_bytes[tile] = (uint16_t)(tile == 4 || tile == 5 ? words * 4 : TILE_BYTES);
         config.rows[tile] = (uint8_t)(tile >= 6 ? words : TILE);
     }
-    finish_stores();
-    _tile_loadconfig(&config);
+    load_tile_config(&config);
 }
 
 INLINE void zero_square(void) {
