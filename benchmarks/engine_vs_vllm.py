@@ -29,6 +29,7 @@ from benchmarks.peers.vllm import DEFAULT_ENVIRONMENT, vllm_command
 from services.core.errors import ConfigError, InfiniteLLMError
 
 QUESTION = "how fast is one instance beside vLLM, on the same core and over HTTP?"
+CHECKPOINTS = ("llama-100m", "qwen2.5-0.5b")  # small enough for two servers on one core
 MAX_MODEL_LEN = 8192
 MAX_NUM_SEQS = 64
 KV_BYTES = 1 << 30
@@ -92,7 +93,7 @@ class Measured:
 def measure(run: Run) -> None:
     """Measures every checkpoint with a fresh pair of servers."""
     try:
-        for name in run.options.checkpoints or (list(SHAPES)[:1] if run.quick else SHAPES):
+        for name in run.options.checkpoints or CHECKPOINTS[: 1 if run.quick else None]:
             if name not in SHAPES:
                 raise ConfigError(f"--checkpoints {name}: there are {', '.join(SHAPES)}")
             _measure_checkpoint(run, SHAPES[name])
@@ -207,7 +208,7 @@ def _pinned_to(core: int) -> Iterator[None]:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoints", nargs="+", metavar="NAME", help=f"of {', '.join(SHAPES)}; the first with --quick"
+        "--checkpoints", nargs="+", metavar="NAME", help=f"of {', '.join(SHAPES)}; default {' and '.join(CHECKPOINTS)}"
     )
     parser.add_argument("--workloads", nargs="+", metavar="NAME", help="some of them only")
     parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="default %(default)s")

@@ -12,12 +12,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kernels.interface import AttentionKernels, AttentionPlan, LayerParams
+
+if TYPE_CHECKING:
+    from kernels.cpu.asking import CompiledAsker
 
 LayerAngles = tuple[Tensor, Tensor] | tuple[None, None]  # cos and sin, [..., rotary_dim]; None: no rotation
 
@@ -154,11 +158,32 @@ class StackedLayer:
     attention: LayerParams
 
 
+class StackTimes(NamedTuple):
+    """Of the attention within a stack, in seconds: all, the own pool's part, and sending queries to other daemons."""
+
+    attention_s: float
+    local_s: float
+    asking_s: float
+
+
+class LeftAttention(NamedTuple):
+    """How far a layer has come with an attention that it has left.
+
+    Attributes:
+        sent, taken: how many of the daemons it is done with sending queries to, and with taking answers from.
+        local: the partial state over the own pool with what was taken, [rows, q_heads, head_dim] and [rows, q_heads]
+            float32; None: it is not computed yet.
+    """
+
+    sent: int
+    taken: int
+    local: tuple[Tensor, Tensor] | None
+
+
 class StackRun(ABC):
     """One pass through a stack of layers.
 
     Attributes:
-        attention_s: what attention within the stack has taken.
         output: the last layer's, once ``advance`` has come to the end; a new tensor.
     """
 
@@ -166,11 +191,29 @@ class StackRun(ABC):
 
     @property
     @abstractmethod
-    def attention_s(self) -> float: ...
+    def times(self) -> StackTimes:
+        """Without attention that was left to the caller before it was begun."""
 
     @abstractmethod
-    def advance(self) -> int | None:
-        """Computes up to the next attention that is left to the caller; answers its layer, or None at the end."""
+    def leave(self, which: Sequence[bool]) -> None:
+        """These layers leave their attention to the caller."""
+
+    @abstractmethod
+    def ask(self, askers: Sequence[CompiledAsker]) -> None:
+        """Layers ask these daemons, where ``advance`` lets them. They are kept."""
+
+    @abstractmethod
+    def advance(self, may_ask: bool) -> int | None:
+        """Computes up to the next attention that is left to the caller; answers its layer, or None at the end.
+
+        Args:
+            may_ask: the askers' connections are lent. If not, layers that would ask leave their attention.
+        """
+
+    @property
+    @abstractmethod
+    def left(self) -> LeftAttention:
+        """Of that layer. Valid up to ``advance``."""
 
     @property
     @abstractmethod
@@ -196,7 +239,6 @@ class LayerStack(ABC):
         self,
         x: Tensor,
         angles: Sequence[LayerAngles],
-        left: Sequence[bool],
         kernels: AttentionKernels,
         pool: Tensor,
         plan: AttentionPlan,
@@ -207,7 +249,6 @@ class LayerStack(ABC):
         Args:
             x: [..., hidden], rows in all; contiguous.
             angles: of each layer, as in ``LayerOp.begin``.
-            left: which layers leave their attention to the caller.
             pool, plan, slots: as in ``AttentionKernels``; keys and values are stored, then read.
         """
 

@@ -6,14 +6,33 @@ what hands over addresses.
 
 from __future__ import annotations
 
-from ctypes import byref
+from ctypes import addressof, byref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.cpu.answering import ENDINGS, Watched
-from kernels.cpu.library import DTYPES, Asking, Channel, load_library
+from kernels.cpu.library import DTYPES, Asking, AskingSums, Channel, load_library
 from kernels.interface import LayerParams
+
+
+class Exchanged(NamedTuple):
+    """What several layers have asked, one after the other.
+
+    ``lates``: answers that were waited for; ``answers_s``: from sending each query until its answer was taken;
+    ``waits_s``: waiting for them; ``answered``: the sequence number of the last answer, 0 if there is none.
+    """
+
+    asks: int
+    answers: int
+    lates: int
+    sent_bytes: int
+    received_bytes: int
+    answers_s: float
+    merges_s: float
+    waits_s: float
+    answered: int
 
 
 class CompiledAsker:
@@ -52,12 +71,16 @@ class CompiledAsker:
             q: [rows of the batch, q_heads, head_dim], contiguous in the last two dimensions.
         """
         asking = self._asking
+        self.set_layout(q)
+        asking.q, asking.layer, asking.window = q.data_ptr(), params.layer, params.window
+        asking.scale, asking.softcap = params.scale, params.softcap
+
+    def set_layout(self, q: Tensor) -> None:
+        """The shape of all layers' queries, as in ``set_query``."""
         layout = (q.shape, q.stride(), q.dtype)
         if layout != self._q_layout:
             self._set_layout(q)
             self._q_layout = layout
-        asking.q, asking.layer, asking.window = q.data_ptr(), params.layer, params.window
-        asking.scale, asking.softcap = params.scale, params.softcap
 
     def set_target(self, out: Tensor, lse: Tensor) -> None:
         """What the layer's answer is merged into.
@@ -82,6 +105,68 @@ class CompiledAsker:
         self._asking.spin_ns = int(1e9 * spin_s)
         ending: int = self._take_answer(self._by_reference)
         return ENDINGS[ending]
+
+    # ------------------------------------------------------------ layers that ask one after the other (a stack)
+
+    @property
+    def address(self) -> int:
+        return addressof(self._asking)
+
+    def begin(self, sequence: int, distance: int) -> None:
+        """Layers may ask.
+
+        Args:
+            sequence: number of the last message.
+            distance: from any row back to the nearest key of its sequence there: a layer whose window is not longer
+                does not ask.
+        """
+        self._asking.sequence, self._asking.distance = sequence, distance
+        self._asking.sums, self._asking.ending = AskingSums(), Watched.TAKEN
+
+    def wait_for(self, spin_s: float) -> None:
+        """How long each of their answers is waited for without sleep."""
+        self._asking.spin_ns = int(1e9 * spin_s)
+
+    @property
+    def sequence(self) -> int:
+        """Of the last query."""
+        number: int = self._asking.sequence
+        return number
+
+    @property
+    def query_bytes(self) -> int:
+        """Of the last query."""
+        count: int = self._asking.query_bytes
+        return count
+
+    @property
+    def sent_at_s(self) -> float:
+        """When it was sent, on the clock of ``time.perf_counter``."""
+        return 1e-9 * float(self._asking.sent_at_ns)
+
+    @property
+    def exchanged(self) -> Exchanged:
+        """Since ``begin``."""
+        sums = self._asking.sums
+        return Exchanged(
+            sums.asks,
+            sums.answers,
+            sums.lates,
+            sums.sent_bytes,
+            sums.received_bytes,
+            1e-9 * sums.answers_ns,
+            1e-9 * sums.merges_ns,
+            1e-9 * sums.waits_ns,
+            sums.answered,
+        )
+
+    @property
+    def ending(self) -> Watched:
+        """How the last wait has ended."""
+        ending: int = self._asking.ending
+        return ENDINGS[ending]
+
+    # ------------------------------------------------------------ the answer taken last
 
     @property
     def answer_bytes(self) -> int:

@@ -158,6 +158,20 @@ class Answering(Structure):
     ]
 
 
+class AskingSums(Structure):
+    _fields_: ClassVar = [
+        ("asks", c_int64),
+        ("answers", c_int64),
+        ("lates", c_int64),
+        ("sent_bytes", c_int64),
+        ("received_bytes", c_int64),
+        ("answers_ns", c_int64),
+        ("merges_ns", c_int64),
+        ("waits_ns", c_int64),
+        ("answered", c_uint64),
+    ]
+
+
 class Asking(Structure):
     _fields_: ClassVar = [
         ("channel", Channel),
@@ -186,6 +200,11 @@ class Asking(Structure):
         ("merged_ns", c_int64),
         ("query_bytes", c_int64),
         ("answer_bytes", c_int64),
+        ("distance", c_int64),
+        ("sent_at_ns", c_int64),
+        ("sums", AskingSums),
+        ("ending", c_int32),
+        ("unused_too", c_int32),
     ]
 
 

@@ -97,6 +97,12 @@ class EmulatedConnection(Connection):
     def take_answer(self, asker: CompiledAsker) -> bool:
         return self.inner.take_answer(asker)
 
+    def lend(self, asker: CompiledAsker) -> bool:
+        return self.inner.lend(asker)
+
+    def take_back(self, asker: CompiledAsker) -> None:
+        self.inner.take_back(asker)
+
     def close(self) -> None:
         self.inner.close()
         self._link.forget(self)

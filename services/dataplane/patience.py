@@ -10,6 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from kernels.cpu.answering import Watched
+from kernels.cpu.asking import CompiledAsker
+
 _WEIGHT = 1 / 8  # of the newest wait in the average
 _MOST_TIMES = 32  # after which it is what the newest waits were
 
@@ -34,15 +37,31 @@ class Patience:
         """For how long to stay awake now. A wait begins with this, if none has begun."""
         if self._since is None:
             self._since = self._clock()
+        return self.next_awake_s
+
+    @property
+    def next_awake_s(self) -> float:
+        """For how long a wait should be awake that begins now."""
         return self._most_s if self._average_s < self._most_s else self._least_s
 
     def arrived(self, times: int = 1) -> None:
         """Something has come, so many times since the wait began, which is over."""
         if times and self._since is not None:
-            waited_s = (self._clock() - self._since) / times
-            for _ in range(min(times, _MOST_TIMES)):
-                self._average_s += _WEIGHT * (min(waited_s, self._longest_s) - self._average_s)
+            self._learn(self._clock() - self._since, times)
             self._since = None
+
+    def learn_from(self, asker: CompiledAsker) -> None:
+        """Compiled code has waited for answers, one after the other; no wait has begun here."""
+        exchanged = asker.exchanged
+        if exchanged.answers:
+            self._learn(exchanged.waits_s, exchanged.answers)
+        if asker.ending is Watched.CONTENDED:
+            self.contended()
+
+    def _learn(self, seconds: float, times: int) -> None:
+        """Of so many waits, all together as long as that."""
+        for _ in range(min(times, _MOST_TIMES)):
+            self._average_s += _WEIGHT * (min(seconds / times, self._longest_s) - self._average_s)
 
     def contended(self) -> None:
         """Others want the core: it takes a while until it pays again to stay awake."""

@@ -138,11 +138,35 @@ class Peer:
         self.received_bytes += asker.answer_bytes
         return True
 
+    def lend(self, asker: CompiledAsker, distance: int) -> bool:
+        """Lets several layers ask one after the other, in compiled code, until ``take_back``; whether that can be."""
+        asker.begin(self._sequence, distance)
+        return self.connection.lend(asker)
+
+    def take_back(self, asker: CompiledAsker) -> AnswerTimes:
+        """What they have asked has been sent, and answered but for the last query, maybe; answers the answers'."""
+        self.connection.take_back(asker)
+        exchanged = asker.exchanged
+        self._sequence = asker.sequence
+        self.sent_bytes += exchanged.sent_bytes
+        self.received_bytes += exchanged.received_bytes
+        if exchanged.answers:
+            self.answered(exchanged.answered)
+        if exchanged.asks > exchanged.answers:
+            self._charge(asker.query_bytes)
+        times = AnswerTimes(exchanged.answers, exchanged.answers_s, exchanged.lates)
+        self.answers.add(times)
+        return times
+
     def _sent(self, message_bytes: int) -> None:
+        self._charge(message_bytes)
+        self.sent_bytes += message_bytes
+
+    def _charge(self, message_bytes: int) -> None:
+        """Of the last message, which has no answer yet."""
         size = max(message_bytes, SMALLEST_CHARGE_BYTES)
         self._unanswered.append((self._sequence, size))
         self._bytes_out += size
-        self.sent_bytes += message_bytes
 
     def traffic(self) -> PeerTraffic:
         """So far; any thread may ask."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels import AttentionKernels, LayerParams
 from kernels.cpu.asking import CompiledAsker
+from kernels.layer_ops import LeftAttention
 from services.core.errors import PeerLostError, TransferTimeoutError
 from services.dataplane import wire
 from services.dataplane.device import Device, Download
@@ -158,8 +159,11 @@ class RemoteAttention:
         Args:
             q: [rows of the batch, q_heads, head_dim].
         """
+        return self._submit(self._asked, params, q)
+
+    def _submit(self, some: Sequence[_Asked], params: LayerParams, q: Tensor) -> bool:
         whole: Download | None = None
-        for asked in self._asked:
+        for asked in some:
             if not _sees(asked, params):
                 continue
             sent_at = time.perf_counter()
@@ -184,20 +188,66 @@ class RemoteAttention:
 
     def _ask(self, asked: _Asked, params: LayerParams, q: Tensor) -> int:
         """Sends a query in compiled code and answers its sequence number; 0 where that cannot be."""
-        asker = asked.asker
+        asker = self._asker(asked, len(q))
         if asker is None:
-            if not asked.peer.connection.can_ask:
-                return 0
-            rows = asked.share.rows
-            asker = self._kernels.compiled_asker(
-                None if len(rows) == len(q) else rows, len(q), self._step, _TORCH_DTYPES[self._out_dtype]
-            )
-            if asker is None:
-                return 0
-            asked.peer.connection.ask_with(asker)
-            asked.asker = asker
+            return 0
         asker.set_query(q, params)
         return asked.peer.ask(asker)
+
+    def _asker(self, asked: _Asked, batch_rows: int) -> CompiledAsker | None:
+        if asked.asker is None and asked.peer.connection.can_ask:
+            rows = asked.share.rows
+            asker = self._kernels.compiled_asker(
+                None if len(rows) == batch_rows else rows, batch_rows, self._step, _TORCH_DTYPES[self._out_dtype]
+            )
+            if asker is not None:
+                asked.peer.connection.ask_with(asker)
+            asked.asker = asker
+        return asked.asker
+
+    # ------------------------------------------------------------ layers that ask by themselves (LayerStack)
+
+    def askers(self, q: Tensor) -> Sequence[CompiledAsker] | None:
+        """What asks each of the step's daemons in compiled code; None: not all can be asked so.
+
+        Args:
+            q: every layer's queries have its shape and strides.
+        """
+        askers = [asker for asked in self._asked if (asker := self._asker(asked, len(q))) is not None]
+        if len(askers) < len(self._asked):
+            return None
+        for asker in askers:
+            asker.set_layout(q)
+        return askers
+
+    def lend(self) -> bool:
+        """Lets compiled code ask until ``take_back``; answers whether that can be now."""
+        for at, asked in enumerate(self._asked):
+            assert asked.asker is not None, "askers() comes before"
+            if not asked.peer.lend(asked.asker, asked.share.distance):
+                self._take_back(self._asked[:at])
+                return False
+        return True
+
+    def take_back(self) -> None:
+        """Compiled code has asked. Where a layer has left its attention ``go_on`` follows."""
+        self._take_back(self._asked)
+
+    def _take_back(self, some: Sequence[_Asked]) -> None:
+        for asked in some:
+            assert asked.asker is not None
+            times = asked.peer.take_back(asked.asker)
+            if times.messages:
+                self.answers.setdefault(asked.peer.kvdaemon_id, AnswerTimes()).add(times)
+            self.merge_s += asked.asker.exchanged.merges_s
+
+    def go_on(self, params: LayerParams, q: Tensor, left: LeftAttention) -> bool:
+        """As ``submit``, for a layer that has asked in compiled code as far as ``left`` says."""
+        for asked in self._asked[left.taken : left.sent]:
+            if _sees(asked, params):
+                assert asked.asker is not None
+                self._sent(asked, asked.asker.sequence, asked.asker.sent_at_s)
+        return self._submit(self._asked[left.sent :], params, q)
 
     def _query_header(self, asked: _Asked, params: LayerParams, q: Tensor) -> Header:
         return Header(

@@ -93,6 +93,18 @@ class ShmConnection(SocketConnection):
             return False
         return self._transport.take_answer(self, asker)
 
+    def lend(self, asker: CompiledAsker) -> bool:
+        if self._writer is None or self.waiting or self.reader.held:
+            return False
+        self._writer.lend(asker.channel.out)
+        self._transport.lend(self, asker)
+        return True
+
+    def take_back(self, asker: CompiledAsker) -> None:
+        if self._writer is not None:
+            self._writer.take_back(asker.channel.out)
+            self._transport.take_back(self, asker)
+
     @property
     def answers(self) -> bool:
         """Whether there is anything that compiled code may answer."""
@@ -168,9 +180,7 @@ class ShmTransport(SocketTransport[ShmConnection]):
 
     def take_answer(self, connection: ShmConnection, asker: CompiledAsker) -> bool:
         """Looks for an answer for as long as ``poll`` would stay awake."""
-        if connection not in self._awake:
-            connection.reader.wake_up()
-            self._awake.add(connection)
+        self._wake_up(connection)
         connection.reader.lend(asker.channel.in_)
         ending = asker.take_answer(self._patience.awake_s())
         connection.reader.take_back(asker.channel.in_)
@@ -179,6 +189,21 @@ class ShmTransport(SocketTransport[ShmConnection]):
         elif ending is Watched.CONTENDED:
             self._patience.contended()
         return ending is Watched.TAKEN
+
+    def lend(self, connection: ShmConnection, asker: CompiledAsker) -> None:
+        """Lets compiled code look for answers for as long as ``poll`` would stay awake."""
+        self._wake_up(connection)
+        connection.reader.lend(asker.channel.in_)
+        asker.wait_for(self._patience.next_awake_s)
+
+    def take_back(self, connection: ShmConnection, asker: CompiledAsker) -> None:
+        connection.reader.take_back(asker.channel.in_)
+        self._patience.learn_from(asker)
+
+    def _wake_up(self, connection: ShmConnection) -> None:
+        if connection not in self._awake:
+            connection.reader.wake_up()
+            self._awake.add(connection)
 
     def _close_sockets(self) -> None:
         if self._listener is not None and self._reception is not None:

@@ -108,6 +108,12 @@ class TcpTransport(SocketTransport[TcpConnection], TcpOwner):
             self._patience.contended()
         return ending is Watched.TAKEN
 
+    def lend(self, asker: CompiledAsker) -> None:
+        asker.wait_for(self._patience.next_awake_s)
+
+    def take_back(self, asker: CompiledAsker) -> None:
+        self._patience.learn_from(asker)
+
     def take_rest(self, connection: TcpConnection) -> None:
         reason = connection.take_messages(self._pending)
         if reason:

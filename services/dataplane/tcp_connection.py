@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from ctypes import addressof, c_char
 
-from kernels.cpu.answering import CompiledQueries
+from kernels.cpu.answering import CompiledQueries, Watched
 from kernels.cpu.asking import CompiledAsker
 from kernels.cpu.library import Channel, StreamView, find_library
 from services.core.errors import PeerLostError
@@ -66,6 +66,14 @@ class TcpOwner(ABC):
     @abstractmethod
     def take_answer(self, asker: CompiledAsker) -> bool:
         """Looks for an answer for as long as ``poll`` would stay awake."""
+
+    @abstractmethod
+    def lend(self, asker: CompiledAsker) -> None:
+        """Compiled code will look for answers for as long as that."""
+
+    @abstractmethod
+    def take_back(self, asker: CompiledAsker) -> None:
+        """Compiled code has looked for answers."""
 
     @abstractmethod
     def take_rest(self, connection: TcpConnection) -> None:
@@ -204,6 +212,24 @@ class TcpConnection(SocketConnection, ReleaseHook):
         if not taken:
             self._transport.take_rest(self)
         return taken
+
+    def lend(self, asker: CompiledAsker) -> bool:
+        stream = asker.channel.stream
+        if self._ended or self.unsent or not self.accepted or self.reader.held or not stream.out:
+            return False
+        self._lend_counts(stream)
+        self.reader.lend(stream)
+        self._transport.lend(asker)
+        return True
+
+    def take_back(self, asker: CompiledAsker) -> None:
+        stream = asker.channel.stream
+        self.reader.take_back(stream)
+        self._take_counts_back(stream)
+        self._check_report()
+        self._transport.take_back(asker)
+        if asker.ending is not Watched.TAKEN:
+            self._transport.take_rest(self)
 
     @property
     def answers(self) -> bool:

@@ -102,6 +102,15 @@ class Connection(ABC):
         """Merges the answer to the last query, if it is there or comes in a moment; else ``poll`` receives it."""
         return False
 
+    def lend(self, asker: CompiledAsker) -> bool:
+        """Lets compiled code ask and take answers by itself until ``take_back``; nothing else may be done meanwhile.
+        Answers whether that can be now."""
+        return False
+
+    def take_back(self, asker: CompiledAsker) -> None:
+        """Compiled code has asked: at most its last query has no answer yet, which ``poll`` receives."""
+        assert self.can_ask, "this transport lends nothing"
+
     @abstractmethod
     def close(self) -> None:
         """Ends the connection. Messages of it that are not released become invalid. Idempotent; no event follows."""

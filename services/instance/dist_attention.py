@@ -13,6 +13,7 @@ builds no mask for an attention function it does not know, so nothing quadratic 
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels import AttentionKernels, AttentionPlan, LayerParams
-from kernels.layer_ops import LayerAngles, LayerStack
+from kernels.layer_ops import LayerAngles, LayerStack, LeftAttention, StackRun
 from services.core.errors import UnsupportedModelError
 from services.dataplane.device import Device
 from services.dataplane.host_device import HostDevice
@@ -34,6 +35,7 @@ _CONTEXT = (
     "_infinite_llm_dist_attention"  # attribute of the attention modules; some models drop custom keyword arguments
 )
 _MARKS = 4  # of the watch, in each layer
+_NOT_BEGUN = LeftAttention(sent=0, taken=0, local=None)
 _HARMLESS_TENSORS = ("position_ids", "cache_position")
 
 
@@ -126,7 +128,8 @@ class DistAttention(AttentionContext):
         value_dim, dtype = v.shape[2], q.dtype
         q, k, v = self._fit(q), self._fit(k), self._fit(v)
         self._kernels.store_kv(k, v, self._pool, step.slots, params.layer)
-        out = self._attend(q, step, params, sinks)
+        self.calls += 1
+        out = self._attend(q, step, params, sinks, _NOT_BEGUN)
         if value_dim < self._head_dim:
             out = out[..., :value_dim].contiguous()
         return out if out.dtype is dtype else out.to(dtype)
@@ -134,21 +137,52 @@ class DistAttention(AttentionContext):
     def through(self, stack: LayerStack, x: Tensor, angles: Sequence[LayerAngles]) -> Tensor | None:
         step, remote = self._step, self._remote
         assert step is not None, "begin_step comes before the model's forward"
-        asks = [remote is not None and remote.asks(params) for params in stack.attention]
-        run = stack.begin(x, angles, asks, self._kernels, self._pool, step.local, step.slots)
+        run = stack.begin(x, angles, self._kernels, self._pool, step.local, step.slots)
         if run is None:
             return None
-        while (layer := run.advance()) is not None:
-            run.put(self._attend(run.q, step, stack.attention[layer], None))
-        self.calls += asks.count(False)
-        self._times.add(run.attention_s, run.attention_s)
+        askers = [] if remote is None else remote.askers(run.q)
+        if askers is None:
+            leaves = [remote is not None and remote.asks(params) for params in stack.attention]
+            run.leave(leaves)
+        elif askers:
+            run.ask(askers)
+        while (layer := self._advance(run, remote if askers else None)) is not None:
+            run.put(self._finish(run, step, stack.attention[layer]))
+        self.calls += len(stack.attention)
+        self._times.add(*run.times)
         return run.output
 
-    def _attend(self, q: Tensor, step: StepTensors, params: LayerParams, sinks: Tensor | None) -> Tensor:
-        """Over keys and values that are stored: [rows, q_heads, head_dim], in float32 where anything is merged."""
-        self.calls += 1
+    def _advance(self, run: StackRun, asks: RemoteAttention | None) -> int | None:
+        """Args: asks: what the run's layers ask with."""
+        if asks is None or not asks.lend():
+            return run.advance(may_ask=False)
+        try:
+            return run.advance(may_ask=True)
+        finally:
+            asks.take_back()
+
+    def _finish(self, run: StackRun, step: StepTensors, params: LayerParams) -> Tensor:
+        """Of a layer of a stack the attention that it has left, or the rest of it."""
+        left = run.left
+        if left.local is None:
+            return self._attend(run.q, step, params, None, left)
+        assert self._remote is not None
+        begun = time.perf_counter()
+        self._remote.go_on(params, run.q, left)
+        self._remote.collect(*left.local)
+        self._times.add(time.perf_counter() - begun, 0.0)
+        return left.local[0]
+
+    def _attend(
+        self, q: Tensor, step: StepTensors, params: LayerParams, sinks: Tensor | None, left: LeftAttention
+    ) -> Tensor:
+        """Over keys and values that are stored: [rows, q_heads, head_dim], in float32 where anything is merged.
+
+        Args:
+            left: how many daemons have been asked already.
+        """
         self._watch.mark()
-        remote = self._remote if self._remote is not None and self._remote.submit(params, q) else None
+        remote = self._remote if self._remote is not None and self._remote.go_on(params, q, left) else None
         merging = remote is not None or sinks is not None
         out = torch.empty(q.shape, dtype=torch.float32 if merging else q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import SERVED, VOCAB_SIZE, Architecture, served
+from own_products import has_own_products
 from torch import Tensor, nn
 
 from kernels import AttentionPlan, LayerParams, layer_ops
 from kernels.cpu import CpuKernels, find_library
 from kernels.cpu.layer_ops import CpuLayerOps
-from kernels.layer_ops import StackedLayer, TorchLayerOps
+from kernels.layer_ops import LeftAttention, StackedLayer, TorchLayerOps
 from services.core.errors import ConfigError, UnsupportedModelError
 from services.instance.config import InstanceConfig
 from services.instance.dist_attention import AttentionContext, DistAttention, StepTensors
@@ -118,10 +119,6 @@ def test_without_packed_products_the_other_passes_apply(tmp_path: Path, monkeypa
     assert (logits_of(model) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def has_own_products() -> bool:
-    return find_library() is not None and CpuLayerOps().panel_columns(torch.float32) > 0
-
-
 @pytest.mark.skipif(not has_own_products(), reason="no compiled products for this processor")
 def test_a_layer_is_two_calls_where_all_its_parts_are_operations(tmp_path: Path):
     for name in ("llama", "qwen3", "gemma3", "phi3", "granite"):
@@ -170,7 +167,13 @@ class SilentDaemons:
     def asks(self, params: LayerParams) -> bool:
         return params.layer % self.every == 0
 
+    def askers(self, q: Tensor) -> None:
+        return None
+
     def submit(self, params: LayerParams, q: Tensor) -> bool:
+        return False
+
+    def go_on(self, params: LayerParams, q: Tensor, left: LeftAttention) -> bool:
         return False
 
 

@@ -122,6 +122,15 @@ typedef struct {
     int64_t answered_at_ns; /* the last one, of the monotonic clock */
 } answering;
 
+/* What several layers have asked of a daemon. */
+typedef struct {
+    int64_t asks, answers, lates;         /* lates: answers that were waited for */
+    int64_t sent_bytes, received_bytes;
+    int64_t answers_ns, merges_ns;        /* from sending each query until its answer was taken; merging them */
+    int64_t waits_ns;                     /* waiting for answers */
+    uint64_t answered;                    /* sequence of the last answer */
+} asking_sums;
+
 /* One daemon's part of a step, and what one layer asks of it (asking.c). */
 typedef struct {
     channel channel;
@@ -140,6 +149,11 @@ typedef struct {
     int32_t window, late;           /* late: the answer had not come when it was looked for */
     int64_t taken_at_ns, merged_ns; /* of the monotonic clock; how long the merge took */
     int64_t query_bytes, answer_bytes;
+    /* Where layers ask one after the other (layer_ops_stack); sequence is that of the last query then. */
+    int64_t distance; /* from any row back to the nearest key there, at least */
+    int64_t sent_at_ns;
+    asking_sums sums;
+    int32_t ending, unused_too; /* of the last wait: enum watched */
 } asking;
 
 /* Connections to look at: of rings the counters that others write to, and what each was when it was read last; of

@@ -144,27 +144,34 @@ typedef struct {
     const decoder_layer *layer;
     const void *cos, *sin; /* as above */
     int64_t offset;        /* of the layer in a block */
-    int32_t rotary_dim, window;
+    int32_t number, rotary_dim, window;
     float scale, softcap;
     int32_t leaves_attention; /* to the caller; keys and values are stored */
 } stacked_layer;
 
 /* Layers one behind the other, with attention over one pool: x, y [rows, hidden]; qkv [rows, q, k and v] and attended
- * [rows, q_heads, head_dim] are those of the layer in progress. What a layer brings is filled into attention and store.
- */
+ * [rows, q_heads, head_dim] are those of the layer in progress. What a layer brings is filled into attention, store and
+ * what is asked of other daemons: of each one in asked that any row of the layer sees keys of. */
 typedef struct {
     const stacked_layer *layers;
     const void *x;
     void *y, *qkv, *attended;
+    float *merged, *lse; /* [rows, q_heads, head_dim] and [rows, q_heads]: what answers are merged into */
+    asking *const *asked;
     attention_call attention;
     store_call store;
-    int64_t attention_ns; /* what attention has taken */
+    int64_t attention_ns, local_ns, asking_ns; /* what attention has taken; the own pool's part; sending queries */
     int32_t count;
     int32_t at;       /* the layer in progress; 0 at first */
     int32_t has_left; /* it has left its attention to the caller; 0 at first */
+    int32_t asked_count, may_ask; /* not may_ask: layers that would ask leave their attention */
+    /* Of a layer that has left its attention after it began to ask: how many of asked it is done with sending to and
+     * taking from, and whether the local part is in merged and lse. */
+    int32_t sent, taken, has_local;
 } stack_call;
 
-/* Goes on up to the end (at is count then), or to the next layer that leaves its attention to the caller. */
+/* Goes on up to the end (at is count then), or to the next layer that leaves its attention to the caller: as it was told
+ * to, or because a query could not be sent, or because an answer has not come within spin_ns. */
 EXPORT int32_t layer_ops_stack(layer_context *context, kernel_context *kernels, stack_call *call);
 
 #endif

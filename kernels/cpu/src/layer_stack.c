@@ -1,6 +1,9 @@
-/* Several decoder layers in one call, with attention over one pool: Python comes in where a layer needs more than that. */
+/* Several decoder layers in one call, with attention over one pool and over what other daemons answer. Python comes in
+ * where that takes more than to send queries and to take answers that come in a moment. */
 #include "awake.h"
 #include "layer_ops.h"
+#define WIDTH 4
+#include "vec.h"
 
 /* All of a layer before its attention, which finds its keys and values stored. */
 static int32_t begin_layer(
@@ -14,26 +17,109 @@ static int32_t begin_layer(
     return kernels_store_kv(kernels, &call->store);
 }
 
-static int32_t attend(kernel_context *kernels, stack_call *call, const stacked_layer *layer) {
+static int32_t attend(kernel_context *kernels, stack_call *call, const stacked_layer *layer, void *out, int dtype) {
     const int64_t begun = now_ns();
+    call->attention.out = out;
+    call->attention.out_dtype = dtype;
     call->attention.window = layer->window;
     call->attention.scale = layer->scale;
     call->attention.softcap = layer->softcap;
     const int32_t status = kernels_micro_attention(kernels, &call->attention);
-    call->attention_ns += now_ns() - begun;
+    call->local_ns += now_ns() - begun;
     return status;
+}
+
+static int sees(const stacked_layer *layer, const asking *a) {
+    return layer->window <= 0 || layer->window > a->distance;
+}
+
+static int asks(const stack_call *call, const stacked_layer *layer) {
+    for (int i = 0; i < call->asked_count; i++)
+        if (sees(layer, call->asked[i])) return 1;
+    return 0;
+}
+
+static int send_queries(stack_call *call, const stacked_layer *layer) {
+    for (; call->sent < call->asked_count; call->sent++) {
+        asking *a = call->asked[call->sent];
+        if (!sees(layer, a)) continue;
+        a->layer = layer->number;
+        a->window = layer->window;
+        a->scale = layer->scale;
+        a->softcap = layer->softcap;
+        a->q = call->qkv;
+        a->out = call->merged;
+        a->lse = call->lse;
+        a->sent_at_ns = now_ns();
+        a->sequence++;
+        if (!ask(a)) {
+            a->sequence--;
+            return 0;
+        }
+        a->sums.asks++;
+        a->sums.sent_bytes += a->query_bytes;
+    }
+    return 1;
+}
+
+static int take_answers(stack_call *call, const stacked_layer *layer) {
+    for (; call->taken < call->asked_count; call->taken++) {
+        asking *a = call->asked[call->taken];
+        if (!sees(layer, a)) continue;
+        const int64_t begun = now_ns();
+        a->ending = take_answer(a);
+        if (a->ending != WATCH_TAKEN) return 0;
+        a->sums.answers++;
+        a->sums.lates += a->late;
+        a->sums.received_bytes += a->answer_bytes;
+        a->sums.answers_ns += a->taken_at_ns - a->sent_at_ns;
+        a->sums.merges_ns += a->merged_ns;
+        a->sums.waits_ns += a->taken_at_ns - begun;
+        a->sums.answered = a->sequence;
+    }
+    return 1;
+}
+
+/* A layer's attention with what other daemons have of it. Answers whether that is all; the rest is left. */
+static int attend_with_others(
+    kernel_context *kernels, stack_call *call, const stacked_layer *layer, int32_t *status
+) {
+    const int64_t begun = now_ns();
+    const int all_sent = send_queries(call, layer);
+    call->asking_ns += now_ns() - begun;
+    if (!all_sent) return 0;
+    *status = attend(kernels, call, layer, call->merged, FLOAT32);
+    call->has_local = 1;
+    if (*status != STATUS_OK) return 1;
+    const int all_taken = take_answers(call, layer);
+    if (all_taken) {
+        const int numbers = (int)call->attention.rows * call->attention.q_heads * call->attention.pool.head_dim;
+        store_as(call->attended, 0, call->merged, numbers, call->store.dtype);
+    }
+    call->attention_ns += now_ns() - begun;
+    return all_taken;
+}
+
+/* Answers whether it is done; if not it is left to the caller. */
+static int attend_layer(kernel_context *kernels, stack_call *call, const stacked_layer *layer, int32_t *status) {
+    const int others = asks(call, layer);
+    call->sent = call->taken = call->has_local = 0;
+    if (layer->leaves_attention || (others && !call->may_ask)) return 0;
+    if (others) return attend_with_others(kernels, call, layer, status);
+    const int64_t begun = now_ns();
+    *status = attend(kernels, call, layer, call->attended, call->store.dtype);
+    call->attention_ns += now_ns() - begun;
+    return 1;
 }
 
 int32_t layer_ops_stack(layer_context *context, kernel_context *kernels, stack_call *call) {
     const size_t element = call->store.dtype == FLOAT32 ? 4 : 2, head = (size_t)call->store.pool.head_dim * element;
     const size_t x_bytes = (size_t)call->attention.rows * (size_t)call->layers[0].layer->hidden * element;
-    const size_t lse_bytes = (size_t)call->attention.rows * (size_t)call->attention.q_heads * 4;
     const size_t stride = (x_bytes + 63) / 64 * 64;
-    char *memory = layer_ops_scratch(context, FOR_STACK, 2 * stride + lse_bytes); /* the layers' outputs in turn */
+    char *memory = layer_ops_scratch(context, FOR_STACK, 2 * stride); /* the layers' outputs in turn */
     if (!memory) return STATUS_NO_MEMORY;
     call->attention.q = call->qkv;
-    call->attention.out = call->attended;
-    call->attention.lse = (float *)(memory + 2 * stride);
+    call->attention.lse = call->lse;
     call->store.k = (const char *)call->qkv + (size_t)call->attention.q_heads * head;
     call->store.v = (const char *)call->store.k + (size_t)call->store.pool.kv_heads * head;
     for (; call->at < call->count; call->at++) {
@@ -43,11 +129,10 @@ int32_t layer_ops_stack(layer_context *context, kernel_context *kernels, stack_c
         int32_t status = STATUS_OK;
         if (!call->has_left) {
             status = begin_layer(context, kernels, call, layer, x);
-            if (status == STATUS_OK && layer->leaves_attention) {
+            if (status == STATUS_OK && !attend_layer(kernels, call, layer, &status)) {
                 call->has_left = 1;
                 return STATUS_OK;
             }
-            if (status == STATUS_OK) status = attend(kernels, call, layer);
         }
         call->has_left = 0;
         if (status == STATUS_OK)
