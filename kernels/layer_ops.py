@@ -175,9 +175,12 @@ class LeftAttention(NamedTuple):
             float32; None: it is not computed yet.
     """
 
-    sent: int
-    taken: int
-    local: tuple[Tensor, Tensor] | None
+    sent: int = 0
+    taken: int = 0
+    local: tuple[Tensor, Tensor] | None = None
+
+
+NOT_BEGUN = LeftAttention()
 
 
 class StackRun(ABC):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels import AttentionKernels, LayerParams
 from kernels.cpu.asking import CompiledAsker
-from kernels.layer_ops import LeftAttention
+from kernels.layer_ops import NOT_BEGUN, LeftAttention
 from services.core.errors import PeerLostError, TransferTimeoutError
 from services.dataplane import wire
 from services.dataplane.device import Device, Download
@@ -153,18 +153,20 @@ class RemoteAttention:
         peer.send(Header(Kind.PLAN, step=self._step, rows=len(share.segments)), wire.pack_plan(share.segments))
         self._asked.append(_Asked(peer, share, rows))
 
-    def submit(self, params: LayerParams, q: Tensor) -> bool:
+    def submit(self, params: LayerParams, q: Tensor, left: LeftAttention = NOT_BEGUN) -> bool:
         """Sends the layer's queries, or begins to; answers whether there is anything to collect.
 
         Args:
             q: [rows of the batch, q_heads, head_dim].
+            left: how far the layer has come with that in compiled code.
         """
-        return self._submit(self._asked, params, q)
-
-    def _submit(self, some: Sequence[_Asked], params: LayerParams, q: Tensor) -> bool:
         whole: Download | None = None
-        for asked in some:
+        for at, asked in enumerate(self._asked[left.taken :], left.taken):
             if not _sees(asked, params):
+                continue
+            if at < left.sent:
+                assert asked.asker is not None
+                self._sent(asked, asked.asker.sequence, asked.asker.sent_at_s)
                 continue
             sent_at = time.perf_counter()
             sequence = self._ask(asked, params, q)
@@ -230,7 +232,7 @@ class RemoteAttention:
         return True
 
     def take_back(self) -> None:
-        """Compiled code has asked. Where a layer has left its attention ``go_on`` follows."""
+        """Compiled code has asked. Where a layer has left its attention ``submit`` follows."""
         self._take_back(self._asked)
 
     def _take_back(self, some: Sequence[_Asked]) -> None:
@@ -240,14 +242,6 @@ class RemoteAttention:
             if times.messages:
                 self.answers.setdefault(asked.peer.kvdaemon_id, AnswerTimes()).add(times)
             self.merge_s += asked.asker.exchanged.merges_s
-
-    def go_on(self, params: LayerParams, q: Tensor, left: LeftAttention) -> bool:
-        """As ``submit``, for a layer that has asked in compiled code as far as ``left`` says."""
-        for asked in self._asked[left.taken : left.sent]:
-            if _sees(asked, params):
-                assert asked.asker is not None
-                self._sent(asked, asked.asker.sequence, asked.asker.sent_at_s)
-        return self._submit(self._asked[left.sent :], params, q)
 
     def _query_header(self, asked: _Asked, params: LayerParams, q: Tensor) -> Header:
         return Header(

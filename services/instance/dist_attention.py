@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels import AttentionKernels, AttentionPlan, LayerParams
-from kernels.layer_ops import LayerAngles, LayerStack, LeftAttention, StackRun
+from kernels.layer_ops import NOT_BEGUN, LayerAngles, LayerStack, LeftAttention, StackRun
 from services.core.errors import UnsupportedModelError
 from services.dataplane.device import Device
 from services.dataplane.host_device import HostDevice
@@ -35,7 +35,6 @@ _CONTEXT = (
     "_infinite_llm_dist_attention"  # attribute of the attention modules; some models drop custom keyword arguments
 )
 _MARKS = 4  # of the watch, in each layer
-_NOT_BEGUN = LeftAttention(sent=0, taken=0, local=None)
 _HARMLESS_TENSORS = ("position_ids", "cache_position")
 
 
@@ -129,7 +128,7 @@ class DistAttention(AttentionContext):
         q, k, v = self._fit(q), self._fit(k), self._fit(v)
         self._kernels.store_kv(k, v, self._pool, step.slots, params.layer)
         self.calls += 1
-        out = self._attend(q, step, params, sinks, _NOT_BEGUN)
+        out = self._attend(q, step, params, sinks, NOT_BEGUN)
         if value_dim < self._head_dim:
             out = out[..., :value_dim].contiguous()
         return out if out.dtype is dtype else out.to(dtype)
@@ -168,7 +167,7 @@ class DistAttention(AttentionContext):
             return self._attend(run.q, step, params, None, left)
         assert self._remote is not None
         begun = time.perf_counter()
-        self._remote.go_on(params, run.q, left)
+        self._remote.submit(params, run.q, left)
         self._remote.collect(*left.local)
         self._times.add(time.perf_counter() - begun, 0.0)
         return left.local[0]
@@ -182,7 +181,7 @@ class DistAttention(AttentionContext):
             left: how many daemons have been asked already.
         """
         self._watch.mark()
-        remote = self._remote if self._remote is not None and self._remote.go_on(params, q, left) else None
+        remote = self._remote if self._remote is not None and self._remote.submit(params, q, left) else None
         merging = remote is not None or sinks is not None
         out = torch.empty(q.shape, dtype=torch.float32 if merging else q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import AttentionKernels, AttentionPlan, LayerParams
-from kernels.layer_ops import TorchLayerOps
+from kernels.layer_ops import NOT_BEGUN, LeftAttention, TorchLayerOps
 from services.dataplane.host_device import record_by_repeating
 from services.dataplane.interpreted_device import InterpretedDevice
 from services.dataplane.remote_attention import RemoteAttention
@@ -68,7 +68,7 @@ class _OtherDaemons(RemoteAttention):
     def __init__(self, kernels: AttentionKernels) -> None:
         self._own = kernels
 
-    def submit(self, params: LayerParams, q: Tensor) -> bool:
+    def submit(self, params: LayerParams, q: Tensor, left: LeftAttention = NOT_BEGUN) -> bool:
         assert q.device == GPU
         return True
 

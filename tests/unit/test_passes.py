@@ -170,10 +170,7 @@ class SilentDaemons:
     def askers(self, q: Tensor) -> None:
         return None
 
-    def submit(self, params: LayerParams, q: Tensor) -> bool:
-        return False
-
-    def go_on(self, params: LayerParams, q: Tensor, left: LeftAttention) -> bool:
+    def submit(self, params: LayerParams, q: Tensor, left: LeftAttention) -> bool:
         return False
 
 

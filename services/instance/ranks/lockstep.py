@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kernels import AttentionKernels, LayerParams
+from kernels.layer_ops import NOT_BEGUN, LeftAttention
 from services.core.errors import PeerLostError, TransferTimeoutError
 from services.dataplane.device import Device
 from services.dataplane.peers import PeerSet
@@ -47,10 +48,13 @@ class LockstepRemoteAttention(RemoteAttention):
         except PeerLostError as error:
             self.failure = error
 
-    def submit(self, params: LayerParams, q: Tensor) -> bool:
+    def lend(self) -> bool:
+        return self.failure is None and super().lend()
+
+    def submit(self, params: LayerParams, q: Tensor, left: LeftAttention = NOT_BEGUN) -> bool:
         if self.failure is None:
             try:
-                return super().submit(params, q)
+                return super().submit(params, q, left)
             except PeerLostError as error:
                 self.failure = error
         return False
