@@ -159,6 +159,16 @@ def test_a_product_of_many_long_rows(ops: LayerOps, dtype: torch.dtype):
         assert torch.equal(linear(x[:3]), result[:3]), "depends on the number of rows"
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_product_of_very_long_rows(ops: LayerOps, rows: int):
+    """Of which not even those of one block stay in the second-level cache."""
+    inputs, outputs, dtype = 20_000, 40, torch.bfloat16
+    weight, x = random(outputs, inputs, dtype=dtype), random(rows, inputs, dtype=dtype, seed=1)
+    linear = ops.linear(weight, None)
+    assert linear is not None
+    check(linear(x), x.double() @ weight.double().T)
+
+
 NORMS = list(itertools.product((False, True), repeat=4))
 
 

@@ -139,7 +139,7 @@ INLINE amx_walk walk_of(const product_call *call) {
     const int64_t most = ROWS_BYTES / block_bytes, blocks = (call->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const int64_t pieces = (words + GROUP_WORDS - 1) / GROUP_WORDS;
     if (most >= GROUP_BLOCKS || blocks == 1 || blocks * block_bytes <= ROWS_BYTES / 2)
-        return (amx_walk){(most < blocks ? most : blocks) * BLOCK_ROWS, 1, words};
+        return (amx_walk){(most >= GROUP_BLOCKS ? most : blocks) * BLOCK_ROWS, 1, words};
     return (amx_walk){
         GROUP_BLOCKS * BLOCK_ROWS, GROUP_SUMS / GROUP_BLOCKS / (call->activation >= 0 ? 2 : 1),
         arranged_words((words + pieces - 1) / pieces)
