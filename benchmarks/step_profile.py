@@ -31,7 +31,8 @@ from benchmarks.harness import Run, main
 from benchmarks.local_engine import LocalEngine
 from infinitellm.internal.v1 import instance_pb2 as pb
 from kernels import LayerParams
-from kernels.layer_ops import LayerAngles, LayerStack
+from kernels.layer_ops import LayerAngles
+from kernels.layer_stack import LayerStack
 from services.instance import engine as engine_module
 from services.instance.dist_attention import AttentionContext
 from services.instance.model import Model, load_model

@@ -30,14 +30,13 @@ from kernels.layer_ops import (
     LayerOp,
     LayerOps,
     LayerParts,
-    LayerStack,
     LinearOp,
     NormOp,
     Rotation,
     RowReadingLinearOp,
-    StackedLayer,
     TorchLayerOps,
 )
+from kernels.layer_stack import LayerStack, StackedLayer
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 

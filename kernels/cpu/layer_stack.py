@@ -14,7 +14,8 @@ from kernels.cpu.layer_library import StackCall, StackedLayerView, load_layer_li
 from kernels.cpu.layer_ops import CpuLayer, CpuLayerOps, angle_tables
 from kernels.cpu.library import check_status
 from kernels.interface import AttentionKernels, AttentionPlan, LayerParams
-from kernels.layer_ops import LayerAngles, LayerStack, LeftAttention, StackRun, StackTimes
+from kernels.layer_ops import LayerAngles
+from kernels.layer_stack import LayerStack, LeftAttention, StackRun, StackTimes
 
 
 class CpuLayerStack(LayerStack):

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kernels.cpu.asking import CompiledAsker
+from kernels.cpu.asking import CompiledAsker, Exchanged
 from services.core.blocks import BlockHandle, HeadRange
 from services.core.errors import InvalidRequestError, PeerLostError
 from services.core.placement import PeerTransport
@@ -143,8 +143,8 @@ class Peer:
         asker.begin(self._sequence, distance)
         return self.connection.lend(asker)
 
-    def take_back(self, asker: CompiledAsker) -> AnswerTimes:
-        """What they have asked has been sent, and answered but for the last query, maybe; answers the answers'."""
+    def take_back(self, asker: CompiledAsker) -> Exchanged:
+        """What they have asked has been sent, and answered but for the last query, maybe."""
         self.connection.take_back(asker)
         exchanged = asker.exchanged
         self._sequence = asker.sequence
@@ -154,9 +154,7 @@ class Peer:
             self.answered(exchanged.answered)
         if exchanged.asks > exchanged.answers:
             self._charge(asker.query_bytes)
-        times = AnswerTimes(exchanged.answers, exchanged.answers_s, exchanged.lates)
-        self.answers.add(times)
-        return times
+        return exchanged
 
     def _sent(self, message_bytes: int) -> None:
         self._charge(message_bytes)

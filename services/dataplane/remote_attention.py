@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels import AttentionKernels, LayerParams
 from kernels.cpu.asking import CompiledAsker
-from kernels.layer_ops import NOT_BEGUN, LeftAttention
+from kernels.layer_stack import NOT_BEGUN, LeftAttention
 from services.core.errors import PeerLostError, TransferTimeoutError
 from services.dataplane import wire
 from services.dataplane.device import Device, Download
@@ -238,10 +238,14 @@ class RemoteAttention:
     def _take_back(self, some: Sequence[_Asked]) -> None:
         for asked in some:
             assert asked.asker is not None
-            times = asked.peer.take_back(asked.asker)
-            if times.messages:
-                self.answers.setdefault(asked.peer.kvdaemon_id, AnswerTimes()).add(times)
-            self.merge_s += asked.asker.exchanged.merges_s
+            exchanged = asked.peer.take_back(asked.asker)
+            if exchanged.answers:
+                self._count(asked.peer, AnswerTimes(exchanged.answers, exchanged.answers_s, exchanged.lates))
+            self.merge_s += exchanged.merges_s
+
+    def _count(self, peer: Peer, answers: AnswerTimes) -> None:
+        self.answers.setdefault(peer.kvdaemon_id, AnswerTimes()).add(answers)
+        peer.answers.add(answers)
 
     def _query_header(self, asked: _Asked, params: LayerParams, q: Tensor) -> Header:
         return Header(
@@ -286,8 +290,7 @@ class RemoteAttention:
             if answer is None:
                 self._wait(peer, deadline)
                 continue
-            self.answers.setdefault(peer.kvdaemon_id, AnswerTimes()).add(answer)
-            peer.answers.add(answer)
+            self._count(peer, answer)
             peer.expected.discard(waiting.sequence)
             self._waiting.popleft()
 

@@ -69,7 +69,7 @@ class TcpOwner(ABC):
 
     @abstractmethod
     def lend(self, asker: CompiledAsker) -> None:
-        """Compiled code will look for answers for as long as that."""
+        """Compiled code will look for answers, as long as ``poll`` would stay awake."""
 
     @abstractmethod
     def take_back(self, asker: CompiledAsker) -> None:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kernels import AttentionKernels, AttentionPlan, LayerParams
-from kernels.layer_ops import NOT_BEGUN, LayerAngles, LayerStack, LeftAttention, StackRun
+from kernels.layer_ops import LayerAngles
+from kernels.layer_stack import NOT_BEGUN, LayerStack, LeftAttention, StackRun
 from services.core.errors import UnsupportedModelError
 from services.dataplane.device import Device
 from services.dataplane.host_device import HostDevice

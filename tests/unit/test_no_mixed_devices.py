@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import AttentionKernels, AttentionPlan, LayerParams
-from kernels.layer_ops import NOT_BEGUN, LeftAttention, TorchLayerOps
+from kernels.layer_ops import TorchLayerOps
+from kernels.layer_stack import NOT_BEGUN, LeftAttention
 from services.dataplane.host_device import record_by_repeating
 from services.dataplane.interpreted_device import InterpretedDevice
 from services.dataplane.remote_attention import RemoteAttention

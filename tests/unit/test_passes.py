@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from kernels import AttentionPlan, LayerParams, layer_ops
 from kernels.cpu import CpuKernels, find_library
 from kernels.cpu.layer_ops import CpuLayerOps
-from kernels.layer_ops import LeftAttention, StackedLayer, TorchLayerOps
+from kernels.layer_ops import TorchLayerOps
+from kernels.layer_stack import LeftAttention, StackedLayer
 from services.core.errors import ConfigError, UnsupportedModelError
 from services.instance.config import InstanceConfig
 from services.instance.dist_attention import AttentionContext, DistAttention, StepTensors

@@ -20,7 +20,8 @@ from kernels import AttentionPlan, LayerParams
 from kernels.cpu import CpuKernels, find_library
 from kernels.cpu.asking import CompiledAsker
 from kernels.cpu.layer_ops import CpuLayerOps
-from kernels.layer_ops import Activation, LayerParts, LayerStack, StackedLayer
+from kernels.layer_ops import Activation, LayerParts
+from kernels.layer_stack import LayerStack, StackedLayer
 from services.core.errors import PeerLostError, TransferTimeoutError
 from services.dataplane.peers import Peer
 from services.dataplane.remote_attention import PeerShare

@@ -39,9 +39,7 @@ static size_t decode_state(const attention_call *call, int32_t segment) {
 }
 
 #include "decode_floats.h"
-#if NATIVE_TILES
 #include "decode_tiles.h"
-#endif
 #include "decode_pairs.h"
 
 /* All KV heads over one run; next is the run after it, or the same. */
@@ -95,14 +93,7 @@ INLINE void decode_as(const attention_call *call, decode_task task, void *memory
         row_reset(&s.states[i]);
     }
     memset(s.acc, 0, sizeof(float) * (size_t)s.padded_dim * (size_t)(s.rows * pool->kv_heads));
-#if NATIVE_TILES
-    const int tiled = dtype == BFLOAT16 && has_tiled_queries(call, s.rows), head_numbers = s.rows * head_dim;
-    for (int i = 0; tiled && i < pool->kv_heads; i++) {
-        const uint16_t *q = (const uint16_t *)s.q + i * head_numbers;
-        queries_to_columns(s.q_columns + i * head_numbers / 2, q, s.rows, head_dim);
-    }
-    if (tiled) configure_query_tiles(s.rows);
-#endif
+    begin_tiles(call, &s);
 
     key_cursor cursor = key_cursor_at(call, task.entry, task.end, s.pos[0], s.pos[s.rows - 1]);
     key_run run, next;
@@ -111,9 +102,7 @@ INLINE void decode_as(const attention_call *call, decode_task task, void *memory
         more = next_run(&cursor, KEYS, &next);
         decode_run(call, &s, &run, &next, dtype);
     }
-#if NATIVE_TILES
-    if (tiled) _tile_release(); /* so that the system need not keep the tiles when it switches threads */
-#endif
+    end_tiles(call, &s);
 }
 
 static void decode(const attention_call *call, decode_task task, void *state) {

@@ -103,19 +103,11 @@ INLINE void decode_head_pairs(
     const int rows = s->rows, dim = s->padded_dim, keys = (int)round_up(count, WIDTH);
     const uint16_t *q = (const uint16_t *)s->q + (int64_t)head * rows * dim;
     row_state *states = s->states + (int64_t)head * rows;
-    int tiled = 0; /* keys */
-#if NATIVE_TILES
-    if (has_tiled_queries(call, rows) && (tiled = count / TILE * TILE) > 0) {
-        const uint32_t *columns = s->q_columns + (int64_t)head * rows * dim / 2;
-        score_tiles(columns, rows, k, tiled, dim, query_factor(call), s->scores, after_k);
-    }
-#endif
-    if (tiled < count) {
-        const int64_t skipped = (int64_t)tiled * dim;
+    const int done = score_some_tiles(call, s, head, k, count, after_k);
+    if (done < count)
         score_run(
-            q, rows, k + skipped, count - tiled, dim, query_factor(call), s->scores + tiled, after_k + 2 * skipped
+            q, rows, k + done * dim, count - done, dim, query_factor(call), s->scores + done, after_k + 2 * done * dim
         );
-    }
     hide_and_cap(call, s->scores, rows, KEYS, keys, key_pos, masked, s->pos);
     for (int r = 0; r < rows; r++) online_softmax(&states[r], s->scores + r * KEYS, keys, 1.0f);
     const int tiles = (rows + MOST_ROWS - 1) / MOST_ROWS, most = (rows + tiles - 1) / tiles;

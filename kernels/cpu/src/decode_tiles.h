@@ -1,9 +1,10 @@
 /* Scores of some queries while decoding, with AMX: tiles of keys as they lie in memory, times the queries in columns. It
  * takes a few queries for that to be the shorter way. */
+#if NATIVE_TILES
 #define LEAST_TILED_ROWS 3
 
-INLINE int has_tiled_queries(const attention_call *call, int rows) {
-    return has_pairs(&call->pool) && rows >= LEAST_TILED_ROWS && rows <= TILE;
+INLINE int has_tiled_queries(const attention_call *call, const decode_rows *s) {
+    return has_pairs(&call->pool) && s->rows >= LEAST_TILED_ROWS && s->rows <= TILE;
 }
 
 /* Queries [rows][dim] into columns of words [dim / 2][rows]. */
@@ -12,7 +13,7 @@ INLINE void queries_to_columns(uint32_t *to, const uint16_t *q, int rows, int di
         for (int w = 0; w < dim / 2; w++) memcpy(to + w * rows + r, q + r * dim + 2 * w, 4);
 }
 
-/* Tiles 0 .. 3 are sums of TILE keys and rows queries each; 4 and 5 keys, 6 queries. */
+/* Tiles 0 and 1 are sums of TILE keys and rows queries each; 4 and 5 keys, 6 queries. */
 INLINE void configure_query_tiles(int rows) {
     tile_config config = {.palette = 1};
     for (int tile = 0; tile < 7; tile++) {
@@ -22,15 +23,20 @@ INLINE void configure_query_tiles(int rows) {
     load_tile_config(&config);
 }
 
-/* Of TILE keys the sums of up to 4, 8 or 16 queries, as many floats of a key in a row, become rows of scores. With n
- * vectors, a stage exchanges the bit of a vector's number that is worth d for the bit of a lane's that is worth s. */
-#define EXCHANGE(n, s, d)                                                                                              \
-    _Pragma("GCC unroll 16") for (int i = 0; i < n; i++) if (!(i & d)) {                                               \
-        vf low = LOW_##s(x[i], x[i + d]), high = HIGH_##s(x[i], x[i + d]);                                             \
-        x[i] = low;                                                                                                    \
-        x[i + d] = high;                                                                                               \
-    }
+INLINE void begin_tiles(const attention_call *call, const decode_rows *s) {
+    if (!has_tiled_queries(call, s)) return;
+    const int dim = call->pool.head_dim, numbers = s->rows * dim;
+    for (int i = 0; i < call->pool.kv_heads; i++)
+        queries_to_columns(s->q_columns + i * numbers / 2, (const uint16_t *)s->q + i * numbers, s->rows, dim);
+    configure_query_tiles(s->rows);
+}
 
+/* So that the system need not keep the tiles when it switches threads. */
+INLINE void end_tiles(const attention_call *call, const decode_rows *s) {
+    if (has_tiled_queries(call, s)) _tile_release();
+}
+
+/* Of TILE keys the sums of up to 4, 8 or 16 queries, as many floats of a key in a row, become rows of scores. */
 INLINE void scores_of_sums(const float *sums, int rows, float factor, float *scores) {
     vf x[TILE];
     if (rows <= 4) {
@@ -90,3 +96,25 @@ static NOINLINE void score_tiles(
     else if (dim == 128) score_tiles_of(q, rows, k, count, 128, factor, scores, ahead);
     else score_tiles_of(q, rows, k, count, dim, factor, scores, ahead);
 }
+
+/* Between begin_tiles and end_tiles: scores of a head's queries with the first of count keys; answers how many. */
+INLINE int score_some_tiles(
+    const attention_call *call, const decode_rows *s, int32_t head, const uint16_t *k, int count, const char *ahead
+) {
+    const int keys = has_tiled_queries(call, s) ? count / TILE * TILE : 0, dim = call->pool.head_dim;
+    const uint32_t *columns = s->q_columns + (int64_t)head * s->rows * dim / 2;
+    if (keys) score_tiles(columns, s->rows, k, keys, dim, query_factor(call), s->scores, ahead);
+    return keys;
+}
+#else
+INLINE void begin_tiles(const attention_call *call, const decode_rows *s) { (void)call, (void)s; }
+
+INLINE void end_tiles(const attention_call *call, const decode_rows *s) { (void)call, (void)s; }
+
+INLINE int score_some_tiles(
+    const attention_call *call, const decode_rows *s, int32_t head, const uint16_t *k, int count, const char *ahead
+) {
+    (void)call, (void)s, (void)head, (void)k, (void)count, (void)ahead;
+    return 0;
+}
+#endif

@@ -80,36 +80,33 @@ static int take_answers(stack_call *call, const stacked_layer *layer) {
     return 1;
 }
 
-/* A layer's attention with what other daemons have of it. Answers whether that is all; the rest is left. */
-static int attend_with_others(
-    kernel_context *kernels, stack_call *call, const stacked_layer *layer, int32_t *status
-) {
+/* A layer's attention with what other daemons have of it, as far as that goes: the rest is left. */
+static int32_t attend_with_others(kernel_context *kernels, stack_call *call, const stacked_layer *layer) {
     const int64_t begun = now_ns();
-    const int all_sent = send_queries(call, layer);
+    call->has_left = !send_queries(call, layer);
     call->asking_ns += now_ns() - begun;
-    if (!all_sent) return 0;
-    *status = attend(kernels, call, layer, call->merged, FLOAT32);
+    if (call->has_left) return STATUS_OK;
+    const int32_t status = attend(kernels, call, layer, call->merged, FLOAT32);
+    if (status != STATUS_OK) return status;
     call->has_local = 1;
-    if (*status != STATUS_OK) return 1;
-    const int all_taken = take_answers(call, layer);
-    if (all_taken) {
+    call->has_left = !take_answers(call, layer);
+    if (!call->has_left) {
         const int numbers = (int)call->attention.rows * call->attention.q_heads * call->attention.pool.head_dim;
         store_as(call->attended, 0, call->merged, numbers, call->store.dtype);
     }
-    call->attention_ns += now_ns() - begun;
-    return all_taken;
+    return STATUS_OK;
 }
 
-/* Answers whether it is done; if not it is left to the caller. */
-static int attend_layer(kernel_context *kernels, stack_call *call, const stacked_layer *layer, int32_t *status) {
+static int32_t attend_layer(kernel_context *kernels, stack_call *call, const stacked_layer *layer) {
     const int others = asks(call, layer);
     call->sent = call->taken = call->has_local = 0;
-    if (layer->leaves_attention || (others && !call->may_ask)) return 0;
-    if (others) return attend_with_others(kernels, call, layer, status);
+    call->has_left = layer->leaves_attention || (others && !call->may_ask);
+    if (call->has_left) return STATUS_OK;
     const int64_t begun = now_ns();
-    *status = attend(kernels, call, layer, call->attended, call->store.dtype);
+    const int32_t status = others ? attend_with_others(kernels, call, layer)
+                                  : attend(kernels, call, layer, call->attended, call->store.dtype);
     call->attention_ns += now_ns() - begun;
-    return 1;
+    return status;
 }
 
 int32_t layer_ops_stack(layer_context *context, kernel_context *kernels, stack_call *call) {
@@ -129,14 +126,11 @@ int32_t layer_ops_stack(layer_context *context, kernel_context *kernels, stack_c
         int32_t status = STATUS_OK;
         if (!call->has_left) {
             status = begin_layer(context, kernels, call, layer, x);
-            if (status == STATUS_OK && !attend_layer(kernels, call, layer, &status)) {
-                call->has_left = 1;
-                return STATUS_OK;
-            }
+            if (status == STATUS_OK) status = attend_layer(kernels, call, layer);
+            if (status != STATUS_OK || call->has_left) return status;
         }
         call->has_left = 0;
-        if (status == STATUS_OK)
-            status = layer_ops_finish(context, layer->layer, call->attention.rows, x, call->attended, y);
+        status = layer_ops_finish(context, layer->layer, call->attention.rows, x, call->attended, y);
         if (status != STATUS_OK) return status;
     }
     return STATUS_OK;

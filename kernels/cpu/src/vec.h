@@ -169,24 +169,25 @@ INLINE void store_as(void *p, int64_t i, const float *x, int n, int dtype) {
 #define HIGH_1(a, b) SHUFFLE(a, b, 1, 5, 3, 7)
 #endif
 
-#define TRANSPOSE_STAGE(s)                                                                                             \
-    _Pragma("GCC unroll 16") for (int i = 0; i < WIDTH; i++) if (!(i & s)) {                                           \
-        vf low = LOW_##s(x[i], x[i + s]), high = HIGH_##s(x[i], x[i + s]);                                             \
+/* Of n vectors exchanges the bit of a vector's number that is worth d for the bit of a lane's number that is worth s. */
+#define EXCHANGE(n, s, d)                                                                                              \
+    _Pragma("GCC unroll 16") for (int i = 0; i < n; i++) if (!(i & d)) {                                               \
+        vf low = LOW_##s(x[i], x[i + d]), high = HIGH_##s(x[i], x[i + d]);                                             \
         x[i] = low;                                                                                                    \
-        x[i + s] = high;                                                                                               \
+        x[i + d] = high;                                                                                               \
     }
 #define SUM_STAGE(s)                                                                                                   \
     _Pragma("GCC unroll 16") for (int i = 0; i < s; i++) x[i] = LOW_##s(x[i], x[i + s]) + HIGH_##s(x[i], x[i + s]);
 
 /* Transposes WIDTH vectors in place. */
 INLINE void transpose(vf x[WIDTH]) {
-    TRANSPOSE_STAGE(1)
-    TRANSPOSE_STAGE(2)
+    EXCHANGE(WIDTH, 1, 1)
+    EXCHANGE(WIDTH, 2, 2)
 #if WIDTH >= 8
-    TRANSPOSE_STAGE(4)
+    EXCHANGE(WIDTH, 4, 4)
 #endif
 #if WIDTH >= 16
-    TRANSPOSE_STAGE(8)
+    EXCHANGE(WIDTH, 8, 8)
 #endif
 }
 

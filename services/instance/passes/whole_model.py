@@ -14,7 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from kernels.layer_ops import LayerOps, LayerStack, StackedLayer
+from kernels.layer_ops import LayerOps
+from kernels.layer_stack import LayerStack, StackedLayer
 from services.instance.dist_attention import attention_context
 from services.instance.model import Model
 from services.instance.passes.attention import Angles

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kernels import AttentionKernels, LayerParams
-from kernels.layer_ops import NOT_BEGUN, LeftAttention
+from kernels.layer_stack import NOT_BEGUN, LeftAttention
 from services.core.errors import PeerLostError, TransferTimeoutError
 from services.dataplane.device import Device
 from services.dataplane.peers import PeerSet
