@@ -155,7 +155,8 @@ class BlockMemory:
             table,
             list(reserved.local),
             deque(reserved.remote),
-            len(reserved.attached) + len(reserved.remote),
+            range(len(table), len(table) + len(reserved.local) + len(reserved.remote)),
+            len(reserved.local),
         )
         sequence.computed = sequence.cached_tokens = len(reserved.attached) * self.geometry.block_tokens
         if reserved.tail.kvdaemon_id == self._local_id:
@@ -179,11 +180,11 @@ class BlockMemory:
         memory = self._memories[sequence]
         table = memory.table
         indices = range(len(table), self.geometry.blocks_for(tokens))
-        reserved = min(len(memory.local), max(0, indices.stop - max(indices.start, memory.first_local)))
-        if len(indices) - reserved > len(self._free):
+        staying = memory.staying_before(indices.stop) - memory.staying_before(indices.start)
+        if len(indices) - staying > len(self._free):
             return False
         for index in indices:
-            if index >= memory.first_local and memory.local:
+            if memory.staying_before(index) < memory.staying_before(index + 1):
                 table.append_local(memory.local.pop(), Home.REQUEST)
             else:
                 table.append_local(self._free.pop(), Home.WORKSPACE)

@@ -17,11 +17,19 @@ class SequenceMemory:
     Attributes:
         local: open local blocks reserved for its prompt and not used yet.
         remote: blocks reserved elsewhere for its prompt and not shipped to yet, in filling order.
-        first_local: block index from which the prompt's blocks stay here.
+        reserved: block indices of the prompt that ``local`` and ``remote`` are for.
+        staying: how many of those stay here, spread evenly: then no side's attention is far longer than the other's,
+            however much of the prompt has been computed.
     """
 
     sequence: Sequence
     table: BlockTable
     local: list[BlockHandle]
     remote: deque[BlockRef]
-    first_local: int
+    reserved: range
+    staying: int
+
+    def staying_before(self, index: int) -> int:
+        """How many of the blocks before ``index`` were reserved here."""
+        at = min(max(index, self.reserved.start), self.reserved.stop) - self.reserved.start
+        return at * self.staying // len(self.reserved) if self.reserved else 0
