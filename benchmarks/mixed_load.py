@@ -17,7 +17,6 @@ from benchmarks.http_load import Answered, Ask, RefusedError, complete
 
 _SHORT_MEDIAN, _SHORT_SIGMA = 48, 0.8  # tokens of a short prompt; lognormal
 _SHORTEST = 8
-_OUTPUTS = (128, 384)  # tokens of any output; uniform
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +33,14 @@ class MixedLoad:
     longest: float
     long_from: float = 0.3
 
-    def draw(self, shape: CheckpointShape, count: int, pool_tokens: int, seed: str) -> list[Ask]:
+    def draw(
+        self, shape: CheckpointShape, count: int, pool_tokens: int, outputs: tuple[int, int], seed: str
+    ) -> list[Ask]:
         """``count`` requests; the same lengths in the same order for every seed, other prompts.
 
         Args:
             pool_tokens: what one instance's KV cache holds.
+            outputs: tokens of any output, uniform.
         """
         lengths, tokens = random.Random(self.name), random.Random(f"{self.name} {seed}")
         long_ones = max(1, round(self.long_share * count))
@@ -49,7 +51,7 @@ class MixedLoad:
         }
         asks = []
         for number in range(count):
-            output = lengths.randint(*_OUTPUTS)
+            output = lengths.randint(*outputs)
             if number in totals:
                 prompt = max(_SHORTEST, int(totals[number] * pool_tokens) - output)
             else:

@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,11 +37,9 @@ QUESTION = "what do two cores serve with pooled KV memory, beside vLLM with as m
 SHAPE = replace(
     SHAPES["llama-100m"],
     name="llama-125m-mha",
-    settings={**SHAPES["llama-100m"].settings, "num_key_value_heads": 12},
+    settings={**SHAPES["llama-100m"].settings, "num_key_value_heads": 12, "max_position_embeddings": 1 << 17},
 )
 KV_TOKEN_BYTES = 12 * 12 * 64 * 2 * 2
-POOL_MIB = 72  # of each half
-POOL_TOKENS = (POOL_MIB << 20) // KV_TOKEN_BYTES
 BLOCK_TOKENS = 32  # vLLM's kernels want multiples of 32; its own choice, 128, wastes half a block of each request
 MULTI, SINGLE, OURS = "vllm-multi", "vllm-single", "ours"
 # The paper's traces 0 to 2, whose longest request takes half an instance's memory, then longer and longer ones.
@@ -57,16 +55,37 @@ LONGEST = LOADS[-1].name
 MAX_NUM_SEQS = 32
 CLIENTS = 32
 REQUESTS = 64
-# With these an instance keeps 10 rBlocks of its pool's 128 for prompts under way.
-OUR_SETTINGS: dict[str, dict[str, object]] = {
-    "instance": {"block_tokens": 16, "max_batch_tokens": 64, "max_num_seqs": MAX_NUM_SEQS // 2},
-    "kvdaemon": {"num_threads": 1},
-}
 _SEED = 6000
 _CHECKED_PROMPTS = (3, 33, 200, 1000)  # tokens
 _CHECKED_TOKENS, _LEAST_SAME = 16, 2
 _IDLE_S, _MOST_IDLE = 5.0, 0.1
 _PAUSE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """
+    Attributes:
+        pool_mib: KV cache of each half.
+        outputs: tokens of any output.
+        instance: settings of ours.
+    """
+
+    pool_mib: int
+    outputs: tuple[int, int]
+    instance: Mapping[str, object]
+
+    @property
+    def pool_tokens(self) -> int:
+        return (self.pool_mib << 20) // KV_TOKEN_BYTES
+
+
+SCALES = {
+    # A third of the weights that a step reads: half a dozen short requests. Ours keeps 10 of 128 blocks for prefill.
+    "small": Scale(72, (128, 384), {"block_tokens": 16, "max_batch_tokens": 64, "max_num_seqs": MAX_NUM_SEQS // 2}),
+    # Four times the weights, as beside LLaMA2-7B and 13B on A100-80GB.
+    "paper": Scale(864, (256, 768), {"block_tokens": 32, "max_batch_tokens": 512, "max_num_seqs": MAX_NUM_SEQS}),
+}
 
 
 @dataclass(slots=True)
@@ -103,16 +122,18 @@ def measure(run: Run) -> None:
 
 def _start(run: Run, stack: ExitStack, directory: Path, cores: tuple[int, int]) -> list[System]:
     """All servers, checked; in the order of the systems."""
+    scale, kv_bytes = SCALES[run.options.scale], SCALES[run.options.scale].pool_mib << 20
     # What the KV cache holds, without the last block: vLLM keeps one for itself.
-    half = Serving(directory / SHAPE.name, cores[:1], POOL_TOKENS - BLOCK_TOKENS, MAX_NUM_SEQS, POOL_MIB << 20)
-    whole = replace(half, cores=cores, max_model_len=2 * POOL_TOKENS - BLOCK_TOKENS, kv_bytes=2 * half.kv_bytes)
+    half = Serving(directory / SHAPE.name, cores[:1], scale.pool_tokens - BLOCK_TOKENS, MAX_NUM_SEQS, kv_bytes)
+    whole = replace(half, cores=cores, max_model_len=2 * scale.pool_tokens - BLOCK_TOKENS, kv_bytes=2 * kv_bytes)
+    settings = {"instance": scale.instance, "kvdaemon": {"num_threads": 1}}
     extra = ("--block-size", str(BLOCK_TOKENS))
     vllm: Path = run.options.vllm
     commands = [
         vllm_command(half, vllm, extra),
         vllm_command(replace(half, cores=cores[1:]), vllm, extra),
         vllm_command(whole, vllm, extra, tensor_parallel=True),
-        our_command(whole, directory, OUR_SETTINGS, instances=2),
+        our_command(whole, directory, settings, instances=2),
     ]
     where = (cores[:1], cores[1:], cores, cores)
     servers = []
@@ -129,7 +150,7 @@ def _start(run: Run, stack: ExitStack, directory: Path, cores: tuple[int, int]) 
     for number, server in enumerate(servers):
         run.summary(f"{number}_{server.name}_idle_percent", 100 * server.idle_share(_IDLE_S, _MOST_IDLE))
     one, other, single, ours = (
-        Target(server.address, server.model, POOL_TOKENS * len(pinned))
+        Target(server.address, server.model, scale.pool_tokens * len(pinned))
         for server, pinned in zip(servers, where, strict=True)
     )
     return [System(MULTI, (one, other)), System(SINGLE, (single,)), System(OURS, (ours,))]
@@ -137,9 +158,10 @@ def _start(run: Run, stack: ExitStack, directory: Path, cores: tuple[int, int]) 
 
 def _measure_load(run: Run, load: MixedLoad, systems: Sequence[System]) -> None:
     """Systems take turns; no two rounds share a prompt."""
+    scale = SCALES[run.options.scale]
     requests = CLIENTS if run.quick else run.options.requests
     for turn in run.rounds(run.options.repetitions, warmup=0):
-        asks = load.draw(SHAPE, requests, POOL_TOKENS, str(turn.number))
+        asks = load.draw(SHAPE, requests, scale.pool_tokens, scale.outputs, str(turn.number))
         for system in turn.order(systems):
             label = f"{load.name}, {turn.label}, {system.name}"
             shown = time.monotonic()
@@ -204,6 +226,9 @@ def _chosen(run: Run) -> Sequence[MixedLoad]:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loads", nargs="+", metavar="NAME", help=f"of {', '.join(x.name for x in LOADS)}".replace("%", "%%")
+    )
+    parser.add_argument(
+        "--scale", choices=SCALES, default="small", help="how large KV caches and outputs are (default %(default)s)"
     )
     parser.add_argument("--requests", type=int, default=REQUESTS, help="of each load (default %(default)s)")
     parser.add_argument("--repetitions", type=int, default=2, help="of each load (default %(default)s)")

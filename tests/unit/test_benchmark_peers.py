@@ -21,7 +21,7 @@ from benchmarks.peers.ours import our_command
 from benchmarks.peers.processes import family
 from benchmarks.peers.server import PinnedServer, ServerCommand, Serving
 from benchmarks.peers.vllm import vllm_command
-from benchmarks.pooled_vs_vllm import LOADS, POOL_TOKENS, SHAPE
+from benchmarks.pooled_vs_vllm import LOADS, SCALES, SHAPE, Scale
 from services.core.errors import ConfigError, UnavailableError
 from services.launcher.ports import free_ports
 
@@ -198,13 +198,15 @@ def test_two_instances_share_what_tensor_parallel_workers_share(tmp_path: Path) 
         our_command(Serving(tmp_path / "llama", (0, 1), 4096, 48, 1 << 20), tmp_path, instances=2)
 
 
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 @pytest.mark.parametrize("load", LOADS, ids=lambda load: load.name)
-def test_a_load_has_the_same_lengths_and_other_prompts_each_time(load: MixedLoad) -> None:
-    one, two = (load.draw(SHAPE, 96, POOL_TOKENS, seed) for seed in "ab")
+def test_a_load_has_the_same_lengths_and_other_prompts_each_time(load: MixedLoad, scale: Scale) -> None:
+    pool_tokens = scale.pool_tokens
+    one, two = (load.draw(SHAPE, 96, pool_tokens, scale.outputs, seed) for seed in "ab")
     totals = [len(ask.prompt) + ask.output_tokens for ask in one]
     assert totals == [len(ask.prompt) + ask.output_tokens for ask in two]
     assert not {ask.prompt for ask in one} & {ask.prompt for ask in two}
-    assert max(totals) == int(load.longest * POOL_TOKENS)
+    assert max(totals) == int(load.longest * pool_tokens)
     assert max(totals) <= SHAPE.settings["max_position_embeddings"]
-    long_ones = sum(total >= load.long_from * POOL_TOKENS for total in totals)
+    long_ones = sum(total >= load.long_from * pool_tokens for total in totals)
     assert long_ones == round(load.long_share * 96)
