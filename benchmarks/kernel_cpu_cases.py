@@ -15,6 +15,7 @@ from kernels import AttentionPlan, LayerParams
 from kernels.cpu import CpuKernels
 from services.core.blocks import PoolGeometry
 from services.dataplane.kv_pool import KvPool
+from services.dataplane.memfd import HUGE_PAGE_BYTES
 
 BLOCK_TOKENS = 64
 _RUNS = 16  # into which a contiguous layer is cut, for threads to share
@@ -25,15 +26,25 @@ class PagedCase:
     """Some sequences of one length in a pool of their own, and one row or chunk of queries at the end of each."""
 
     def __init__(
-        self, context: int, head_dim: int, group: int, kv_heads: int, sequences: int = 1, rows: int = 1, layers: int = 0
+        self,
+        context: int,
+        head_dim: int,
+        group: int,
+        kv_heads: int,
+        sequences: int = 1,
+        rows: int = 1,
+        layers: int = 0,
+        huge_pages: bool = False,
     ) -> None:
         self.context, self.head_dim, self.group, self.sequences, self.rows = context, head_dim, group, sequences, rows
         blocks = sequences * (context // BLOCK_TOKENS)
         self.layer_bytes = blocks * BLOCK_TOKENS * kv_heads * head_dim * 2 * 2
         self.layers = layers or max(2, -(-STEP_BYTES // self.layer_bytes))
         geometry = PoolGeometry(self.layers, kv_heads, BLOCK_TOKENS, head_dim, "bfloat16")
-        self._memory = KvPool(blocks * geometry.block_bytes)
-        self.pool = self._memory.as_tensor(geometry)
+        pool_bytes = blocks * geometry.block_bytes
+        whole_pages = -(-pool_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        self._memory = KvPool(whole_pages if huge_pages else pool_bytes, huge_pages)
+        self.pool = self._memory.as_tensor(geometry)[:blocks]
         _fill(self.pool)
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).int()
         positions = torch.arange(0, context, BLOCK_TOKENS, dtype=torch.int32)

@@ -48,7 +48,7 @@ class CudaDevice(StagedDevice):
     def load_kernels(self, num_threads: int) -> AttentionKernels:
         return kernels.load(self.tensors, num_threads)
 
-    def make_pool(self, pool_bytes: int) -> Pool:
+    def make_pool(self, pool_bytes: int, huge_pages: bool = False) -> Pool:
         return CudaPool(self.tensors, pool_bytes)
 
     def map_pool(self, grant: Grant) -> Mapping:

@@ -80,8 +80,11 @@ class Device(ABC):
         """For one thread. ``num_threads``: of kernels on the CPU."""
 
     @abstractmethod
-    def make_pool(self, pool_bytes: int) -> Pool:
+    def make_pool(self, pool_bytes: int, huge_pages: bool = False) -> Pool:
         """
+        Args:
+            huge_pages: in those that the system has reserved; means nothing in a GPU's memory.
+
         Raises:
             ConfigError: there is not that much memory.
         """

@@ -20,8 +20,8 @@ class HostMemoryDevice(Device):
 
     tensors = torch.device("cpu")
 
-    def make_pool(self, pool_bytes: int) -> KvPool:
-        return KvPool(pool_bytes)
+    def make_pool(self, pool_bytes: int, huge_pages: bool = False) -> KvPool:
+        return KvPool(pool_bytes, huge_pages)
 
     def map_pool(self, grant: Grant) -> Mapping:
         if grant.kind is not MemoryKind.HOST:

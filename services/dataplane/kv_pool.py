@@ -20,7 +20,7 @@ from torch import Tensor
 
 from services.core.blocks import PoolGeometry
 from services.core.errors import ConfigError, PeerLostError
-from services.dataplane.memfd import create_memfd, map_foreign_memfd, map_memfd
+from services.dataplane.memfd import create_huge_memfd, create_memfd, map_foreign_memfd, map_memfd
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -90,20 +90,23 @@ class Pool(ABC):
 
 
 class KvPool(Pool):
-    """A pool in host memory, in huge pages where the system grants them (``shmem_enabled`` of transparent_hugepage).
+    """A pool in host memory.
 
     Args:
         pool_bytes: size; the part behind the last whole block stays unused.
+        huge_pages: of those that the system has reserved. Without, it grants huge pages or not (``shmem_enabled`` of
+            transparent_hugepage; most do not).
 
     Raises:
         ConfigError: there is not that much memory; the message names what is available.
     """
 
-    def __init__(self, pool_bytes: int) -> None:
+    def __init__(self, pool_bytes: int, huge_pages: bool = False) -> None:
         if pool_bytes < 1:
             raise ConfigError(f"pool_bytes must be positive, got {pool_bytes}")
         self.pool_bytes = pool_bytes
-        self._fd = create_memfd("infinite-llm-pool", pool_bytes, huge_pages=True)
+        name = "infinite-llm-pool"
+        self._fd = create_huge_memfd(name, pool_bytes) if huge_pages else create_memfd(name, pool_bytes, True)
         self._memory: mmap.mmap | None = map_memfd(self._fd, pool_bytes)
 
     @property

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from services.core.errors import ConfigError, PeerLostError
@@ -22,6 +23,7 @@ from services.core.errors import ConfigError, PeerLostError
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _MIB = 1 << 20
 _MADV_POPULATE_WRITE = 23  # <linux/mman.h>, Linux 5.14; not in the mmap module
+HUGE_PAGE_BYTES = 2 << 20
 
 
 def create_memfd(name: str, size: int, huge_pages: bool = False) -> int:
@@ -36,17 +38,40 @@ def create_memfd(name: str, size: int, huge_pages: bool = False) -> int:
     available = available_bytes()
     if size > available:
         raise ConfigError(_too_large(name, size, available))
-    fd = -1
     try:
-        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        if huge_pages:
-            _populate_huge(fd, size)
+        return _allocate(name, size, 0, _populate_huge if huge_pages else None)
+    except OSError as error:
+        raise ConfigError(f"{_too_large(name, size, available)} ({error.strerror})") from error
+
+
+def create_huge_memfd(name: str, size: int) -> int:
+    """The same of huge pages that the system keeps for those who ask for them (hugetlb).
+
+    Raises:
+        ConfigError: there are not that many, or ``size`` is no multiple of 2 MiB.
+    """
+    if size % HUGE_PAGE_BYTES:
+        raise ConfigError(f"huge pages have 2 MiB, and {name} should have {size / _MIB:g} MiB: ask for a multiple")
+    try:
+        return _allocate(name, size, os.MFD_HUGETLB | os.MFD_HUGE_2MB)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot allocate {size // HUGE_PAGE_BYTES} huge pages of 2 MiB for {name} ({error.strerror}); "
+            f"{_meminfo('HugePages_Free')} are free: reserve more (sysctl vm.nr_hugepages; limits of hugepages-2Mi in "
+            "Kubernetes), or do without (huge_pages: false)"
+        ) from error
+
+
+def _allocate(name: str, size: int, flags: int, populate: Callable[[int, int], None] | None = None) -> int:
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
+    try:
+        if populate is not None:
+            populate(fd, size)
         os.posix_fallocate(fd, 0, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
-    except OSError as error:
-        if fd >= 0:
-            os.close(fd)
-        raise ConfigError(f"{_too_large(name, size, available)} ({error.strerror})") from error
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -80,7 +105,7 @@ def available_bytes() -> int:
     Raises:
         ConfigError: the system does not tell.
     """
-    available = _meminfo_available()
+    available = 1024 * _meminfo("MemAvailable")
     root = Path("/sys/fs/cgroup")
     group = root / _own_cgroup().lstrip("/")
     for directory in (group, *group.parents):
@@ -113,15 +138,15 @@ def _populate_huge(fd: int, size: int) -> None:
         memory.close()
 
 
-def _meminfo_available() -> int:
+def _meminfo(name: str) -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError as error:  # for want of a file descriptor
         raise ConfigError(f"cannot tell how much memory is available: /proc/meminfo: {error.strerror}") from error
     for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError("/proc/meminfo names no MemAvailable: a Linux kernel of 3.14 or newer is needed")
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise ConfigError(f"/proc/meminfo names no {name}: this Linux kernel is older than 3.14 or was built without it")
 
 
 def _own_cgroup() -> str:

@@ -70,7 +70,7 @@ async def serve(config: KvDaemonConfig) -> None:
     stop = stop_event(CLOSE_WITHIN_S)
 
     device = open_device(config.device)
-    pool = device.make_pool(config.pool_bytes)
+    pool = device.make_pool(config.pool_bytes, config.huge_pages)
     shared = SharedLedger(Ledger(config.pool_bytes, lambda: secrets.randbits(64)))
     data_plane = listening_transport(config.transports, config.dataplane, config.link)
     tracing = make_tracing(config.tracing, "kvdaemon", config.member_id, config.cluster)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import struct
@@ -18,8 +19,10 @@ import torch
 from services.core.blocks import PoolGeometry
 from services.core.errors import ConfigError, PeerLostError, SessionRevokedError, TransferTimeoutError
 from services.dataplane.host_device import HostDevice
-from services.dataplane.kv_pool import KvPool
+from services.dataplane.kv_pool import KvPool, pool_tensor
+from services.dataplane.memfd import HUGE_PAGE_BYTES, map_foreign_memfd
 from services.dataplane.pool_socket import MappedPool, PoolSocketServer, map_pool
+from services.kvdaemon.config import KvDaemonConfig
 
 GEOMETRY = PoolGeometry(layers=2, kv_heads=3, block_tokens=4, head_dim=8, dtype="bfloat16")
 BLOCKS = 5
@@ -122,7 +125,36 @@ def test_a_pool_is_a_tensor_of_blocks(dtype):
     assert again.count_nonzero() == 4 * 8
 
 
+def test_a_pool_of_reserved_huge_pages_is_shared_like_any():
+    if _free_huge_pages() < 2:
+        pytest.skip("no huge pages are reserved on this machine (vm.nr_hugepages)")
+    free, pool = _free_huge_pages(), KvPool(2 * HUGE_PAGE_BYTES, huge_pages=True)
+    blocks = pool.as_tensor(GEOMETRY)
+    blocks[-1].fill_(1.5)
+    other = map_foreign_memfd(pool.fd, pool.pool_bytes)
+    assert torch.equal(pool_tensor(other, GEOMETRY), blocks)
+    assert _free_huge_pages() == free - 2
+    pool.close()
+    del blocks, other
+    assert _free_huge_pages() == free
+
+
+def _free_huge_pages():
+    (line,) = re.findall(r"HugePages_Free: +(\d+)", Path("/proc/meminfo").read_text()) or ["0"]
+    return int(line)
+
+
+def test_huge_pages_are_of_host_memory():
+    config = KvDaemonConfig("c", "k", ("127.0.0.1:2379",), 4, Path("/tmp/sockets"), huge_pages=True)
+    with pytest.raises(ConfigError, match="huge_pages are of host memory, and device is 'cuda:1'"):
+        replace(config, device="cuda:1")
+
+
 def test_pools_that_cannot_be():
+    with pytest.raises(ConfigError, match=r"536870912 huge pages .* free: reserve more \(sysctl vm.nr_hugepages"):
+        KvPool(1 << 50, huge_pages=True)
+    with pytest.raises(ConfigError, match=r"huge pages have 2 MiB, and .* should have 3 MiB"):
+        KvPool(3 << 20, huge_pages=True)
     with pytest.raises(ConfigError, match=r"cannot allocate 1125899906842624 bytes .* MiB of memory are available"):
         KvPool(1 << 50)
     with pytest.raises(ConfigError, match="positive"):

@@ -13,6 +13,7 @@ import yaml
 from manifests import K8S, OVERLAYS, Document, Pod, mib, named, of_kind, overlay, pods, with_component
 
 KUBERNETES = ("1.32", "1.37")  # the oldest and the newest that must take the manifests
+CHOSEN_BY_NONE = ("rdma/aws-efa", "rdma/nvidia-sriov", "external-state", "huge-pages")  # of the overlays
 RESOURCES = json.loads((Path(__file__).parent / "schemas" / "cert-manager.io_v1.json").read_text())
 
 
@@ -200,7 +201,7 @@ def test_images_are_pinned_and_resources_named(documents: tuple[Document, ...]) 
     assert etcd.workload["spec"]["replicas"] == 3
 
 
-@pytest.mark.parametrize("component", ["rdma/aws-efa", "rdma/nvidia-sriov", "external-state", "tls", "elastic"])
+@pytest.mark.parametrize("component", [*CHOSEN_BY_NONE, "tls", "elastic"])
 def test_components_fit_the_smallest_overlay(component: str, tmp_path: Path) -> None:
     """Those that no overlay chooses, and those that might be added to any."""
     documents = with_component("laptop", component, tmp_path)
@@ -217,7 +218,7 @@ def test_every_component_is_rendered_by_some_test() -> None:
     components = {path.parent for path in (K8S / "components").rglob("kustomization.yaml")}
     used: set[Path] = set()
     todo = [K8S / "overlays" / name for name in OVERLAYS]
-    todo += [K8S / "components" / name for name in ("rdma/aws-efa", "rdma/nvidia-sriov", "external-state")]
+    todo += [K8S / "components" / name for name in CHOSEN_BY_NONE]
     while todo:
         directory = todo.pop()
         used.add(directory)
