@@ -16,6 +16,19 @@ INLINE const void *memory_ahead(const pool_view *pool, const key_run *run, const
     return element(pool->data, index + (part < parts ? part : part - parts) * size, BFLOAT16);
 }
 
+/* One query with some keys, in the order of memory. */
+INLINE void dot_keys(
+    vf *acc, int keys, int whole, const uint16_t *q, const uint16_t *k, int key_count, int dim, const char *ahead
+) {
+#pragma GCC unroll 16
+    for (int j = 0; j < keys; j++) {
+        const uint16_t *key = k + (whole || j < key_count ? j : key_count - 1) * dim;
+        if (ahead) prefetch_pages(ahead + j * dim * 2, dim * 2);
+#pragma GCC unroll 4
+        for (int d = 0; d < dim; d += VECTOR) acc[j] = dot_pairs(acc[j], load_pairs(q + d), load_pairs(key + d));
+    }
+}
+
 /* Scores of some queries with some keys, rows of dim each; keys * rows is WIDTH. Those beyond row_count and key_count
  * repeat the last. keys, rows and whole (there are no keys beyond) are constants. The memory from ahead on is
  * prefetched, as much as the keys take. */
@@ -26,7 +39,8 @@ INLINE void score_tile(
     vf acc[WIDTH];
 #pragma GCC unroll 16
     for (int i = 0; i < WIDTH; i++) acc[i] = (vf){0};
-    for (int d = 0; d < dim; d += VECTOR) {
+    if (OUTRUNS_MEMORY && rows == 1) dot_keys(acc, keys, whole, q, k, key_count, dim, ahead);
+    else for (int d = 0; d < dim; d += VECTOR) {
         vi x[WIDTH];
         if (ahead) prefetch_lines(ahead + d * keys * 2, keys * VECTOR_BYTES);
 #pragma GCC unroll 16

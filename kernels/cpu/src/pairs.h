@@ -16,6 +16,9 @@ INLINE vi load_pairs(const uint16_t *p) { return *(const pairs_mem *)p; }
 INLINE vf firsts(vi x) { return (vf)(x << 16); }
 INLINE vf seconds(vi x) { return (vf)(x & splat_int(-65536)); }
 
+/* Whether one query row takes less time for keys and values than memory does. */
+#define OUTRUNS_MEMORY (NATIVE_PAIRS && WIDTH == 16)
+
 /* Lane by lane: sum + a.first * b.first + a.second * b.second, in float32. */
 INLINE vf dot_pairs(vf sum, vi a, vi b) {
 #if NATIVE_PAIRS && defined(__x86_64__)
