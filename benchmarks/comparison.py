@@ -45,6 +45,21 @@ def replaced(readme: str, block: str) -> str:
 
 
 def _pooled(result: Result) -> str:
+    return (
+        "**Two cores and 144 MiB of KV cache, three ways** (`benchmarks.pooled_vs_vllm`; output tokens per second): "
+        "two vLLM servers, one vLLM server with tensor parallelism, and two pooled instances.\n\n"
+        f"{_loads(result)}\n\n![the same as bars](benchmarks/results/{PLOT.name})"
+    )
+
+
+def _pooled_as_the_paper(result: Result) -> str:
+    return (
+        "**The same with KV caches of four times the weights, as the paper's models have beside theirs** "
+        f"(`--scale paper`):\n\n{_loads(result)}"
+    )
+
+
+def _loads(result: Result) -> str:
     rows = {(row["load"], row["system"]): row for row in result["rows"]}
     loads = list(dict.fromkeys(load for load, _ in rows))
     lines = []
@@ -55,11 +70,7 @@ def _pooled(result: Result) -> str:
             [name, *rates, _goal(result, f"{name}_over_the_better"), str(multi["refused"]), str(ours["refused"])]
         )
     head = ["load", "two vLLM", "vLLM, TP 2", "ours", "ours / the better", "refused by two vLLM", "by ours"]
-    return (
-        "**Two cores and 144 MiB of KV cache, three ways** (`benchmarks.pooled_vs_vllm`; output tokens per second): "
-        "two vLLM servers, one vLLM server with tensor parallelism, and two pooled instances.\n\n"
-        f"{_table(head, lines)}\n\n![the same as bars](benchmarks/results/{PLOT.name})"
-    )
+    return _table(head, lines)
 
 
 def _engine(result: Result) -> str:
@@ -132,6 +143,7 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 SECTIONS: Mapping[str, Callable[[Result], str]] = {
     "pooled-vs-vllm": _pooled,
+    "pooled-vs-vllm-paper-scale": _pooled_as_the_paper,
     "engine-vs-vllm": _engine,
     "distance": _distance,
     "growth": _growth,
