@@ -18,7 +18,7 @@ from services.core.errors import InfiniteLLMError
 QUESTION = "what is it worth that a pool lies in huge pages?"
 REPETITIONS = 7
 # context, head_dim, query heads for each KV head, KV heads, sequences
-CASES = ((216, 64, 3, 4, 64), (65536, 64, 1, 8, 1), (65536, 128, 4, 8, 1), (65536, 128, 8, 8, 1))
+CASES = ((256, 64, 3, 4, 64), (65536, 64, 1, 8, 1), (65536, 128, 4, 8, 1), (65536, 128, 8, 8, 1))
 QUICK_CASES = ((1024, 64, 1, 2, 1),)
 
 
@@ -27,8 +27,7 @@ def measure(run: Run) -> None:
     for context, head_dim, group, kv_heads, sequences in QUICK_CASES if run.quick else CASES:
         try:
             small, huge = (
-                PagedCase(-(-context // 64) * 64, head_dim, group, kv_heads, sequences, huge_pages=pages)
-                for pages in (False, True)
+                PagedCase(context, head_dim, group, kv_heads, sequences, huge_pages=pages) for pages in (False, True)
             )
         except InfiniteLLMError as error:
             raise SystemExit(f"huge_pages: {error}") from error
@@ -45,7 +44,7 @@ def measure(run: Run) -> None:
                 "head_dim": head_dim,
                 "group": group,
                 "sequences": sequences,
-                "context": small.context,
+                "context": context,
                 "gb_per_s": gigabytes / results["kernel small"].median,
                 "huge_gb_per_s": gigabytes / results["kernel huge"].median,
                 **Ratio.of_speeds(results["kernel huge"], results["kernel small"]).cells("huge_of_small"),

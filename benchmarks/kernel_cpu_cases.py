@@ -42,8 +42,7 @@ class PagedCase:
         self.layers = layers or max(2, -(-STEP_BYTES // self.layer_bytes))
         geometry = PoolGeometry(self.layers, kv_heads, BLOCK_TOKENS, head_dim, "bfloat16")
         pool_bytes = blocks * geometry.block_bytes
-        whole_pages = -(-pool_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        self._memory = KvPool(whole_pages if huge_pages else pool_bytes, huge_pages)
+        self._memory = KvPool(-(-pool_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, huge_pages)
         self.pool = self._memory.as_tensor(geometry)[:blocks]
         _fill(self.pool)
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).int()

@@ -20,9 +20,9 @@ INLINE void weigh_tile(
         for (int i = 0; i < 2 * vectors; i++) sum[r][i] = load(acc + r * dim + i * WIDTH) * splat(rescale[r]);
     for (int j = 0; j < count; j++) {
         vf x[2 * MOST_VECTORS];
-        const char *fetch = ahead + j * vectors * VECTOR_BYTES;
-        if (ahead && OUTRUNS_MEMORY && rows == 1) prefetch_pages(fetch, vectors * VECTOR_BYTES);
-        else if (ahead) prefetch_lines(fetch, vectors * VECTOR_BYTES);
+        if (ahead && OUTRUNS_MEMORY && rows == 1)
+            prefetch_pages(ahead + j * vectors * VECTOR_BYTES, vectors * VECTOR_BYTES);
+        else if (ahead) prefetch_lines(ahead + j * vectors * VECTOR_BYTES, vectors * VECTOR_BYTES);
 #pragma GCC unroll 8
         for (int i = 0; i < vectors; i++) {
             vi y = load_pairs(v + j * dim + i * VECTOR);
