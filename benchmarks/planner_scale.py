@@ -1,6 +1,6 @@
 """What the gManager's work costs as the cluster grows: a plan, and the heartbeats that it is made from.
 
-    python -m benchmarks.planner_scale [--instances N ...] [--senders N] [--rates N ...] [--quick] [--json FILE]
+    python -m benchmarks.planner_scale [--instances N ...] [--processes N] [--rates N ...] [--quick] [--json FILE]
 
 Processor time, not time on the clock: one core does all of it, whatever else the machine is doing.
 """
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 from benchmarks.harness import Peer, Run, Samples, main
-from benchmarks.heartbeats import HeartbeatCost, measure_heartbeats, one_poller
+from benchmarks.heartbeats import DIRECT, HeartbeatCost, measure_heartbeats, measure_relay, one_poller
 from benchmarks.synthetic_cluster import NOW, REQUESTS, synthetic_load
 from services.core.timings import HostingTiming, RemoteTiming, StepTiming
 from services.gmanager.cost_model import CostModel, DaemonCosts, InstanceCosts
@@ -28,6 +28,7 @@ from services.gmanager.planner.planner import plan
 QUESTION = "What do a plan and the heartbeats behind it cost, and how does that grow?"
 REPETITIONS = 5
 PROCESSES = 10_000  # whose heartbeats, one a second each, one gManager should take with half a core
+_RELAYED = math.ceil((PROCESSES - DIRECT) / (DIRECT // 2))  # by each relay then
 _OBSERVATIONS = 2_000
 _WINDOW_S = 5.0
 # Requests of which there is news in every heartbeat of an instance. With a hundred that write 25 tokens/s
@@ -119,19 +120,31 @@ def _learn(number: int, remotes: int) -> float:
 
 
 async def _heartbeats(run: Run) -> None:
-    senders: int = 20 if run.quick else run.options.senders
+    processes: int = 400 if run.quick else run.options.processes
     rates: list[int] = [100, 400] if run.quick else run.options.rates
     window_s = 1.0 if run.quick else _WINDOW_S
     cases: list[tuple[str, int]] = [(_SILENT, 0), *((kind, rate) for kind in _NEWS for rate in rates)]
     measured: dict[tuple[str, int], list[HeartbeatCost]] = {case: [] for case in cases}
+    relaying: list[HeartbeatCost] = []
     async with one_poller():
         for turn in run.rounds(REPETITIONS, warmup=0):
             for kind, rate in turn.order(cases):
                 run.progress.update(f"{turn.label}: {rate} heartbeats/s, {kind}")
-                cost = await measure_heartbeats(senders, rate, _NEWS.get(kind), window_s)
+                cost = await measure_heartbeats(processes, rate, _NEWS.get(kind), window_s)
                 measured[kind, rate].append(cost)
+            run.progress.update(f"{turn.label}: a relay")
+            relaying.append(await measure_relay(_RELAYED, window_s))
     silent = Samples(tuple(cost.cores for cost in measured[_SILENT, 0]))
-    run.row({"what": f"{senders} connections, {_SILENT}", "cores": silent.median, "spread_cores": silent.spread})
+    run.row({"what": f"{processes} processes, {_SILENT}", "cores": silent.median, "spread_cores": silent.spread})
+    relay = Samples(tuple(cost.cores for cost in relaying))
+    run.row(
+        {
+            "what": f"a daemon's relaying for {_RELAYED}",
+            "taken_per_s": statistics.median(cost.heartbeats_per_s for cost in relaying),
+            "cores": relay.median,
+            "spread_cores": relay.spread,
+        }
+    )
     for kind, rate in cases[1:]:
         cores = Samples(tuple(cost.cores for cost in measured[kind, rate]))
         each_us = Samples(tuple(1e6 * cost.cores / cost.heartbeats_per_s for cost in measured[kind, rate]))
@@ -153,8 +166,8 @@ async def _heartbeats(run: Run) -> None:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instances", type=int, nargs="+", metavar="N", default=[10, 100, 1000, 10_000])
-    parser.add_argument("--senders", type=int, metavar="N", default=100, help="connections")
-    parser.add_argument("--rates", type=int, nargs="+", metavar="N", default=[100, 1000, 10_000], help="heartbeats/s")
+    parser.add_argument("--processes", type=int, metavar="N", default=PROCESSES, help="that send heartbeats")
+    parser.add_argument("--rates", type=int, nargs="+", metavar="N", default=[1000, 10_000], help="heartbeats/s of all")
 
 
 if __name__ == "__main__":

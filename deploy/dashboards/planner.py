@@ -95,3 +95,11 @@ def _leader(page: Page) -> None:
         Query(f"max by (kind) ({series(metrics.MEMBERS)})", "{{kind}}"),
         width=8,
     )
+    page.graph(
+        "Heartbeats",
+        "Processes whose heartbeats come to the leader itself, and by way of a KV daemon.",
+        "short",
+        Query(f"max by (way) ({series(metrics.HEARTBEAT_STREAMS)})", "{{way}}"),
+        width=8,
+        stacked=True,
+    )

@@ -210,6 +210,7 @@ class Heartbeat(NamedTuple):
         full: the report contains everything; what was known of the member before is forgotten.
         report: None says "alive, nothing changed" (never with ``full``).
         timings: what was measured since the last message of any stream; lost with a stream that breaks.
+        lost_relay: address of the relay that the member had been sent to and could not use.
     """
 
     member: str
@@ -217,6 +218,7 @@ class Heartbeat(NamedTuple):
     full: bool
     report: Report | None
     timings: Timings = ()
+    lost_relay: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,9 @@ class GManagerConfig:
         lease_ttl_s: etcd forgets the process this long after it died.
         watch_interval_s: changes of load reach a WatchInstances stream at most this often; changes of membership do
             at once.
+        direct_heartbeats: processes that send their heartbeats to the gManager itself; the others' come by way of KV
+            daemons among these (relays.py).
+        heartbeats_per_relay: processes that one of these daemons relays for at most.
         planner: plan moves of blocks and have them made; otherwise blocks move only as memory runs out.
         plan_interval_s: from the end of one plan to the next.
         policy: what the planner may do, and for how much.
@@ -61,6 +64,8 @@ class GManagerConfig:
     advertise: str = ""
     lease_ttl_s: int = 10
     watch_interval_s: float = 0.25
+    direct_heartbeats: int = 256
+    heartbeats_per_relay: int = 128
     planner: bool = True
     plan_interval_s: float = 1.0
     policy: PlannerPolicy = field(default_factory=PlannerPolicy)
@@ -79,5 +84,8 @@ class GManagerConfig:
         for name in ("watch_interval_s", "plan_interval_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        for name in ("direct_heartbeats", "heartbeats_per_relay"):
+            if getattr(self, name) < 2:
+                raise ConfigError(f"{name} must be at least 2, got {getattr(self, name)}")
         if self.lease_ttl_s < 2:
             raise ConfigError(f"lease_ttl_s must be at least 2, got {self.lease_ttl_s}")

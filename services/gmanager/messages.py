@@ -41,7 +41,8 @@ def heartbeat_from_proto(message: gmanager_pb2.HeartbeatRequest) -> Heartbeat:
         pool = message.kvdaemon
         geometry = geometry_from_proto(pool.geometry) if pool.HasField("geometry") else None
         report = KvDaemonReport(stats_from_proto(pool.stats), geometry)
-    return Heartbeat(message.member, message.sequence, message.full, report, _timings(message))
+    timings, lost_relay = _timings(message), message.lost_relay_address
+    return Heartbeat(message.member, message.sequence, message.full, report, timings, lost_relay)
 
 
 def geometry_from_proto(geometry: pool_pb2.PoolGeometry) -> PoolGeometry:

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from services.gmanager.move_book import MoveRecord
 from services.gmanager.office import Office
 from services.gmanager.planning import Planning
+from services.gmanager.relays import Relays
 from services.gmanager.view import ClusterView
 from services.runtime import metrics
 
@@ -19,10 +20,11 @@ from services.runtime import metrics
 class GManagerState(Collector):
     """Asked on the event loop, which everything here belongs to."""
 
-    def __init__(self, office: Office, view: ClusterView, planning: Planning) -> None:
+    def __init__(self, office: Office, view: ClusterView, planning: Planning, relays: Relays) -> None:
         self._office = office
         self._view = view
         self._planning = planning
+        self._relays = relays
 
     def collect(self) -> Iterable[Metric]:
         now = time.monotonic()
@@ -35,6 +37,8 @@ class GManagerState(Collector):
         yield metrics.LEADS.value(self._office.fencing_token is not None)
         yield metrics.LEADER_CHANGES.value(self._office.leader_changes)
         yield metrics.MEMBERS.family(((kind,), count) for kind, count in members)
+        streams = (("direct", self._relays.direct), ("relayed", self._relays.relayed))
+        yield metrics.HEARTBEAT_STREAMS.family(((way,), count) for way, count in streams)
         errors = ((name, self._planning.step_error(name)) for name in instances)
         yield metrics.STEP_PREDICTION_ERROR.family(((name,), error) for name, error in errors if error is not None)
         summary = self._planning.summary

@@ -18,6 +18,7 @@ from services.gmanager.instance_client import InstanceClients
 from services.gmanager.metrics import GManagerState
 from services.gmanager.office import Office, hold_office
 from services.gmanager.planning import ActivePlanning, NoPlanning, Planning
+from services.gmanager.reception import Reception
 from services.gmanager.servicer import GManagerServicer, MembershipSignal
 from services.gmanager.view import ClusterView
 from services.runtime.cancelling import cancel
@@ -63,9 +64,10 @@ async def serve(config: GManagerConfig) -> None:
     if config.planner:
         took = PLANNING_TIME.histogram(registry).observe
         planning = ActivePlanning(view, office, orders, config.policy, time.monotonic, config.plan_interval_s, took)
-    registry.register(GManagerState(office, view, planning))
+    reception = Reception(view, planning, time.monotonic, config.direct_heartbeats, config.heartbeats_per_relay)
+    registry.register(GManagerState(office, view, planning, reception.relays))
     gmanager_pb2_grpc.add_GManagerServiceServicer_to_server(
-        GManagerServicer(view, changed, time.monotonic, config.watch_interval_s, office, planning), server
+        GManagerServicer(changed, config.watch_interval_s, office, reception), server
     )
     await server.start()
     metrics.start()

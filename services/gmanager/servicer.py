@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
 
 from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc
-from services.core.errors import InvalidRequestError, ResyncRequiredError
+from services.core.errors import InfiniteLLMError
 from services.gmanager.messages import (
     geometry_from_proto,
-    heartbeat_from_proto,
     instance_to_proto,
     kvdaemon_to_proto,
     move_to_proto,
@@ -22,11 +19,9 @@ from services.gmanager.messages import (
     request_to_proto,
 )
 from services.gmanager.office import Office
-from services.gmanager.planning import Planning
-from services.gmanager.view import ClusterView
+from services.gmanager.reception import MemberStream, Reception
+from services.runtime.grpc_errors import error_message
 from services.runtime.membership import Member
-
-logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -52,50 +47,61 @@ class MembershipSignal:
 
 
 class GManagerServicer(gmanager_pb2_grpc.GManagerServiceServicer):
-    """Serves one ClusterView, in office. ``clock`` answers monotonic seconds, the ``now`` of the view."""
+    """Serves one ClusterView, in office; heartbeats come in at the reception."""
 
     def __init__(
         self,
-        view: ClusterView,
         changed: MembershipSignal,
-        clock: Callable[[], float],
         watch_interval_s: float,
         office: Office,
-        planning: Planning,
+        reception: Reception,
     ) -> None:
-        self._view = view
+        self._view = reception.view
+        self._planning = reception.planning
+        self._clock = reception.clock
+        self._reception = reception
         self._changed = changed
-        self._clock = clock
         self._watch_interval_s = watch_interval_s
         self._office = office
-        self._planning = planning
-        self._streams = itertools.count()
 
     async def Heartbeat(
         self, request_iterator: AsyncIterator[gmanager_pb2.HeartbeatRequest], context: Context
     ) -> gmanager_pb2.HeartbeatResponse:
-        stream = next(self._streams)
-        member = ""
+        stream = self._reception.stream()
         try:
             async for message in request_iterator:
                 self._office.require()
-                if not member:
-                    if message.WhichOneof("report") != message.member.partition("/")[0]:
-                        raise ResyncRequiredError(
-                            f"the first heartbeat of {message.member!r} must be a full report of its own kind"
-                        )
-                    member = message.member
-                    logger.info("heartbeats begin", extra={"reporter": member})
-                elif message.member != member:
-                    raise InvalidRequestError(f"a heartbeat of {message.member!r} in the stream of {member!r}")
-                heartbeat, now = heartbeat_from_proto(message), self._clock()
-                self._view.apply(stream, heartbeat, now)
-                self._planning.observe(heartbeat, now)
+                relay = stream.take(message)
+                if relay is not None:
+                    return gmanager_pb2.HeartbeatResponse(relay_address=relay)
         finally:
-            if member:
-                self._view.stream_ended(member, stream)
-                logger.info("heartbeats end", extra={"reporter": member})
+            stream.end()
         return gmanager_pb2.HeartbeatResponse()
+
+    async def RelayHeartbeats(
+        self, request_iterator: AsyncIterator[gmanager_pb2.RelayHeartbeatsRequest], context: Context
+    ) -> AsyncIterator[gmanager_pb2.RelayHeartbeatsResponse]:
+        streams: dict[int, MemberStream] = {}
+        try:
+            async for message in request_iterator:
+                self._office.require()
+                for relayed in message.heartbeats:
+                    stream = streams.get(relayed.stream)
+                    if stream is None:
+                        stream = streams[relayed.stream] = self._reception.stream(message.kvdaemon_id)
+                    try:
+                        stream.take(relayed.heartbeat)
+                    except InfiniteLLMError as error:  # of one member; the others go on
+                        streams.pop(relayed.stream).end()
+                        yield gmanager_pb2.RelayHeartbeatsResponse(
+                            stream=relayed.stream, reason=error.reason, message=error_message(error)
+                        )
+                for number in message.ended_streams:
+                    if number in streams:
+                        streams.pop(number).end()
+        finally:
+            for stream in streams.values():
+                stream.end()
 
     async def FindRoom(self, request: gmanager_pb2.FindRoomRequest, context: Context) -> gmanager_pb2.FindRoomResponse:
         self._office.require()

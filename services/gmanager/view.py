@@ -214,6 +214,11 @@ class ClusterView:
             answer.append(KvDaemonInfo(self._kvdaemons[member_id], stats, age_s))
         return tuple(answer)
 
+    def kvdaemon_address(self, member_id: str) -> str | None:
+        """Of its control server; None where it is no member."""
+        member = self._kvdaemons.get(member_id)
+        return None if member is None else member.address
+
     def gmanagers(self) -> tuple[Member, ...]:
         """All gManagers, by id."""
         return tuple(self._gmanagers[member_id] for member_id in sorted(self._gmanagers))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from infinitellm.internal.v1.gmanager_pb2_grpc import add_HeartbeatRelayServiceServicer_to_server
 from infinitellm.internal.v1.kvdaemon_pb2_grpc import add_KvDaemonServiceServicer_to_server
 from services.core.errors import InfiniteLLMError
 from services.core.placement import KvDaemonSnapshot
@@ -34,6 +35,7 @@ from services.kvdaemon.sessions import Sessions, SharedLedger
 from services.kvdaemon.worker import Worker
 from services.rmanager.gmanager_locator import GManagerLocator
 from services.rmanager.heartbeat import HeartbeatSender
+from services.rmanager.heartbeat_relay import HeartbeatRelay
 from services.rmanager.ledger import Ledger
 from services.runtime.config import load_config
 from services.runtime.etcd import EtcdClient
@@ -80,8 +82,13 @@ async def serve(config: KvDaemonConfig) -> None:
     sessions = Sessions(shared, worker.sessions_ended)
     pool_socket = PoolSocketServer(config.pool_socket, pool, sessions.may_map, sessions.hung_up)
     terms = SessionTerms(data_plane.offers, str(config.pool_socket), config.ping_interval_s, config.session_timeout_s)
+    etcd = EtcdClient(config.etcd, config.etcd_tls)
+    membership = Membership(etcd, config.cluster)
+    locator = GManagerLocator(membership)
+    relay = HeartbeatRelay(config.member_id, locator, config.heartbeat_interval_s, config.tls)
     server = make_server(config.tls, tracing.tracer)
     add_KvDaemonServiceServicer_to_server(KvDaemonServicer(shared, sessions, terms), server)
+    add_HeartbeatRelayServiceServicer_to_server(relay, server)
     address = bind(server, config.listen, tls=config.tls, allow_insecure=config.allow_insecure)
     registry = make_registry()
     registry.register(DaemonState(config.member_id, shared, worker))
@@ -92,9 +99,6 @@ async def serve(config: KvDaemonConfig) -> None:
     pool_socket.start()
     await server.start()
     metrics.start()
-    etcd = EtcdClient(config.etcd, config.etcd_tls)
-    membership = Membership(etcd, config.cluster)
-    locator = GManagerLocator(membership)
     heartbeat = HeartbeatSender(
         f"kvdaemon/{config.member_id}",
         locator,
@@ -104,6 +108,7 @@ async def serve(config: KvDaemonConfig) -> None:
         tls=config.tls,
     )
     heartbeat.start()
+    relay.start()
     registration = await membership.register(
         Member(
             kind="kvdaemon",
@@ -133,6 +138,7 @@ async def serve(config: KvDaemonConfig) -> None:
     _log.info("stopping")
     await heartbeat.close()  # first: who sends heartbeats counts as a member without an entry, too
     await registration.close()
+    await relay.close()
     await locator.close()
     await etcd.close()
     await server.stop(grace=None)  # sessions last as long as their clients like: there is nothing to wait for

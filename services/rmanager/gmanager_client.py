@@ -32,26 +32,40 @@ AddressSource = Callable[[], Awaitable[str | None]]
 
 
 class HeartbeatStream:
-    """One open Heartbeat call. Every method raises an error of the project's tree when the call is over."""
+    """One open Heartbeat call. Every method raises an error of the project's tree when the call is over.
 
-    def __init__(self, address: str, tls: MutualTls | None = None) -> None:
-        self._channel = make_channel(address, "gmanager", tls)
-        self._call = gmanager_pb2_grpc.GManagerServiceStub(self._channel).Heartbeat()
+    Args:
+        address: of the gManager, or of a relay if ``relay``.
+    """
+
+    def __init__(self, address: str, tls: MutualTls | None = None, relay: bool = False) -> None:
+        self._channel = make_channel(address, "kvdaemon" if relay else "gmanager", tls)
+        stubs = gmanager_pb2_grpc.HeartbeatRelayServiceStub if relay else gmanager_pb2_grpc.GManagerServiceStub
+        self._call = stubs(self._channel).Heartbeat()
 
     async def send(self, heartbeat: Heartbeat, timeout_s: float) -> None:
-        """Sends one heartbeat; a gManager that takes none for ``timeout_s`` counts as away."""
+        """Sends one heartbeat; where nobody takes it for ``timeout_s``, the other side counts as away."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._call.write(heartbeat_to_proto(heartbeat))
-                if self._call.done():
-                    await self._call
-                    raise UnavailableError("the gManager ended the heartbeat stream")
         except grpc.aio.AioRpcError as exc:
             raise error_from_rpc(exc) from exc
-        except asyncio.InvalidStateError as exc:
-            raise UnavailableError("the heartbeat stream is over") from exc
+        except asyncio.InvalidStateError:
+            return  # it is over: ``sent_to`` says why
         except TimeoutError as exc:
-            raise UnavailableError(f"the gManager took no heartbeat for {timeout_s:g} s") from exc
+            raise UnavailableError(f"nobody took a heartbeat for {timeout_s:g} s") from exc
+
+    async def sent_to(self) -> str | None:
+        """Address of the relay that the gManager ended the stream with; None while the stream is open."""
+        if not self._call.done():
+            return None
+        try:
+            response = await self._call
+        except grpc.aio.AioRpcError as exc:
+            raise error_from_rpc(exc) from exc
+        if not response.relay_address:
+            raise UnavailableError("the other side ended the heartbeat stream")
+        return response.relay_address
 
     async def close(self) -> None:
         self._call.cancel()
@@ -116,7 +130,12 @@ class GManagerClient:
 
 
 def heartbeat_to_proto(heartbeat: Heartbeat) -> gmanager_pb2.HeartbeatRequest:
-    message = gmanager_pb2.HeartbeatRequest(member=heartbeat.member, sequence=heartbeat.sequence, full=heartbeat.full)
+    message = gmanager_pb2.HeartbeatRequest(
+        member=heartbeat.member,
+        sequence=heartbeat.sequence,
+        full=heartbeat.full,
+        lost_relay_address=heartbeat.lost_relay,
+    )
     report = heartbeat.report
     if isinstance(report, InstanceReport):
         _write_instance_report(message.instance, report)

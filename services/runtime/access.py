@@ -13,6 +13,8 @@ _PUBLIC = "/infinitellm.v1"
 
 CALLERS: Mapping[str, frozenset[Role]] = {
     f"{_INTERNAL}.GManagerService/Heartbeat": frozenset({"instance", "kvdaemon"}),
+    f"{_INTERNAL}.GManagerService/RelayHeartbeats": frozenset({"kvdaemon"}),
+    f"{_INTERNAL}.HeartbeatRelayService/Heartbeat": frozenset({"instance", "kvdaemon"}),
     f"{_INTERNAL}.GManagerService/FindRoom": frozenset({"instance"}),
     f"{_INTERNAL}.GManagerService/WatchInstances": frozenset({"gateway"}),
     f"{_INTERNAL}.GManagerService/GetClusterView": frozenset({"gateway"}),

@@ -190,6 +190,12 @@ LEADER_CHANGES = _counter(
     "gmanager",
 )
 MEMBERS = _gauge("infinite_llm_members", "Processes that the gManager knows, by kind.", "gmanager", labels=("kind",))
+HEARTBEAT_STREAMS = _gauge(
+    "infinite_llm_heartbeat_streams",
+    "Processes whose heartbeats come to the gManager itself (direct) or by way of a KV daemon (relayed).",
+    "gmanager",
+    labels=("way",),
+)
 PLANNING_TIME = _histogram("infinite_llm_planning_seconds", "Time of making a plan.", "gmanager", buckets=_SHORT_S)
 PLANNED_THROUGHPUT = _gauge(
     "infinite_llm_planned_throughput_tokens_per_second",

@@ -28,6 +28,7 @@ from services.core.timings import HostingTiming, RemoteTiming, StepTiming
 from services.gateway.gmanager_client import _instance as gateway_view
 from services.gmanager.messages import heartbeat_from_proto, instance_to_proto
 from services.gmanager.planning import NoPlanning
+from services.gmanager.reception import Reception
 from services.gmanager.servicer import GManagerServicer, MembershipSignal
 from services.gmanager.view import ClusterView, InstanceInfo
 from services.rmanager.gmanager_client import heartbeat_to_proto
@@ -56,6 +57,7 @@ FULL = InstanceReport(
         Heartbeat("instance/a", 1, False, InstanceReport(0, 0), (STEP, StepTiming(1, 0, 64, 0.5, 0.25, 0.25))),
         Heartbeat("instance/a", 2, False, InstanceReport(0, 0, queue=(), transports=())),  # empty now, not unchanged
         Heartbeat("instance/a", 3, False, None),
+        Heartbeat("instance/a", 0, True, InstanceReport(0, 0), lost_relay="127.0.0.1:7200"),
         Heartbeat("kvdaemon/k", 0, True, KvDaemonReport(PoolStats(1024))),
         Heartbeat(
             "kvdaemon/k",
@@ -88,7 +90,7 @@ def test_hints_reach_the_gateway() -> None:
 def test_the_view_of_the_cluster_names_the_leader() -> None:
     view = ClusterView()
     view.set_gmanagers({"g": Member("gmanager", "g", "g:1"), "h": Member("gmanager", "h", "h:1")}, 0.0)
-    servicer = GManagerServicer(view, MembershipSignal(), lambda: 0.0, 1.0, leading(), NoPlanning())
+    servicer = GManagerServicer(MembershipSignal(), 1.0, leading(), Reception(view, NoPlanning(), lambda: 0.0))
     answer = asyncio.run(servicer.GetClusterView(gmanager_pb2.GetClusterViewRequest(), None))
     assert [(one.gmanager_id, one.leads) for one in answer.gmanagers] == [("g", True), ("h", False)]
     assert not answer.HasField("planner")

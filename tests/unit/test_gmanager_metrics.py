@@ -14,13 +14,16 @@ from services.core.placement import InstanceReport, MoveEnd, MoveReport
 from services.gmanager.metrics import GManagerState
 from services.gmanager.move_book import MEASURE_S
 from services.gmanager.planning import NoPlanning
+from services.gmanager.relays import Relays
 from services.gmanager.view import ClusterView
 from services.runtime.membership import Member
+
+RELAYS = Relays(10, 10, {}.get)
 
 
 def told_by(rig: Rig) -> Scraped:
     registry = CollectorRegistry()
-    registry.register(GManagerState(rig.office, rig.view, rig.planning))
+    registry.register(GManagerState(rig.office, rig.view, rig.planning, RELAYS))
     return scraped(registry)
 
 
@@ -80,7 +83,7 @@ def test_plans_tell_how_long_they_took() -> None:
 def test_a_gmanager_that_does_not_plan() -> None:
     office, view, registry = Steps().office, ClusterView(), CollectorRegistry()
     view.set_gmanagers({"g": Member("gmanager", "g", "g:1")}, 0.0)
-    registry.register(GManagerState(office, view, NoPlanning()))
+    registry.register(GManagerState(office, view, NoPlanning(), RELAYS))
     told = scraped(registry)
     assert told.value("infinite_llm_gmanager_leads") == 0
     assert told.by("kind", "infinite_llm_members")["gmanager"] == 1

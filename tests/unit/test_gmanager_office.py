@@ -14,6 +14,7 @@ from services.core.errors import NotLeaderError, UnavailableError
 from services.core.placement import Heartbeat, InstanceReport, PlacementEntry
 from services.gmanager.office import Office, hold_office
 from services.gmanager.planning import NoPlanning
+from services.gmanager.reception import Reception
 from services.gmanager.servicer import GManagerServicer, MembershipSignal
 from services.gmanager.view import ClusterView
 from services.runtime.election import Leader
@@ -122,11 +123,14 @@ def test_a_standby_answers_nothing() -> None:
     async def scenario() -> None:
         view = ClusterView()
         view.set_instances({"a": Member("instance", "a", "a:1")}, 0.0)
-        servicer = GManagerServicer(view, MembershipSignal(), lambda: 0.0, 0.01, Steps().office, NoPlanning())
+        reception = Reception(view, NoPlanning(), lambda: 0.0)
+        servicer = GManagerServicer(MembershipSignal(), 0.01, Steps().office, reception)
         report = gmanager_pb2.InstanceReport(running_requests=1)
         full = gmanager_pb2.HeartbeatRequest(member="instance/a", full=True, instance=report)
+        relayed = gmanager_pb2.RelayHeartbeatsRequest(heartbeats=[gmanager_pb2.RelayedHeartbeat(heartbeat=full)])
         calls: list[Callable[[], object]] = [
             lambda: servicer.Heartbeat(_messages(full), None),
+            lambda: _never(servicer.RelayHeartbeats(_messages(relayed), None)),
             lambda: servicer.FindRoom(gmanager_pb2.FindRoomRequest(), None),
             lambda: servicer.GetClusterView(gmanager_pb2.GetClusterViewRequest(), None),
             lambda: _never(servicer.WatchInstances(gmanager_pb2.WatchInstancesRequest(), None)),
@@ -146,7 +150,7 @@ def test_streams_end_when_another_leads() -> None:
         view, changed, ended = ClusterView(), MembershipSignal(), asyncio.Event()
         office = Office(GMANAGER, changed.notify)
         office.elected(PlayedReign(7))
-        servicer = GManagerServicer(view, changed, lambda: 0.0, 3600.0, office, NoPlanning())
+        servicer = GManagerServicer(changed, 3600.0, office, Reception(view, NoPlanning(), lambda: 0.0))
 
         async def watch() -> None:
             async for _ in servicer.WatchInstances(gmanager_pb2.WatchInstancesRequest(), None):

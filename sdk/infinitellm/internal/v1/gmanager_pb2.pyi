@@ -30,12 +30,15 @@ class HeartbeatRequest(_message.Message):
     KVDAEMON_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     HOSTING_FIELD_NUMBER: _builtins.int
+    LOST_RELAY_ADDRESS_FIELD_NUMBER: _builtins.int
     member: _builtins.str
     """Identity of the sending process: "instance/..." or "kvdaemon/..." as in its membership key."""
     sequence: _builtins.int
     """0, 1, 2, ... within the stream."""
     full: _builtins.bool
     """Everything is contained; forget what was known of this member."""
+    lost_relay_address: _builtins.str
+    """The relay that this process was sent to and could not use, in the first message of the stream that it opened instead."""
     @_builtins.property
     def instance(self) -> Global___InstanceReport: ...
     @_builtins.property
@@ -58,10 +61,11 @@ class HeartbeatRequest(_message.Message):
         kvdaemon: Global___KvDaemonReport | None = ...,
         steps: _abc.Iterable[Global___StepTiming] | None = ...,
         hosting: Global___HostingTiming | None = ...,
+        lost_relay_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hosting", b"hosting", "instance", b"instance", "kvdaemon", b"kvdaemon", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["full", b"full", "hosting", b"hosting", "instance", b"instance", "kvdaemon", b"kvdaemon", "member", b"member", "report", b"report", "sequence", b"sequence", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["full", b"full", "hosting", b"hosting", "instance", b"instance", "kvdaemon", b"kvdaemon", "lost_relay_address", b"lost_relay_address", "member", b"member", "report", b"report", "sequence", b"sequence", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_report: _TypeAlias = _typing.Literal["instance", "kvdaemon"]  # noqa: Y015
     _WhichOneofArgType_report: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
@@ -508,16 +512,104 @@ Global___KvDaemonReport: _TypeAlias = KvDaemonReport  # noqa: Y015
 class HeartbeatResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    RELAY_ADDRESS_FIELD_NUMBER: _builtins.int
+    relay_address: _builtins.str
+    """Where the next stream is to be opened, host:port of a HeartbeatRelayService."""
     def __init__(
         self,
+        *,
+        relay_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["relay_address", b"relay_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatResponse: _TypeAlias = HeartbeatResponse  # noqa: Y015
+
+@_typing.final
+class RelayHeartbeatsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KVDAEMON_ID_FIELD_NUMBER: _builtins.int
+    HEARTBEATS_FIELD_NUMBER: _builtins.int
+    ENDED_STREAMS_FIELD_NUMBER: _builtins.int
+    kvdaemon_id: _builtins.str
+    """The daemon that relays."""
+    @_builtins.property
+    def heartbeats(self) -> _containers.RepeatedCompositeFieldContainer[Global___RelayedHeartbeat]:
+        """In the order in which they came."""
+
+    @_builtins.property
+    def ended_streams(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Streams that have ended since the last message."""
+
+    def __init__(
+        self,
+        *,
+        kvdaemon_id: _builtins.str = ...,
+        heartbeats: _abc.Iterable[Global___RelayedHeartbeat] | None = ...,
+        ended_streams: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_streams", b"ended_streams", "heartbeats", b"heartbeats", "kvdaemon_id", b"kvdaemon_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RelayHeartbeatsRequest: _TypeAlias = RelayHeartbeatsRequest  # noqa: Y015
+
+@_typing.final
+class RelayedHeartbeat(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    stream: _builtins.int
+    """The relay's number for the stream it came by; never used for another one."""
+    @_builtins.property
+    def heartbeat(self) -> Global___HeartbeatRequest: ...
+    def __init__(
+        self,
+        *,
+        stream: _builtins.int = ...,
+        heartbeat: Global___HeartbeatRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "stream", b"stream"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RelayedHeartbeat: _TypeAlias = RelayedHeartbeat  # noqa: Y015
+
+@_typing.final
+class RelayHeartbeatsResponse(_message.Message):
+    """One stream's end, as an error of the project."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAM_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    stream: _builtins.int
+    reason: _builtins.str
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        stream: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "stream", b"stream"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RelayHeartbeatsResponse: _TypeAlias = RelayHeartbeatsResponse  # noqa: Y015
 
 @_typing.final
 class FindRoomRequest(_message.Message):

@@ -42,6 +42,11 @@ class GManagerServiceStub(object):
                 request_serializer=infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.HeartbeatRequest.SerializeToString,
                 response_deserializer=infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.HeartbeatResponse.FromString,
                 _registered_method=True)
+        self.RelayHeartbeats = channel.stream_stream(
+                '/infinitellm.internal.v1.GManagerService/RelayHeartbeats',
+                request_serializer=infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.RelayHeartbeatsRequest.SerializeToString,
+                response_deserializer=infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.RelayHeartbeatsResponse.FromString,
+                _registered_method=True)
         self.FindRoom = channel.unary_unary(
                 '/infinitellm.internal.v1.GManagerService/FindRoom',
                 request_serializer=infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.FindRoomRequest.SerializeToString,
@@ -68,8 +73,18 @@ class GManagerServiceServicer(object):
     def Heartbeat(self, request_iterator, context):
         """One stream per process, opened once. The first message is `full`; later ones carry changed entries only.
 
-        Updates the placement map. A lost stream is opened again with a full message, so a retry is safe.
+        Updates the placement map. A lost stream is opened again with a full message, so a retry is safe. A gManager that
+        has enough streams ends one more with the address of a relay.
         Errors: FAILED_PRECONDITION (RESYNC_REQUIRED: the first message was not full, or one is missing).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RelayHeartbeats(self, request_iterator, context):
+        """The heartbeats of many processes, from a daemon that relays them. Answers which of their streams are to be ended.
+
+        Updates the placement map. When the call is lost, the relay ends all streams, and their processes begin anew.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,6 +119,11 @@ def add_GManagerServiceServicer_to_server(servicer, server):
                     servicer.Heartbeat,
                     request_deserializer=infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.HeartbeatRequest.FromString,
                     response_serializer=infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.HeartbeatResponse.SerializeToString,
+            ),
+            'RelayHeartbeats': grpc.stream_stream_rpc_method_handler(
+                    servicer.RelayHeartbeats,
+                    request_deserializer=infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.RelayHeartbeatsRequest.FromString,
+                    response_serializer=infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.RelayHeartbeatsResponse.SerializeToString,
             ),
             'FindRoom': grpc.unary_unary_rpc_method_handler(
                     servicer.FindRoom,
@@ -151,6 +171,33 @@ class GManagerService(object):
             '/infinitellm.internal.v1.GManagerService/Heartbeat',
             infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.HeartbeatRequest.SerializeToString,
             infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.HeartbeatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RelayHeartbeats(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/infinitellm.internal.v1.GManagerService/RelayHeartbeats',
+            infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.RelayHeartbeatsRequest.SerializeToString,
+            infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.RelayHeartbeatsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -232,6 +279,85 @@ class GManagerService(object):
             '/infinitellm.internal.v1.GManagerService/GetClusterView',
             infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.GetClusterViewRequest.SerializeToString,
             infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.GetClusterViewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class HeartbeatRelayServiceStub(object):
+    """Served by every KV daemon: heartbeats of other processes, on their way to the gManager.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Heartbeat = channel.stream_unary(
+                '/infinitellm.internal.v1.HeartbeatRelayService/Heartbeat',
+                request_serializer=infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.HeartbeatRequest.SerializeToString,
+                response_deserializer=infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.HeartbeatResponse.FromString,
+                _registered_method=True)
+
+
+class HeartbeatRelayServiceServicer(object):
+    """Served by every KV daemon: heartbeats of other processes, on their way to the gManager.
+    """
+
+    def Heartbeat(self, request_iterator, context):
+        """As GManagerService.Heartbeat, where that named this daemon; taken by the gManager a moment later.
+
+        Errors: those of GManagerService.Heartbeat; UNAVAILABLE (NOT_LEADER: the gManager is lost to this daemon, or another
+        one leads: begin anew).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_HeartbeatRelayServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Heartbeat': grpc.stream_unary_rpc_method_handler(
+                    servicer.Heartbeat,
+                    request_deserializer=infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.HeartbeatRequest.FromString,
+                    response_serializer=infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.HeartbeatResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'infinitellm.internal.v1.HeartbeatRelayService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('infinitellm.internal.v1.HeartbeatRelayService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class HeartbeatRelayService(object):
+    """Served by every KV daemon: heartbeats of other processes, on their way to the gManager.
+    """
+
+    @staticmethod
+    def Heartbeat(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/infinitellm.internal.v1.HeartbeatRelayService/Heartbeat',
+            infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.HeartbeatRequest.SerializeToString,
+            infinitellm_dot_internal_dot_v1_dot_gmanager__pb2.HeartbeatResponse.FromString,
             options,
             channel_credentials,
             insecure,

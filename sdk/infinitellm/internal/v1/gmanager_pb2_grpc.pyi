@@ -39,8 +39,14 @@ class GManagerServiceStub:
     Heartbeat: _grpc.StreamUnaryMultiCallable[_gmanager_pb2.HeartbeatRequest, _gmanager_pb2.HeartbeatResponse]
     """One stream per process, opened once. The first message is `full`; later ones carry changed entries only.
 
-    Updates the placement map. A lost stream is opened again with a full message, so a retry is safe.
+    Updates the placement map. A lost stream is opened again with a full message, so a retry is safe. A gManager that
+    has enough streams ends one more with the address of a relay.
     Errors: FAILED_PRECONDITION (RESYNC_REQUIRED: the first message was not full, or one is missing).
+    """
+    RelayHeartbeats: _grpc.StreamStreamMultiCallable[_gmanager_pb2.RelayHeartbeatsRequest, _gmanager_pb2.RelayHeartbeatsResponse]
+    """The heartbeats of many processes, from a daemon that relays them. Answers which of their streams are to be ended.
+
+    Updates the placement map. When the call is lost, the relay ends all streams, and their processes begin anew.
     """
     FindRoom: _grpc.UnaryUnaryMultiCallable[_gmanager_pb2.FindRoomRequest, _gmanager_pb2.FindRoomResponse]
     """Answers which daemons can hold blocks of a geometry, emptiest first, full ones included. Changes nothing (no
@@ -62,8 +68,14 @@ class GManagerServiceAsyncStub(GManagerServiceStub):
     Heartbeat: _aio.StreamUnaryMultiCallable[_gmanager_pb2.HeartbeatRequest, _gmanager_pb2.HeartbeatResponse]  # type: ignore[assignment]
     """One stream per process, opened once. The first message is `full`; later ones carry changed entries only.
 
-    Updates the placement map. A lost stream is opened again with a full message, so a retry is safe.
+    Updates the placement map. A lost stream is opened again with a full message, so a retry is safe. A gManager that
+    has enough streams ends one more with the address of a relay.
     Errors: FAILED_PRECONDITION (RESYNC_REQUIRED: the first message was not full, or one is missing).
+    """
+    RelayHeartbeats: _aio.StreamStreamMultiCallable[_gmanager_pb2.RelayHeartbeatsRequest, _gmanager_pb2.RelayHeartbeatsResponse]  # type: ignore[assignment]
+    """The heartbeats of many processes, from a daemon that relays them. Answers which of their streams are to be ended.
+
+    Updates the placement map. When the call is lost, the relay ends all streams, and their processes begin anew.
     """
     FindRoom: _aio.UnaryUnaryMultiCallable[_gmanager_pb2.FindRoomRequest, _gmanager_pb2.FindRoomResponse]  # type: ignore[assignment]
     """Answers which daemons can hold blocks of a geometry, emptiest first, full ones included. Changes nothing (no
@@ -88,8 +100,20 @@ class GManagerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_gmanager_pb2.HeartbeatResponse, _abc.Awaitable[_gmanager_pb2.HeartbeatResponse]]:
         """One stream per process, opened once. The first message is `full`; later ones carry changed entries only.
 
-        Updates the placement map. A lost stream is opened again with a full message, so a retry is safe.
+        Updates the placement map. A lost stream is opened again with a full message, so a retry is safe. A gManager that
+        has enough streams ends one more with the address of a relay.
         Errors: FAILED_PRECONDITION (RESYNC_REQUIRED: the first message was not full, or one is missing).
+        """
+
+    @_abc_1.abstractmethod
+    def RelayHeartbeats(
+        self,
+        request_iterator: _MaybeAsyncIterator[_gmanager_pb2.RelayHeartbeatsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gmanager_pb2.RelayHeartbeatsResponse], _abc.AsyncIterator[_gmanager_pb2.RelayHeartbeatsResponse]]:
+        """The heartbeats of many processes, from a daemon that relays them. Answers which of their streams are to be ended.
+
+        Updates the placement map. When the call is lost, the relay ends all streams, and their processes begin anew.
         """
 
     @_abc_1.abstractmethod
@@ -119,3 +143,46 @@ class GManagerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Answers everything known. Changes nothing; a retry is safe."""
 
 def add_GManagerServiceServicer_to_server(servicer: GManagerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class HeartbeatRelayServiceStub:
+    """Served by every KV daemon: heartbeats of other processes, on their way to the gManager."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> HeartbeatRelayServiceAsyncStub: ...
+    Heartbeat: _grpc.StreamUnaryMultiCallable[_gmanager_pb2.HeartbeatRequest, _gmanager_pb2.HeartbeatResponse]
+    """As GManagerService.Heartbeat, where that named this daemon; taken by the gManager a moment later.
+
+    Errors: those of GManagerService.Heartbeat; UNAVAILABLE (NOT_LEADER: the gManager is lost to this daemon, or another
+    one leads: begin anew).
+    """
+
+@_typing.type_check_only
+class HeartbeatRelayServiceAsyncStub(HeartbeatRelayServiceStub):
+    """Served by every KV daemon: heartbeats of other processes, on their way to the gManager."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Heartbeat: _aio.StreamUnaryMultiCallable[_gmanager_pb2.HeartbeatRequest, _gmanager_pb2.HeartbeatResponse]  # type: ignore[assignment]
+    """As GManagerService.Heartbeat, where that named this daemon; taken by the gManager a moment later.
+
+    Errors: those of GManagerService.Heartbeat; UNAVAILABLE (NOT_LEADER: the gManager is lost to this daemon, or another
+    one leads: begin anew).
+    """
+
+class HeartbeatRelayServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Served by every KV daemon: heartbeats of other processes, on their way to the gManager."""
+
+    @_abc_1.abstractmethod
+    def Heartbeat(
+        self,
+        request_iterator: _MaybeAsyncIterator[_gmanager_pb2.HeartbeatRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_gmanager_pb2.HeartbeatResponse, _abc.Awaitable[_gmanager_pb2.HeartbeatResponse]]:
+        """As GManagerService.Heartbeat, where that named this daemon; taken by the gManager a moment later.
+
+        Errors: those of GManagerService.Heartbeat; UNAVAILABLE (NOT_LEADER: the gManager is lost to this daemon, or another
+        one leads: begin anew).
+        """
+
+def add_HeartbeatRelayServiceServicer_to_server(servicer: HeartbeatRelayServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
