@@ -29,10 +29,12 @@ from services.core.placement import (
     Heartbeat,
     InstanceReport,
     KvDaemonReport,
-    PlacementEntry,
+    NamedKvDaemon,
+    NamedRequest,
+    PlacementColumns,
     PoolStats,
+    ProgressColumns,
     Report,
-    RunningRequest,
     WaitingRequest,
 )
 from services.core.timings import HostingTiming, RemoteTiming, StepTiming
@@ -43,12 +45,14 @@ from services.gmanager.planning import ActivePlanning
 from services.gmanager.reception import Reception
 from services.gmanager.servicer import GManagerServicer, MembershipSignal
 from services.gmanager.view import ClusterView
-from services.rmanager.gmanager_client import HeartbeatStream, heartbeat_to_proto
+from services.rmanager.gmanager_client import HeartbeatStream
+from services.rmanager.heartbeat_messages import heartbeat_to_proto
 from services.rmanager.heartbeat_relay import HeartbeatRelay
 from services.runtime.cancelling import cancel
 from services.runtime.grpc_channel import make_channel
 from services.runtime.grpc_server import bind, make_server
 from services.runtime.membership import Member
+from services.runtime.process import collect_seldom
 
 DIRECT = 256  # processes that the gManager hears of without a relay
 _REQUESTS = 100  # of an instance
@@ -172,7 +176,7 @@ class _Direct:
     async def go_on(self, pace_s: float, changed: int | None) -> None:
         news = _news(self._number, changed)
         async for sequence in _at_own_times(self._number, pace_s):
-            await self._send(news[sequence % len(news)]._replace(sequence=sequence))
+            await self._send(news[(sequence - 1) % len(news)]._replace(sequence=sequence))
 
     async def _send(self, heartbeat: Heartbeat) -> None:
         await self._stream.send(heartbeat, _SEND_TIMEOUT_S)
@@ -187,7 +191,8 @@ class _Relay:
     """The messages of a relay for some processes, as it would write them: each process's latest heartbeats.
 
     A thousand heartbeats would take longer to be made than to be taken in, and both sides share the machine. So what
-    there is to say was encoded before, and goes round with new sequence numbers.
+    there is to say was encoded before, and goes round with new sequence numbers: after a round of ``_news`` a process
+    is where it was before.
     """
 
     def __init__(self, kvdaemon: int, members: Sequence[int], address: str) -> None:
@@ -206,7 +211,7 @@ class _Relay:
         async for turn in _at_own_times(self._members[0], pace_s / parts):
             sequence = 1 + (turn - 1) // parts
             speaking = self._members[(turn - 1) % parts :: parts]
-            await self._send([(k, news[k][sequence % len(news[k])], sequence) for k in speaking])
+            await self._send([(k, news[k][(sequence - 1) % len(news[k])], sequence) for k in speaking])
 
     async def _send(self, heartbeats: Sequence[tuple[int, bytes, int]]) -> None:
         relayed = (_field(1, number) + _field(2, body + _field(2, sequence)) for number, body, sequence in heartbeats)
@@ -285,25 +290,22 @@ def _member(number: int) -> str:
     return f"{'instance' if _is_instance(number) else 'kvdaemon'}/{number}"
 
 
-def _placed(request: int, blocks: int, kvdaemon: int) -> PlacementEntry:
-    return PlacementEntry(f"request-{request}", str(kvdaemon), blocks, True)
-
-
-def _progress(request: int, blocks: int) -> RunningRequest:
-    return RunningRequest(f"request-{request}", 1e9 + request, 64 * blocks, 64 * blocks + 500)
+def _named(instance: int, request: int) -> NamedRequest:
+    return NamedRequest(request, f"request-{instance}-{request}", 1e9 + request, 64 * 100)
 
 
 def _full_report(number: int) -> Report:
     if not _is_instance(number):
         return _pool(free=1000)
-    first = number * _REQUESTS
-    requests = range(first, first + _REQUESTS)
+    everything = tuple(range(_REQUESTS))
     return InstanceReport(
         running=_REQUESTS,
         waiting=2,
-        placement=tuple(_placed(request, 16, number + 1) for request in requests),
+        requests=tuple(_named(number, request) for request in everything),
+        kvdaemons=(NamedKvDaemon(0, str(number + 1), True),),
+        placement=PlacementColumns(everything, (0,) * _REQUESTS, (16,) * _REQUESTS),
+        progress=ProgressColumns(everything, (16 * 64,) * _REQUESTS),
         max_running=256,
-        progress=tuple(_progress(request, 16) for request in requests),
         queue=(WaitingRequest(1000, 200), WaitingRequest(3000, 500)),
     )
 
@@ -313,25 +315,41 @@ def _full(number: int) -> Heartbeat:
 
 
 def _news(number: int, changed: int | None) -> Sequence[Heartbeat]:
-    """What a process says, in turn: what has changed within a second, and what was measured."""
+    """What a process says, in turn and again: what has changed within a second, and what was measured.
+
+    In each heartbeat of an instance, ``changed`` requests have grown, one has ended and one has begun.
+    """
     silent = Heartbeat(_member(number), 0, False, None)
+    if changed is None:
+        return [silent]
     rng = random.Random(number)
-    return [silent] if changed is None else [_with_news(silent, number, changed, rng) for _ in range(_ROUND)]
-
-
-def _with_news(heartbeat: Heartbeat, number: int, changed: int, rng: random.Random) -> Heartbeat:
     if not _is_instance(number):
-        hosting = HostingTiming(messages=800.0, context_tokens=2.5e5, compute_s=0.08 * rng.uniform(0.9, 1.1))
-        return heartbeat._replace(report=_pool(free=rng.randrange(2000)), timings=(hosting,))
-    blocks = rng.randint(17, 30)
-    requests = [number * _REQUESTS + k for k in rng.sample(range(_REQUESTS), changed)]
+        return [_pool_news(silent, rng) for _ in range(_ROUND)]
+    last = _REQUESTS - 1  # of the full report; the last of a round has the same number
+    begun = [*range(_REQUESTS, _REQUESTS + _ROUND - 1), last]
+    return [
+        _instance_news(silent, number, rng.sample(range(last), changed), begun[k], begun[k - 1], rng)
+        for k in range(_ROUND)
+    ]
+
+
+def _pool_news(heartbeat: Heartbeat, rng: random.Random) -> Heartbeat:
+    hosting = HostingTiming(messages=800.0, context_tokens=2.5e5, compute_s=0.08 * rng.uniform(0.9, 1.1))
+    return heartbeat._replace(report=_pool(free=rng.randrange(2000)), timings=(hosting,))
+
+
+def _instance_news(
+    heartbeat: Heartbeat, number: int, grown: Sequence[int], begun: int, ended: int, rng: random.Random
+) -> Heartbeat:
+    blocks = [rng.randint(17, 99) for _ in grown]
     report = InstanceReport(
         running=_REQUESTS,
         waiting=2,
-        placement=tuple(_placed(request, blocks, number + 1) for request in requests),
-        ended=(f"request-{rng.choice(requests)}",),
+        requests=(_named(number, begun),),
+        placement=PlacementColumns((*grown, begun), (0,) * (len(grown) + 1), (*blocks, 1)),
+        progress=ProgressColumns((*grown, begun), (*(64 * count for count in blocks), 64)),
+        ended=(ended,),
         max_running=256,
-        progress=tuple(_progress(request, blocks) for request in requests),
     )
     noise = rng.uniform(0.9, 1.1)
     remote = RemoteTiming(str(number + 2), messages=32.0, rows=3.0, context_tokens=1e4, answer_s=4e-3 * noise)
@@ -404,6 +422,7 @@ class _Counting(ActivePlanning):
 
 def _serve_gmanager(parent: Connection, members: int) -> None:
     """A gManager's server and all that its heartbeats feed."""
+    collect_seldom()
 
     async def serve() -> None:
         view, changed = ClusterView(), MembershipSignal()

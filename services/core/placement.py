@@ -56,7 +56,7 @@ class BlockCount(NamedTuple):
 
 
 class PlacementEntry(NamedTuple):
-    """``[req_id, inst_id, num_blocks, local]`` of the placement map; 0 blocks removes the entry."""
+    """Blocks of a request on one daemon; ``local`` as in ``BlockCount``."""
 
     request_id: str
     kvdaemon_id: str
@@ -169,22 +169,67 @@ class KvDaemonSnapshot:
 Snapshot = InstanceSnapshot | KvDaemonSnapshot
 
 
-class InstanceReport(NamedTuple):
-    """What changed at an instance; in a full report ``placement`` is everything and ``ended`` is empty.
+class NamedRequest(NamedTuple):
+    """What stands for a request from then on in its stream: a number, never used for another one.
 
     Attributes:
-        progress: entries that changed.
+        arrival_time, final_tokens: as of ``RunningRequest``; 0 until it runs.
+    """
+
+    number: int
+    request_id: str
+    arrival_time: float = 0.0
+    final_tokens: int = 0
+
+
+class NamedKvDaemon(NamedTuple):
+    """Likewise for a daemon; ``local``: its pool is the one the instance maps."""
+
+    number: int
+    kvdaemon_id: str
+    local: bool
+
+
+class PlacementColumns(NamedTuple):
+    """``[req_id, inst_id, num_blocks, local]`` of the paper's placement map, an entry in each column; requests and
+    daemons by their numbers, the instance is the reporting one. 0 blocks remove the entry."""
+
+    requests: tuple[int, ...] = ()
+    kvdaemons: tuple[int, ...] = ()
+    num_blocks: tuple[int, ...] = ()
+
+
+class ProgressColumns(NamedTuple):
+    """Context of running requests in tokens, an entry in each column; requests by their numbers."""
+
+    requests: tuple[int, ...] = ()
+    context_tokens: tuple[int, ...] = ()
+
+
+class InstanceReport(NamedTuple):
+    """What changed at an instance; a full report tells everything, and nothing has ended.
+
+    Requests and daemons have numbers: an instance with a hundred requests has news of dozens in every heartbeat, and
+    what is known of them lies close together at the receiver.
+
+    Attributes:
+        requests: not named before in this stream, or with another final length.
+        kvdaemons: not named before in this stream.
+        placement, progress: entries that changed.
+        ended: numbers that stand for nothing any more.
         moves: that have ended since the last report.
         queue, transports: None if they have not changed.
     """
 
     running: int
     waiting: int
-    placement: tuple[PlacementEntry, ...] = ()
-    ended: tuple[str, ...] = ()
+    requests: tuple[NamedRequest, ...] = ()
+    kvdaemons: tuple[NamedKvDaemon, ...] = ()
+    placement: PlacementColumns = PlacementColumns()
+    progress: ProgressColumns = ProgressColumns()
+    ended: tuple[int, ...] = ()
     oldest_starving: RequestAge | None = None
     max_running: int = 0
-    progress: tuple[RunningRequest, ...] = ()
     moves: tuple[MoveReport, ...] = ()
     queue: tuple[WaitingRequest, ...] | None = None
     transports: tuple[PeerTransport, ...] | None = None

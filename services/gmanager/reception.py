@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from infinitellm.internal.v1 import gmanager_pb2
 from services.core.errors import InvalidRequestError, ResyncRequiredError
-from services.gmanager.messages import heartbeat_from_proto
+from services.gmanager.heartbeat_messages import heartbeat_from_proto
 from services.gmanager.planning import Planning
 from services.gmanager.relays import Relays
 from services.gmanager.view import ClusterView

@@ -30,7 +30,7 @@ from services.runtime.logs import setup_logging
 from services.runtime.membership import Kind, Member, Membership
 from services.runtime.metrics import PLANNING_TIME
 from services.runtime.metrics_port import MetricsPort, make_registry
-from services.runtime.process import CLOSE_WITHIN_S, stop_event
+from services.runtime.process import CLOSE_WITHIN_S, collect_seldom, stop_event
 from services.runtime.tracing import make_tracing
 
 logger = logging.getLogger(__name__)
@@ -124,6 +124,7 @@ def main() -> int:
     try:
         config = load_config(GManagerConfig, arguments.config)
         setup_logging("gmanager", config.member_id, config.log_level)
+        collect_seldom()
         asyncio.run(serve(config))
     except ConfigError as exc:
         print(f"gmanager: {exc}", file=sys.stderr)

@@ -10,8 +10,8 @@ import grpc.aio
 
 from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc
 from services.core.errors import InfiniteLLMError
+from services.gmanager.heartbeat_messages import geometry_from_proto
 from services.gmanager.messages import (
-    geometry_from_proto,
     instance_to_proto,
     kvdaemon_to_proto,
     move_to_proto,

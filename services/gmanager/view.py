@@ -245,15 +245,13 @@ class ClusterView:
             if reporter is None or reporter.instance is None:
                 answer.append(InstanceFacts(self._instances[member_id], -math.inf, 0, (), ()))
                 continue
-            running = sorted(
-                reporter.progress.values(), key=lambda progress: (progress.arrival_time, progress.request_id)
-            )
+            placement = reporter.placement
             answer.append(
                 InstanceFacts(
                     self._instances[member_id],
                     reporter.last_heartbeat,
                     reporter.instance.max_running,
-                    tuple((progress, dict(reporter.placement.get(progress.request_id, {}))) for progress in running),
+                    tuple((running, placement.get(running.request_id, {})) for running in reporter.progress),
                     reporter.queue,
                 )
             )

@@ -20,8 +20,8 @@ from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, PoolGeometry
 from services.core.errors import InvalidRequestError, SessionRevokedError
 from services.dataplane.negotiation import Offers
 from services.kvdaemon.sessions import Sessions, SharedLedger
-from services.rmanager.gmanager_client import geometry_to_proto, stats_to_proto
 from services.rmanager.holder import Session
+from services.rmanager.pool_messages import geometry_to_proto, stats_to_proto
 
 _log = logging.getLogger(__name__)
 _Context = aio.ServicerContext[Any, Any]

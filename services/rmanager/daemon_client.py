@@ -24,7 +24,7 @@ from services.core.blocks import BLOCK_KEY_BYTES, BlockHandle, PoolGeometry
 from services.core.errors import InfiniteLLMError, PeerLostError, PoolExhaustedError
 from services.core.placement import PoolStats
 from services.dataplane.negotiation import Offers
-from services.rmanager.gmanager_client import geometry_to_proto, stats_from_proto
+from services.rmanager.pool_messages import geometry_to_proto, stats_from_proto
 from services.runtime.cancelling import cancel
 from services.runtime.grpc_channel import call_was_given_up, error_from_rpc, make_channel
 from services.runtime.tls import MutualTls

@@ -11,19 +11,13 @@ from collections.abc import Awaitable, Callable, Collection
 import grpc
 import grpc.aio
 
-from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc, pool_pb2
+from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc
 from services.core.blocks import PoolGeometry
 from services.core.errors import UnavailableError
-from services.core.placement import (
-    Heartbeat,
-    InstanceReport,
-    KvDaemonReport,
-    PoolStats,
-    Room,
-    RoomView,
-)
+from services.core.placement import Heartbeat, Room, RoomView
 from services.core.sequence import RequestAge
-from services.core.timings import HostingTiming, StepTiming
+from services.rmanager.heartbeat_messages import heartbeat_to_proto
+from services.rmanager.pool_messages import geometry_to_proto
 from services.runtime.grpc_channel import call_was_given_up, error_from_rpc, make_channel
 from services.runtime.tls import MutualTls
 from services.runtime.tracing import outgoing_metadata
@@ -127,128 +121,3 @@ class GManagerClient:
             await self.close()
             self._address, self._channel = address, make_channel(address, "gmanager", self._tls)
         return self._channel
-
-
-def heartbeat_to_proto(heartbeat: Heartbeat) -> gmanager_pb2.HeartbeatRequest:
-    message = gmanager_pb2.HeartbeatRequest(
-        member=heartbeat.member,
-        sequence=heartbeat.sequence,
-        full=heartbeat.full,
-        lost_relay_address=heartbeat.lost_relay,
-    )
-    report = heartbeat.report
-    if isinstance(report, InstanceReport):
-        _write_instance_report(message.instance, report)
-    elif isinstance(report, KvDaemonReport):
-        message.kvdaemon.stats.CopyFrom(stats_to_proto(report.stats))
-        if report.geometry is not None:
-            message.kvdaemon.geometry.CopyFrom(geometry_to_proto(report.geometry))
-    for timing in heartbeat.timings:
-        if isinstance(timing, StepTiming):
-            _write_step(message.steps.add(), timing)
-        else:
-            _write_hosting(message.hosting, timing)
-    return message
-
-
-def _write_instance_report(message: gmanager_pb2.InstanceReport, report: InstanceReport) -> None:
-    message.running_requests = report.running
-    message.waiting_requests = report.waiting
-    message.max_running = report.max_running
-    for entry in report.placement:
-        message.placement.add(
-            request_id=entry.request_id,
-            kvdaemon_id=entry.kvdaemon_id,
-            num_blocks=entry.num_blocks,
-            local=entry.local,
-        )
-    message.ended_request_ids.extend(report.ended)
-    if report.oldest_starving is not None:
-        message.oldest_starving.arrival_time = report.oldest_starving.arrival_time
-        message.oldest_starving.request_id = report.oldest_starving.request_id
-    for progress in report.progress:
-        message.progress.add(
-            request_id=progress.request_id,
-            arrival_time=progress.arrival_time,
-            context_tokens=progress.context_tokens,
-            final_tokens=progress.final_tokens,
-        )
-    for move in report.moves:
-        message.moves.add(
-            move_id=move.move_id,
-            request_id=move.request_id,
-            source_kvdaemon_id=move.source_kvdaemon_id,
-            destination_kvdaemon_id=move.destination_kvdaemon_id,
-            moved_blocks=move.moved_blocks,
-            seconds=move.seconds,
-            end=move.end,
-        )
-    if report.queue is not None:
-        message.queue.SetInParent()  # present, even if empty
-        for waiting in report.queue:
-            message.queue.requests.add(context_tokens=waiting.context_tokens, remaining_tokens=waiting.remaining_tokens)
-    if report.transports is not None:
-        message.transports.SetInParent()
-        for kvdaemon_id, transport in report.transports:
-            message.transports.peers.add(kvdaemon_id=kvdaemon_id, transport=transport)
-
-
-def _write_step(message: gmanager_pb2.StepTiming, timing: StepTiming) -> None:
-    message.steps = timing.steps
-    message.batch_tokens = timing.batch_tokens
-    message.prefill_tokens = timing.prefill_tokens
-    message.local_context_tokens = timing.local_context_tokens
-    message.step_s = timing.step_s
-    message.attention_s = timing.attention_s
-    message.local_attention_s = timing.local_attention_s
-    for part in timing.remotes:
-        message.remotes.add(
-            kvdaemon_id=part.kvdaemon_id,
-            messages=part.messages,
-            rows=part.rows,
-            context_tokens=part.context_tokens,
-            answer_s=part.answer_s,
-            late=part.late,
-        )
-
-
-def _write_hosting(message: gmanager_pb2.HostingTiming, timing: HostingTiming) -> None:
-    message.messages = timing.messages
-    message.context_tokens = timing.context_tokens
-    message.compute_s = timing.compute_s
-
-
-def geometry_to_proto(geometry: PoolGeometry) -> pool_pb2.PoolGeometry:
-    return pool_pb2.PoolGeometry(
-        layers=geometry.layers,
-        kv_heads=geometry.kv_heads,
-        block_tokens=geometry.block_tokens,
-        head_dim=geometry.head_dim,
-        dtype=geometry.dtype,
-    )
-
-
-def stats_from_proto(stats: pool_pb2.PoolStats) -> PoolStats:
-    return PoolStats(
-        stats.pool_bytes,
-        stats.block_bytes,
-        stats.total,
-        stats.free,
-        stats.cached,
-        stats.workspace,
-        stats.reserved,
-        stats.in_use,
-    )
-
-
-def stats_to_proto(stats: PoolStats) -> pool_pb2.PoolStats:
-    return pool_pb2.PoolStats(
-        pool_bytes=stats.pool_bytes,
-        block_bytes=stats.block_bytes,
-        total=stats.total,
-        free=stats.free,
-        cached=stats.cached,
-        workspace=stats.workspace,
-        reserved=stats.reserved,
-        in_use=stats.in_use,
-    )

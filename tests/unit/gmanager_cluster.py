@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from gmanager_office import PlayedReign, leading
+from told import told
 
 from services.core.blocks import PoolGeometry
 from services.core.placement import (
@@ -87,10 +88,8 @@ class Rig:
             progress = tuple(RunningRequest(name, at, context, context + 5000) for at, name in enumerate(("r0", "r1")))
             placement = tuple(PlacementEntry(name, "ka", 500, True) for name in ("r0", "r1"))
             queue = tuple(WaitingRequest(1600, 500) for _ in range(3))
-            self.say(
-                "instance/a", InstanceReport(2, 3, placement, max_running=8, progress=progress, queue=queue), *steps
-            )
-            self.say("instance/b", InstanceReport(0, 0, max_running=8), *steps)
+            self.say("instance/a", told(2, 3, placement, max_running=8, progress=progress, queue=queue), *steps)
+            self.say("instance/b", told(0, 0, max_running=8), *steps)
 
     async def plans(self, count: int) -> None:
         """Lets the loop make so many plans."""

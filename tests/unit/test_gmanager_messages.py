@@ -17,21 +17,24 @@ from services.core.placement import (
     KvDaemonReport,
     MoveEnd,
     MoveReport,
+    NamedKvDaemon,
+    NamedRequest,
     PeerTransport,
-    PlacementEntry,
+    PlacementColumns,
     PoolStats,
-    RunningRequest,
+    ProgressColumns,
     WaitingRequest,
 )
 from services.core.sequence import RequestAge
 from services.core.timings import HostingTiming, RemoteTiming, StepTiming
 from services.gateway.gmanager_client import _instance as gateway_view
-from services.gmanager.messages import heartbeat_from_proto, instance_to_proto
+from services.gmanager.heartbeat_messages import heartbeat_from_proto
+from services.gmanager.messages import instance_to_proto
 from services.gmanager.planning import NoPlanning
 from services.gmanager.reception import Reception
 from services.gmanager.servicer import GManagerServicer, MembershipSignal
 from services.gmanager.view import ClusterView, InstanceInfo
-from services.rmanager.gmanager_client import heartbeat_to_proto
+from services.rmanager.heartbeat_messages import heartbeat_to_proto
 from services.runtime.membership import Member
 
 # Values that a float of the wire can hold.
@@ -39,11 +42,13 @@ STEP = StepTiming(3.5, 2.0, 640.0, 0.25, 0.125, 0.0625, (RemoteTiming("k", 4.0, 
 FULL = InstanceReport(
     running=2,
     waiting=1,
-    placement=(PlacementEntry("r", "k", 5, True), PlacementEntry("r", "k1", 0, False)),
-    ended=("s",),
+    requests=(NamedRequest(3, "r", 1.5, 900), NamedRequest(4, "s")),
+    kvdaemons=(NamedKvDaemon(0, "k", True), NamedKvDaemon(300, "k1", False)),
+    placement=PlacementColumns((3, 4), (0, 300), (5, 0)),
+    progress=ProgressColumns((3,), (320,)),
+    ended=(4,),
     oldest_starving=RequestAge(1.5, "r"),
     max_running=8,
-    progress=(RunningRequest("r", 1.5, 320, 900),),
     moves=(MoveReport("m", "r", "k", "k1", 3, 0.5, MoveEnd.SOURCE_LOST),),
     queue=(WaitingRequest(100, 50),),
     transports=(PeerTransport("k1", "shm"),),

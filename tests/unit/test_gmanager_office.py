@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 from gmanager_office import GMANAGER, PlayedReign
+from told import told
 
 from infinitellm.internal.v1 import gmanager_pb2
 from services.core.errors import NotLeaderError, UnavailableError
-from services.core.placement import Heartbeat, InstanceReport, PlacementEntry
+from services.core.placement import Heartbeat, PlacementEntry
 from services.gmanager.office import Office, hold_office
 from services.gmanager.planning import NoPlanning
 from services.gmanager.reception import Reception
@@ -99,7 +100,7 @@ def test_stepping_down_forgets_what_was_said_but_not_who_is_there() -> None:
     view.set_instances({"a": Member("instance", "a", "a:1"), "b": Member("instance", "b", "b:1")}, 0.0)
     view.set_kvdaemons({"k": Member("kvdaemon", "k", "k:1")}, 0.0)
     for name in ("a", "b"):
-        report = InstanceReport(1, 0, (PlacementEntry(name, "k", 2, True),))
+        report = told(1, 0, (PlacementEntry(name, "k", 2, True),))
         view.apply(0, Heartbeat(f"instance/{name}", 0, True, report), 1.0)
     view.set_instances({"a": Member("instance", "a", "a:1")}, 2.0)  # b's lease is lost, its heartbeats come
     version = view.load_version

@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 
 import pytest
+from told import told
 
 from services.core.blocks import PoolGeometry
-from services.core.errors import ResyncRequiredError
+from services.core.errors import InvalidRequestError, ResyncRequiredError
 from services.core.placement import (
     AdmissionHint,
     BlockCount,
     Heartbeat,
     InstanceReport,
     KvDaemonReport,
+    NamedKvDaemon,
+    NamedRequest,
     PeerTransport,
+    PlacementColumns,
     PlacementEntry,
     PoolStats,
+    ProgressColumns,
     RunningRequest,
     WaitingRequest,
 )
@@ -62,12 +67,12 @@ def test_placement_follows_the_changes() -> None:
     view.set_instances({"a": instance("a")}, 0.0)
     view.set_kvdaemons(daemons("k0", "k1"), 0.0)
     entries = (PlacementEntry("r", "k0", 5, True), PlacementEntry("r", "k1", 7, False))
-    report(view, "instance/a", InstanceReport(1, 2, entries))
+    report(view, "instance/a", told(1, 2, entries))
     assert placement(view) == {("a", "r", "k0"): 5, ("a", "r", "k1"): 7}
-    report(view, "instance/a", InstanceReport(1, 2, (PlacementEntry("r", "k0", 0, False),)), sequence=1)
+    report(view, "instance/a", told(1, 2, (PlacementEntry("r", "k0", 0, True),)), sequence=1)
     assert placement(view) == {("a", "r", "k1"): 7}
     report(view, "instance/a", None, sequence=2, now=3.0)
-    report(view, "instance/a", InstanceReport(0, 0, (), ("r", "unknown")), sequence=3, now=4.0)
+    report(view, "instance/a", told(0, 0, (), ("r", "unknown")), sequence=3, now=4.0)
     assert placement(view) == {}
     (info,) = view.instances(now=6.0)
     assert (info.running, info.waiting, info.heartbeat_age_s) == (0, 0, 2.0)
@@ -77,11 +82,11 @@ def test_a_full_report_replaces_everything() -> None:
     view = ClusterView()
     view.set_instances({"a": instance("a")}, 0.0)
     view.set_kvdaemons(daemons("k0"), 0.0)
-    report(view, "instance/a", InstanceReport(1, 0, (PlacementEntry("old", "k0", 5, True),)), stream=1)
-    report(view, "instance/a", InstanceReport(1, 0, (PlacementEntry("new", "k0", 6, True),)), stream=2)
+    report(view, "instance/a", told(1, 0, (PlacementEntry("old", "k0", 5, True),)), stream=1)
+    report(view, "instance/a", told(1, 0, (PlacementEntry("new", "k0", 6, True),)), stream=2)
     assert placement(view) == {("a", "new", "k0"): 6}
     with pytest.raises(ResyncRequiredError):
-        report(view, "instance/a", InstanceReport(0, 0), stream=1, sequence=1)
+        report(view, "instance/a", told(0, 0), stream=1, sequence=1)
     view.stream_ended("instance/a", 1)
     assert placement(view) == {("a", "new", "k0"): 6}
 
@@ -105,8 +110,8 @@ def test_a_member_that_goes_takes_its_entries_along() -> None:
     view.set_instances({"a": instance("a", "k0"), "b": instance("b")}, 0.0)
     view.set_kvdaemons(daemons("k0", "k1"), 0.0)
     entries = (PlacementEntry("r", "k0", 5, True), PlacementEntry("r", "k1", 7, False))
-    report(view, "instance/a", InstanceReport(1, 0, entries))
-    report(view, "instance/b", InstanceReport(1, 0, (PlacementEntry("s", "k1", 1, False),)))
+    report(view, "instance/a", told(1, 0, entries))
+    report(view, "instance/b", told(1, 0, (PlacementEntry("s", "k1", 1, False),)))
     report(view, "kvdaemon/k0", formatted(3, 4))
     assert [info.local_free_blocks for info in view.instances(0.0)] == [7, 0]
 
@@ -133,7 +138,7 @@ def test_members_without_a_lease_stay_while_they_send_heartbeats() -> None:
     view = ClusterView()
     view.set_instances({"a": instance("a", "k0")}, 0.0)
     view.set_kvdaemons(daemons("k0", "k1"), 0.0)
-    report(view, "instance/a", InstanceReport(1, 0, (PlacementEntry("r", "k0", 5, True),)))
+    report(view, "instance/a", told(1, 0, (PlacementEntry("r", "k0", 5, True),)))
     report(view, "kvdaemon/k0", formatted(3))
     view.set_instances({}, 1.0)
     view.set_kvdaemons({}, 1.0)
@@ -199,7 +204,7 @@ def test_version_grows_with_what_gateways_see() -> None:
     view.set_instances({"a": instance("a")}, 0.0)
     assert view.load_version > before
     before = view.load_version
-    report(view, "instance/a", InstanceReport(1, 0))
+    report(view, "instance/a", told(1, 0))
     assert view.load_version > before
     before = view.load_version
     report(view, "instance/a", None, sequence=1)
@@ -210,8 +215,8 @@ def test_who_is_silent_does_not_starve_the_others() -> None:
     view = ClusterView()
     view.set_instances({"a": instance("a"), "b": instance("b")}, 0.0)
     old, young = RequestAge(1.0, "old"), RequestAge(2.0, "young")
-    report(view, "instance/a", InstanceReport(1, 0, oldest_starving=old))
-    report(view, "instance/b", InstanceReport(1, 0, oldest_starving=young))
+    report(view, "instance/a", told(1, 0, oldest_starving=old))
+    report(view, "instance/b", told(1, 0, oldest_starving=young))
     assert view.oldest_starving(1.0) == old
     report(view, "instance/b", None, sequence=1, now=8.0)
     assert view.oldest_starving(9.0) == young  # a was killed or stopped: what it starved for may be done elsewhere
@@ -226,7 +231,7 @@ def test_what_the_planner_needs_follows_the_changes() -> None:
     entries = (PlacementEntry("young", "k0", 2, True), PlacementEntry("old", "k0", 3, True))
     queue = (WaitingRequest(10, 20),)
     over = (PeerTransport("k1", "tcp"),)
-    full = InstanceReport(2, 1, entries, max_running=8, progress=(young, old), queue=queue, transports=over)
+    full = told(2, 1, entries, max_running=8, progress=(young, old), queue=queue, transports=over)
     report(view, "instance/a", full, now=2.0)
     assert [info.transports for info in view.instances(2.0)] == [over, ()]
     first, silent = view.instance_facts()
@@ -241,15 +246,37 @@ def test_what_the_planner_needs_follows_the_changes() -> None:
     assert (unknown.heard_at, unknown.report) == (-math.inf, None)
 
     older = old._replace(context_tokens=192)
-    change = InstanceReport(2, 0, (PlacementEntry("old", "k1", 4, False),), max_running=8, progress=(older,))
+    change = told(2, 0, (PlacementEntry("old", "k1", 4, False),), max_running=8, progress=(older,))
     report(view, "instance/a", change, sequence=1, now=3.0)
     (entry, _) = view.instance_facts()[0].running
     assert entry == (older, {"k0": BlockCount(3, True), "k1": BlockCount(4, False)})
     assert view.instance_facts()[0].queue == queue  # unchanged
     assert view.instances(3.0)[0].transports == over
-    report(view, "instance/a", InstanceReport(1, 0, (), ("young",), max_running=8, queue=()), sequence=2, now=4.0)
+    report(view, "instance/a", told(1, 0, (), ("young",), max_running=8, queue=()), sequence=2, now=4.0)
     assert [progress.request_id for progress, _ in view.instance_facts()[0].running] == ["old"]
     assert view.instance_facts()[0].queue == ()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        InstanceReport(1, 0, placement=PlacementColumns((7,), (0,), (1,))),  # no such request
+        InstanceReport(1, 0, placement=PlacementColumns((0,), (7,), (1,))),  # no such daemon
+        InstanceReport(1, 0, progress=ProgressColumns((7,), (64,))),
+        InstanceReport(1, 0, ended=(7,)),
+        InstanceReport(1, 0, placement=PlacementColumns((0,), (0,), (1, 2))),
+        InstanceReport(1, 0, progress=ProgressColumns((0, 0), (64,))),
+    ],
+)
+def test_what_was_not_named_is_not_taken_in(wrong: InstanceReport) -> None:
+    view = ClusterView()
+    view.set_instances({"a": instance("a")}, 0.0)
+    view.set_kvdaemons(daemons("k"), 0.0)
+    named = (NamedRequest(0, "r", 1.0, 500),), (NamedKvDaemon(0, "k", True),)
+    report(view, "instance/a", InstanceReport(1, 0, *named, PlacementColumns((0,), (0,), (5,))))
+    with pytest.raises(InvalidRequestError):
+        report(view, "instance/a", wrong, sequence=1)
+    assert placement(view) == {("a", "r", "k"): 5}
 
 
 def test_hints_are_shown_until_a_plan_says_otherwise() -> None:

@@ -22,6 +22,7 @@ from services.dataplane.negotiation import Offers
 from services.dataplane.peers import PeerSet
 from services.dataplane.transport import Limits
 from services.gmanager.planning import NoPlanning
+from services.gmanager.reception import Reception
 from services.gmanager.servicer import GManagerServicer, MembershipSignal
 from services.gmanager.view import ClusterView
 from services.instance.capacity import MEMORY_S, SETTLE_S, Capacity
@@ -119,7 +120,7 @@ async def gmanager(
 ) -> AsyncIterator[GManagerClient]:
     server = make_server()
     add_GManagerServiceServicer_to_server(
-        servicer(view, MembershipSignal(), lambda: 0.0, 1.0, leading(), NoPlanning()), server
+        servicer(MembershipSignal(), 1.0, leading(), Reception(view, NoPlanning(), lambda: 0.0)), server
     )
     address = bind(server, "127.0.0.1:0")
     await server.start()

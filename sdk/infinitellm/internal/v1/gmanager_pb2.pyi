@@ -194,37 +194,31 @@ Global___HostingTiming: _TypeAlias = HostingTiming  # noqa: Y015
 
 @_typing.final
 class InstanceReport(_message.Message):
+    """Requests and daemons are named once in a stream and have numbers from then on, which may be told of in the same message:
+    an instance with a hundred requests has news of dozens in every heartbeat.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
     WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
-    PLACEMENT_FIELD_NUMBER: _builtins.int
-    ENDED_REQUEST_IDS_FIELD_NUMBER: _builtins.int
     OLDEST_STARVING_FIELD_NUMBER: _builtins.int
     MAX_RUNNING_FIELD_NUMBER: _builtins.int
-    PROGRESS_FIELD_NUMBER: _builtins.int
     MOVES_FIELD_NUMBER: _builtins.int
     QUEUE_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    KVDAEMONS_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    ENDED_REQUESTS_FIELD_NUMBER: _builtins.int
     running_requests: _builtins.int
     waiting_requests: _builtins.int
     max_running: _builtins.int
     """Requests that it can run at the same time."""
     @_builtins.property
-    def placement(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestPlacementEntry]:
-        """Entries that changed."""
-
-    @_builtins.property
-    def ended_request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Requests that ended."""
-
-    @_builtins.property
     def oldest_starving(self) -> Global___RequestAge:
         """The oldest request that cannot go on for want of blocks; absent where there is none."""
-
-    @_builtins.property
-    def progress(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunningRequest]:
-        """Of running requests; entries that changed."""
 
     @_builtins.property
     def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___MoveReport]:
@@ -238,27 +232,168 @@ class InstanceReport(_message.Message):
     def transports(self) -> Global___PeerTransports:
         """Absent if they have not changed."""
 
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedRequest]:
+        """Not named before in this stream, or with another final length."""
+
+    @_builtins.property
+    def kvdaemons(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedKvDaemon]:
+        """Not named before in this stream."""
+
+    @_builtins.property
+    def placement(self) -> Global___PlacementColumns:
+        """Entries that changed."""
+
+    @_builtins.property
+    def progress(self) -> Global___ProgressColumns:
+        """Of running requests; entries that changed."""
+
+    @_builtins.property
+    def ended_requests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Requests that have ended; their numbers stand for nothing any more."""
+
     def __init__(
         self,
         *,
         running_requests: _builtins.int = ...,
         waiting_requests: _builtins.int = ...,
-        placement: _abc.Iterable[Global___RequestPlacementEntry] | None = ...,
-        ended_request_ids: _abc.Iterable[_builtins.str] | None = ...,
         oldest_starving: Global___RequestAge | None = ...,
         max_running: _builtins.int = ...,
-        progress: _abc.Iterable[Global___RunningRequest] | None = ...,
         moves: _abc.Iterable[Global___MoveReport] | None = ...,
         queue: Global___WaitingQueue | None = ...,
         transports: Global___PeerTransports | None = ...,
+        requests: _abc.Iterable[Global___NamedRequest] | None = ...,
+        kvdaemons: _abc.Iterable[Global___NamedKvDaemon] | None = ...,
+        placement: Global___PlacementColumns | None = ...,
+        progress: Global___ProgressColumns | None = ...,
+        ended_requests: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_starving", b"oldest_starving", "queue", b"queue", "transports", b"transports"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_starving", b"oldest_starving", "placement", b"placement", "progress", b"progress", "queue", b"queue", "transports", b"transports"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_request_ids", b"ended_request_ids", "max_running", b"max_running", "moves", b"moves", "oldest_starving", b"oldest_starving", "placement", b"placement", "progress", b"progress", "queue", b"queue", "running_requests", b"running_requests", "transports", b"transports", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_requests", b"ended_requests", "kvdaemons", b"kvdaemons", "max_running", b"max_running", "moves", b"moves", "oldest_starving", b"oldest_starving", "placement", b"placement", "progress", b"progress", "queue", b"queue", "requests", b"requests", "running_requests", b"running_requests", "transports", b"transports", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InstanceReport: _TypeAlias = InstanceReport  # noqa: Y015
+
+@_typing.final
+class NamedRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ARRIVAL_TIME_FIELD_NUMBER: _builtins.int
+    FINAL_TOKENS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Never used for another one in this stream."""
+    request_id: _builtins.str
+    arrival_time: _builtins.float
+    """Unix seconds, as the gateway saw it; 0 until it runs."""
+    final_tokens: _builtins.int
+    """Length of the context when all of its output has been generated; 0 until it runs."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        request_id: _builtins.str = ...,
+        arrival_time: _builtins.float = ...,
+        final_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_time", b"arrival_time", "final_tokens", b"final_tokens", "number", b"number", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NamedRequest: _TypeAlias = NamedRequest  # noqa: Y015
+
+@_typing.final
+class NamedKvDaemon(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    KVDAEMON_ID_FIELD_NUMBER: _builtins.int
+    LOCAL_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    kvdaemon_id: _builtins.str
+    local: _builtins.bool
+    """The instance maps its pool."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        kvdaemon_id: _builtins.str = ...,
+        local: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kvdaemon_id", b"kvdaemon_id", "local", b"local", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NamedKvDaemon: _TypeAlias = NamedKvDaemon  # noqa: Y015
+
+@_typing.final
+class PlacementColumns(_message.Message):
+    """`[req_id, inst_id, num_blocks, local]` of the paper; inst_id is the reporting member. One entry in each column."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    KVDAEMONS_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def kvdaemons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The daemon the blocks lie on."""
+
+    @_builtins.property
+    def num_blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """0 removes the entry."""
+
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[_builtins.int] | None = ...,
+        kvdaemons: _abc.Iterable[_builtins.int] | None = ...,
+        num_blocks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kvdaemons", b"kvdaemons", "num_blocks", b"num_blocks", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacementColumns: _TypeAlias = PlacementColumns  # noqa: Y015
+
+@_typing.final
+class ProgressColumns(_message.Message):
+    """How far requests are. One entry in each column."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def context_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """That have been computed, in whole blocks."""
+
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[_builtins.int] | None = ...,
+        context_tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProgressColumns: _TypeAlias = ProgressColumns  # noqa: Y015
 
 @_typing.final
 class PeerTransports(_message.Message):
@@ -306,39 +441,6 @@ class PeerTransport(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PeerTransport: _TypeAlias = PeerTransport  # noqa: Y015
-
-@_typing.final
-class RunningRequest(_message.Message):
-    """A running request, as planning sees it."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
-    ARRIVAL_TIME_FIELD_NUMBER: _builtins.int
-    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
-    FINAL_TOKENS_FIELD_NUMBER: _builtins.int
-    request_id: _builtins.str
-    arrival_time: _builtins.float
-    """Unix seconds, as the gateway saw it."""
-    context_tokens: _builtins.int
-    """That have been computed, in whole blocks."""
-    final_tokens: _builtins.int
-    """Length of the context when all of its output has been generated."""
-    def __init__(
-        self,
-        *,
-        request_id: _builtins.str = ...,
-        arrival_time: _builtins.float = ...,
-        context_tokens: _builtins.int = ...,
-        final_tokens: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_time", b"arrival_time", "context_tokens", b"context_tokens", "final_tokens", b"final_tokens", "request_id", b"request_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___RunningRequest: _TypeAlias = RunningRequest  # noqa: Y015
 
 @_typing.final
 class WaitingQueue(_message.Message):
@@ -454,7 +556,7 @@ Global___RequestAge: _TypeAlias = RequestAge  # noqa: Y015
 
 @_typing.final
 class RequestPlacementEntry(_message.Message):
-    """`[req_id, inst_id, num_blocks, local]` of the paper; inst_id is the reporting member."""
+    """Blocks of a request on one daemon."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -466,8 +568,8 @@ class RequestPlacementEntry(_message.Message):
     kvdaemon_id: _builtins.str
     """The daemon the blocks lie on."""
     num_blocks: _builtins.int
-    """0 removes the entry."""
     local: _builtins.bool
+    """The request's instance maps the daemon's pool."""
     def __init__(
         self,
         *,
