@@ -116,6 +116,14 @@ class RemoteAttention:
         """Whether ``submit`` asks any daemon for this layer of the step."""
         return any(_sees(asked, params) for asked in self._asked)
 
+    def may_be_left_out(self, params: LayerParams, nobody_asks: bool) -> bool:
+        """Whether the step's last layer goes without other daemons: none holds what it sees, or nobody has a query.
+
+        A plan is not left without any query: it would never be answered, and would take room in the daemon's window.
+        """
+        seeing = [asked for asked in self._asked if _sees(asked, params)]
+        return not seeing or (nobody_asks and all(asked.peer.kvdaemon_id in self.answers for asked in seeing))
+
     def forget(self, kvdaemon_id: str, segment_handle: int) -> None:
         """The segment will not be used again; the daemon is told with its next plan."""
         if self._peers.is_connected(kvdaemon_id):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -71,43 +71,60 @@ def build_batch(
         starts.append(starts[-1] + item.count)
         if item.samples:
             logit_rows.append(starts[-1] - 1)
-    local = np.concatenate(blocks)
-    plan = AttentionPlan(
-        query_start=torch.tensor(starts, dtype=torch.int32),
-        query_pos=torch.tensor([item.sequence.computed for item in scheduled], dtype=torch.int32),
-        block_start=torch.tensor([0, *accumulate(map(len, blocks))], dtype=torch.int32),
-        block_ids=torch.from_numpy(local[:, 0].astype(np.int32)),
-        block_pos=torch.from_numpy(local[:, 1].astype(np.int32)),
-        max_query_len=max(item.count for item in scheduled),
-    )
+    plan = _plan(starts, [item.sequence.computed for item in scheduled], blocks)
     return Batch(
         token_ids=torch.tensor(tokens, dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int64),
-        step=StepTensors(torch.tensor(slots, dtype=torch.int64), plan),
+        step=StepTensors(torch.tensor(slots, dtype=torch.int64), plan, _sampled(scheduled, blocks)),
         shares=_shares(scheduled, tables, starts, reach),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         long_rows=_long_rows(scheduled, rotary),
     )
 
 
+def _plan(starts: SequenceOf[int], positions: SequenceOf[int], blocks: SequenceOf[NDArray[np.int64]]) -> AttentionPlan:
+    """Args: as in ``AttentionPlan``, for each sequence; blocks: index and position of each block."""
+    local = np.concatenate(blocks) if blocks else np.empty((0, 2), np.int64)
+    return AttentionPlan(
+        query_start=torch.tensor(starts, dtype=torch.int32),
+        query_pos=torch.tensor(positions, dtype=torch.int32),
+        block_start=torch.tensor([0, *accumulate(map(len, blocks))], dtype=torch.int32),
+        block_ids=torch.from_numpy(local[:, 0].astype(np.int32)),
+        block_pos=torch.from_numpy(local[:, 1].astype(np.int32)),
+        max_query_len=max((end - start for start, end in pairwise(starts)), default=0),
+    )
+
+
+def _sampled(scheduled: SequenceOf[Scheduled], blocks: SequenceOf[NDArray[np.int64]]) -> AttentionPlan | None:
+    """As in ``StepTensors``. A prompt whose log-probabilities are told wants more rows than its last one."""
+    if all(item.samples and item.count == 1 for item in scheduled) or any(item.scored for item in scheduled):
+        return None
+    sampled = [(item, of_item) for item, of_item in zip(scheduled, blocks, strict=True) if item.samples]
+    last = [item.sequence.computed + item.count - 1 for item, _ in sampled]
+    return _plan(range(len(sampled) + 1), last, [of_item for _, of_item in sampled])
+
+
 def upload_batch(batch: Batch, device: Device) -> Batch:
     """The batch with its tensors on the device, but for the daemons' shares."""
-    plan = batch.step.local
-    tensors = [
-        *(batch.token_ids, batch.positions, batch.logit_rows, batch.step.slots),
-        *(plan.query_start, plan.query_pos, plan.block_start, plan.block_ids, plan.block_pos),
-    ]
+    step = batch.step
+    plans = [step.local] if step.sampled is None else [step.local, step.sampled]
+    tensors = [batch.token_ids, batch.positions, batch.logit_rows, step.slots]
+    for plan in plans:
+        tensors += [plan.query_start, plan.query_pos, plan.block_start, plan.block_ids, plan.block_pos]
     if batch.long_rows is not None:
         tensors.append(batch.long_rows)
     token_ids, positions, logit_rows, slots, *rest = device.upload(tensors)
-    local = AttentionPlan(rest[0], rest[1], rest[2], rest[3], rest[4], plan.max_query_len)
+    uploaded = [
+        AttentionPlan(rest[at], rest[at + 1], rest[at + 2], rest[at + 3], rest[at + 4], plan.max_query_len)
+        for at, plan in zip(range(0, 5 * len(plans), 5), plans, strict=True)
+    ]
     return replace(
         batch,
         token_ids=token_ids,
         positions=positions,
-        step=StepTensors(slots, local),
+        step=StepTensors(slots, *uploaded),
         logit_rows=logit_rows,
-        long_rows=None if batch.long_rows is None else rest[5],
+        long_rows=None if batch.long_rows is None else rest[-1],
     )
 
 

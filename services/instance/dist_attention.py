@@ -46,10 +46,13 @@ class StepTensors:
     Attributes:
         slots: [rows] int64, where the rows' k and v go in the local pool (block * block_tokens + offset).
         local: the local part of every row; each sequence has at least its open block here.
+        sampled: the local part of the rows that are sampled, where these are some of the rows, or none, and the last
+            layer need attend for no others; None: it must for all.
     """
 
     slots: Tensor
     local: AttentionPlan
+    sampled: AttentionPlan | None = None
 
 
 class AttentionContext(ABC):
@@ -72,6 +75,16 @@ class AttentionContext(ABC):
         Returns:
             [rows, q_heads, value_dim] in q's dtype, contiguous.
         """
+
+    def of_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, params: LayerParams, sinks: Tensor | None, rows: Tensor
+    ) -> Tensor:
+        """The last layer's attention, as of ``__call__``, of the rows that anybody wants: those that are sampled.
+
+        Args:
+            rows: [n] int64, of these; where none is sampled, one, and whatever is answered for it.
+        """
+        return self(q, k, v, params, sinks).index_select(0, rows)
 
     def through(self, stack: LayerStack, x: Tensor, angles: Sequence[LayerAngles]) -> Tensor | None:
         """Several layers with their attention; None: they are called one by one.
@@ -125,14 +138,30 @@ class DistAttention(AttentionContext):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, params: LayerParams, sinks: Tensor | None) -> Tensor:
         step = self._step
         assert step is not None, "begin_step comes before the model's forward"
-        value_dim, dtype = v.shape[2], q.dtype
-        q, k, v = self._fit(q), self._fit(k), self._fit(v)
-        self._kernels.store_kv(k, v, self._pool, step.slots, params.layer)
+        self._store(k, v, step, params)
+        return self._answer(self._attend(self._fit(q), step.local, params, sinks, NOT_BEGUN), q, v)
+
+    def of_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, params: LayerParams, sinks: Tensor | None, rows: Tensor
+    ) -> Tensor:
+        step, remote = self._step, self._remote
+        assert step is not None, "begin_step comes before the model's forward"
+        plan = step.sampled
+        if plan is None or (remote is not None and not remote.may_be_left_out(params, nobody_asks=plan.segments == 0)):
+            return super().of_rows(q, k, v, params, sinks, rows)
+        self._store(k, v, step, params)
+        if plan.segments == 0:
+            return q.new_zeros(len(rows), q.shape[1], v.shape[2])
+        return self._answer(self._attend(self._fit(q.index_select(0, rows)), plan, params, sinks, NOT_BEGUN), q, v)
+
+    def _store(self, k: Tensor, v: Tensor, step: StepTensors, params: LayerParams) -> None:
+        self._kernels.store_kv(self._fit(k), self._fit(v), self._pool, step.slots, params.layer)
         self.calls += 1
-        out = self._attend(q, step, params, sinks, NOT_BEGUN)
-        if value_dim < self._head_dim:
-            out = out[..., :value_dim].contiguous()
-        return out if out.dtype is dtype else out.to(dtype)
+
+    def _answer(self, out: Tensor, q: Tensor, v: Tensor) -> Tensor:
+        if v.shape[2] < self._head_dim:
+            out = out[..., : v.shape[2]].contiguous()
+        return out if out.dtype is q.dtype else out.to(q.dtype)
 
     def through(self, stack: LayerStack, x: Tensor, angles: Sequence[LayerAngles]) -> Tensor | None:
         step, remote = self._step, self._remote
@@ -165,7 +194,7 @@ class DistAttention(AttentionContext):
         """Of a layer of a stack the attention that it has left, or the rest of it."""
         left = run.left
         if left.local is None:
-            return self._attend(run.q, step, params, None, left)
+            return self._attend(run.q, step.local, params, None, left)
         assert self._remote is not None
         begun = time.perf_counter()
         self._remote.submit(params, run.q, left)
@@ -174,7 +203,7 @@ class DistAttention(AttentionContext):
         return left.local[0]
 
     def _attend(
-        self, q: Tensor, step: StepTensors, params: LayerParams, sinks: Tensor | None, left: LeftAttention
+        self, q: Tensor, local: AttentionPlan, params: LayerParams, sinks: Tensor | None, left: LeftAttention
     ) -> Tensor:
         """Over keys and values that are stored: [rows, q_heads, head_dim], in float32 where anything is merged.
 
@@ -187,7 +216,7 @@ class DistAttention(AttentionContext):
         out = torch.empty(q.shape, dtype=torch.float32 if merging else q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         self._watch.mark()
-        self._kernels.micro_attention(q, self._pool, step.local, params, out, lse)
+        self._kernels.micro_attention(q, self._pool, local, params, out, lse)
         self._watch.mark()
         if remote is not None:
             remote.collect(out, lse)

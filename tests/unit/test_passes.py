@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -168,6 +169,9 @@ class SilentDaemons:
     def asks(self, params: LayerParams) -> bool:
         return params.layer % self.every == 0
 
+    def may_be_left_out(self, params: LayerParams, nobody_asks: bool) -> bool:
+        return nobody_asks or not self.asks(params)
+
     def askers(self, q: Tensor) -> None:
         return None
 
@@ -175,13 +179,57 @@ class SilentDaemons:
         return False
 
 
-def paged_logits(model: Model, remote: SilentDaemons | None) -> tuple[Tensor, int]:
-    """Logits of two sequences over a pool of blocks, and how many layers were called for them one by one."""
+class CountingKernels(CpuKernels):
+    """Attributes: rows: of each layer whose attention was asked for by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def micro_attention(self, q: Tensor, *others: object) -> None:
+        self.rows.append(len(q))
+        super().micro_attention(q, *others)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not has_own_products(), reason="no compiled products for this processor")
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])  # the second has windows
+@pytest.mark.parametrize("wanted", [(0, 1), (1,), ()])
+def test_the_last_layer_attends_for_sampled_rows_alone(name: str, wanted: tuple[int, ...], tmp_path: Path):
+    model = load(served(name), tmp_path)
+    apply_passes(model)
+    expected, _ = paged_logits(model, None, (0, 1))
+    kernels = CountingKernels()
+    got, _ = paged_logits(model, None, wanted, sampled=True, kernels=kernels)
+    assert got.shape == (len(wanted), VOCAB_SIZE)
+    assert torch.allclose(got, expected[list(wanted)], rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert kernels.rows[-1:] == ([len(wanted)] if wanted else kernels.rows[-1:])
+    assert kernels.rows.count(43) == len(kernels.rows) - (len(wanted) > 0)
+    # Other daemons that hold what is seen get all rows, as in every layer, if anybody asks.
+    kernels = CountingKernels()
+    got, _ = paged_logits(model, SilentDaemons(), wanted, sampled=True, kernels=kernels)
+    assert torch.allclose(got, expected[list(wanted)], rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert set(kernels.rows) == {43}
+    assert len(kernels.rows) == len(model.attention_modules) - (not wanted)
+
+
+def paged_logits(
+    model: Model,
+    remote: SilentDaemons | None,
+    wanted: Sequence[int] = (0, 1),
+    sampled: bool = False,
+    kernels: CpuKernels | None = None,
+) -> tuple[Tensor, int]:
+    """Logits of two sequences over a pool of blocks, and how many layers were called for them one by one.
+
+    Args:
+        wanted: sequences whose last row is.
+        sampled: the step's plan says so.
+    """
     lengths, block_tokens = (40, 3), 16
     attention = model.shape.attention
     blocks = [-(-length // block_tokens) for length in lengths]
     pool = torch.zeros(sum(blocks), attention.layers, attention.kv_heads, 2, block_tokens, attention.head_dim)
-    context = DistAttention(CpuKernels(), pool, remote)
+    context = DistAttention(kernels or CpuKernels(), pool, remote)
     context.attach_to(model.module)
     starts = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32)
     plan = AttentionPlan(
@@ -197,8 +245,17 @@ def paged_logits(model: Model, remote: SilentDaemons | None) -> tuple[Tensor, in
     tokens = torch.randint(0, model.shape.vocab_size, (sum(lengths),), generator=torch.Generator().manual_seed(5))
     calls = []
     hooks = [layer.register_forward_hook(lambda *_: calls.append(1)) for layer in model.module.model.layers]
-    context.begin_step(StepTensors(slots, plan))
-    logits = model.forward(tokens, positions, torch.tensor([39, 42]), None)
+    last = AttentionPlan(
+        query_start=torch.arange(len(wanted) + 1, dtype=torch.int32),
+        query_pos=torch.tensor([lengths[at] - 1 for at in wanted], dtype=torch.int32),
+        block_start=torch.tensor([0, *itertools.accumulate(blocks[at] for at in wanted)], dtype=torch.int32),
+        block_ids=torch.cat([torch.empty(0), *(plan.block_ids.split(blocks)[at] for at in wanted)]).int(),
+        block_pos=torch.cat([torch.empty(0), *(plan.block_pos.split(blocks)[at] for at in wanted)]).int(),
+        max_query_len=min(len(wanted), 1),
+    )
+    context.begin_step(StepTensors(slots, plan, last if sampled else None))
+    rows = torch.tensor([(39, 42)[at] for at in wanted], dtype=torch.int64)
+    logits = model.forward(tokens, positions, rows, None)
     assert context.calls == len(model.attention_modules)
     assert 0 < context.times.local_attention_s <= context.times.attention_s
     for hook in hooks:

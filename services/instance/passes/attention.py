@@ -82,10 +82,17 @@ class PlainAttention(nn.Module):
         """What this layer's heads are told of the model's angles."""
         return angles if self._rotates and angles is not None else (None, None)
 
-    def between(self, qkv: Tensor) -> Tensor:
-        """The attention function: [rows, all heads * head_dim] to [rows, q_heads, head_dim]."""
+    def between(self, qkv: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The attention function: [rows, all heads * head_dim] to [rows, q_heads, head_dim].
+
+        Args:
+            rows: that are wanted, in the last layer (``AttentionContext.of_rows``); None: all of them.
+        """
         q, k, v = torch.split(qkv.view(len(qkv), self._all_heads, -1), self._counts, dim=1)
-        return attention_context(self)(q, k, v, self._params, self._sinks)
+        context = attention_context(self)
+        if rows is None:
+            return context(q, k, v, self._params, self._sinks)
+        return context.of_rows(q, k, v, self._params, self._sinks, rows)
 
 
 def some_rows(x: Tensor, rows: Tensor | None) -> Tensor:

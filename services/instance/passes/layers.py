@@ -39,8 +39,8 @@ class _Parts:
 class Layer(nn.Module, ABC):
     """Takes the place of a decoder layer; transformers' contract is kept.
 
-    ``rows`` in ``forward`` says which rows are wanted. All of them take part in the attention, but nothing behind it is
-    computed for the others.
+    ``rows`` in ``forward`` says which rows of the last layer are wanted. The others' keys and values are stored;
+    nothing else is computed for them, where that can be.
 
     Args:
         original: plain attributes of it are this one's, too: models look at them.
@@ -71,7 +71,7 @@ class Layer(nn.Module, ABC):
     ) -> Tensor:
         """hidden_states: [1, rows, hidden]; the answer, too."""
         qkv = self.begin(hidden_states, position_embeddings)
-        attended = some_rows(self.attention.between(qkv), rows)
+        attended = self.attention.between(qkv, rows)
         return self.finish(some_rows(hidden_states[0], rows)[None], attended)
 
 

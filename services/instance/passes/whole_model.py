@@ -1,7 +1,7 @@
 """The way through a model: embedding, angles, layers, norm, output layer.
 
 What lies between these in transformers' Python is looked for in the trace; where there is anything else (a factor of
-the embeddings or the logits, say), the model keeps its own. Behind the last attention only the rows that are sampled
+the embeddings or the logits, say), the model keeps its own. From the last attention on only the rows that are sampled
 are computed: of a prompt's chunk that is one, or none.
 """
 
