@@ -96,10 +96,17 @@ class Stopwatch:
 class _TimedAttention(AttentionContext):
     def __init__(self, stopwatch: Stopwatch, attention: AttentionContext) -> None:
         self._call = stopwatch.wrap("attention", attention)
+        self._of_rows = stopwatch.wrap("attention", attention.of_rows)
         self._through = stopwatch.wrap("model: layers and their attention, one call", attention.through)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, params: LayerParams, sinks: Tensor | None) -> Tensor:
         out: Tensor = self._call(q, k, v, params, sinks)
+        return out
+
+    def of_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, params: LayerParams, sinks: Tensor | None, rows: Tensor
+    ) -> Tensor:
+        out: Tensor = self._of_rows(q, k, v, params, sinks, rows)
         return out
 
     def through(self, stack: LayerStack, x: Tensor, angles: Sequence[LayerAngles]) -> Tensor | None:
