@@ -1,11 +1,13 @@
 """``python -m benchmarks.huge_pages``: what is it worth that a pool lies in huge pages?
 
-One token's attention on one thread over the same blocks in two pools, of pages of 4 KiB and of huge pages of 2 MiB. The
-latter must have been reserved: ``sysctl vm.nr_hugepages=600`` suffices, and 0 gives them back.
+One token's attention on one thread over the same blocks in pools of pages of 4 KiB, of such pages that the system was
+asked to put together to 2 MiB, and, with ``--reserved``, of huge pages that were reserved (``sysctl
+vm.nr_hugepages=600`` suffices, and 0 gives them back).
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from functools import partial
 
@@ -14,6 +16,7 @@ from benchmarks.kernel_cpu import layer_by_layer, peer
 from benchmarks.kernel_cpu_cases import PagedCase
 from kernels.cpu import CpuKernels
 from services.core.errors import InfiniteLLMError
+from services.dataplane.kv_pool import Pages
 
 QUESTION = "what is it worth that a pool lies in huge pages?"
 REPETITIONS = 7
@@ -24,36 +27,45 @@ QUICK_CASES = ((1024, 64, 1, 2, 1),)
 
 def measure(run: Run) -> None:
     kernels = CpuKernels(1)
+    kinds = [Pages.SMALL, Pages.TOGETHER, *([Pages.RESERVED] if run.options.reserved else [])]
     for context, head_dim, group, kv_heads, sequences in QUICK_CASES if run.quick else CASES:
         try:
-            small, huge = (
-                PagedCase(context, head_dim, group, kv_heads, sequences, huge_pages=pages) for pages in (False, True)
-            )
+            cases = {kind: PagedCase(context, head_dim, group, kv_heads, sequences, pages=kind) for kind in kinds}
         except InfiniteLLMError as error:
             raise SystemExit(f"huge_pages: {error}") from error
-        layers = range(small.layers)
+        small = cases[Pages.SMALL]
         peers = [
-            peer(f"{work} {name}", partial(layer_by_layer, partial(call, kernels), layers))
-            for name, case in (("small", small), ("huge", huge))
+            peer(f"{work} {kind.value}", partial(layer_by_layer, partial(call, kernels), range(small.layers)))
+            for kind, case in cases.items()
             for work, call in (("kernel", case.attend), ("read loop", case.read))
         ]
         results = run.alternate(peers, REPETITIONS)
         gigabytes = small.layers * small.layer_bytes * 1e-9
-        run.row(
-            {
-                "head_dim": head_dim,
-                "group": group,
-                "sequences": sequences,
-                "context": context,
-                "gb_per_s": gigabytes / results["kernel small"].median,
-                "huge_gb_per_s": gigabytes / results["kernel huge"].median,
-                **Ratio.of_speeds(results["kernel huge"], results["kernel small"]).cells("huge_of_small"),
-                **Ratio.of_speeds(results["read loop huge"], results["read loop small"]).cells("read_loop"),
-            }
-        )
-        small.close()
-        huge.close()
+        for kind in kinds[1:]:
+            kernel, loop = (
+                Ratio.of_speeds(results[f"{work} {kind.value}"], results[f"{work} small"])
+                for work in ("kernel", "read loop")
+            )
+            run.row(
+                {
+                    "head_dim": head_dim,
+                    "group": group,
+                    "sequences": sequences,
+                    "context": context,
+                    "pages": kind.value,
+                    "small_gb_per_s": gigabytes / results["kernel small"].median,
+                    "gb_per_s": gigabytes / results[f"kernel {kind.value}"].median,
+                    **kernel.cells("of_small"),
+                    **loop.cells("read_loop"),
+                }
+            )
+        for case in cases.values():
+            case.close()
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reserved", action="store_true", help="a pool of reserved huge pages, too")
 
 
 if __name__ == "__main__":
-    sys.exit(main("huge_pages", QUESTION, measure))
+    sys.exit(main("huge_pages", QUESTION, measure, _add_arguments))

@@ -14,11 +14,12 @@ from torch import Tensor
 from kernels import AttentionPlan, LayerParams
 from kernels.cpu import CpuKernels
 from services.core.blocks import PoolGeometry
-from services.dataplane.kv_pool import KvPool
+from services.dataplane.kv_pool import KvPool, Pages
 from services.dataplane.memfd import HUGE_PAGE_BYTES
 
 BLOCK_TOKENS = 64
 _RUNS = 16  # into which a contiguous layer is cut, for threads to share
+_TOGETHER_S = 60.0
 STEP_BYTES = 256 << 20  # all layers together: more than a cache holds
 
 
@@ -34,7 +35,7 @@ class PagedCase:
         sequences: int = 1,
         rows: int = 1,
         layers: int = 0,
-        huge_pages: bool = False,
+        pages: Pages = Pages.TOGETHER,
     ) -> None:
         self.context, self.head_dim, self.group, self.sequences, self.rows = context, head_dim, group, sequences, rows
         blocks = sequences * (context // BLOCK_TOKENS)
@@ -42,7 +43,8 @@ class PagedCase:
         self.layers = layers or max(2, -(-STEP_BYTES // self.layer_bytes))
         geometry = PoolGeometry(self.layers, kv_heads, BLOCK_TOKENS, head_dim, "bfloat16")
         pool_bytes = blocks * geometry.block_bytes
-        self._memory = KvPool(-(-pool_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, huge_pages)
+        self._memory = KvPool(-(-pool_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, pages)
+        self._memory.wait_until_together(_TOGETHER_S)
         self.pool = self._memory.as_tensor(geometry)[:blocks]
         _fill(self.pool)
         order = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).int()

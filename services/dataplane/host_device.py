@@ -12,7 +12,7 @@ import kernels
 from kernels import AttentionKernels
 from services.core.errors import ConfigError
 from services.dataplane.device import Device, Download, Recording, Stopwatch
-from services.dataplane.kv_pool import Grant, KvPool, Mapping, MemoryKind, map_memory
+from services.dataplane.kv_pool import Grant, KvPool, Mapping, MemoryKind, Pages, map_memory
 
 
 class HostMemoryDevice(Device):
@@ -21,7 +21,7 @@ class HostMemoryDevice(Device):
     tensors = torch.device("cpu")
 
     def make_pool(self, pool_bytes: int, huge_pages: bool = False) -> KvPool:
-        return KvPool(pool_bytes, huge_pages)
+        return KvPool(pool_bytes, Pages.RESERVED if huge_pages else Pages.TOGETHER)
 
     def map_pool(self, grant: Grant) -> Mapping:
         if grant.kind is not MemoryKind.HOST:

@@ -7,12 +7,12 @@ one allocation of CUDA's (``cuda_pool``).
 
 from __future__ import annotations
 
-import mmap
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import Final
 
 import torch
@@ -20,9 +20,24 @@ from torch import Tensor
 
 from services.core.blocks import PoolGeometry
 from services.core.errors import ConfigError, PeerLostError
-from services.dataplane.memfd import create_huge_memfd, create_memfd, map_foreign_memfd, map_memfd
+from services.dataplane.memfd import (
+    Memory,
+    check_foreign_memfd,
+    create_huge_memfd,
+    create_memfd,
+    map_aligned,
+    put_together,
+)
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Pages(Enum):
+    """Of what size a pool's pages are."""
+
+    SMALL = "small"  # as the system gives them: of shared memory most give 4 KiB
+    TOGETHER = "together"  # likewise, and the system is asked to put them together, in the background
+    RESERVED = "reserved"  # huge ones that were reserved for those who ask for them
 
 
 class MemoryKind(IntEnum):
@@ -94,20 +109,29 @@ class KvPool(Pool):
 
     Args:
         pool_bytes: size; the part behind the last whole block stays unused.
-        huge_pages: of those that the system has reserved. Without, it grants huge pages or not (``shmem_enabled`` of
-            transparent_hugepage; most do not).
-
     Raises:
         ConfigError: there is not that much memory; the message names what is available.
     """
 
-    def __init__(self, pool_bytes: int, huge_pages: bool = False) -> None:
+    def __init__(self, pool_bytes: int, pages: Pages = Pages.TOGETHER) -> None:
         if pool_bytes < 1:
             raise ConfigError(f"pool_bytes must be positive, got {pool_bytes}")
         self.pool_bytes = pool_bytes
         name = "infinite-llm-pool"
-        self._fd = create_huge_memfd(name, pool_bytes) if huge_pages else create_memfd(name, pool_bytes, True)
-        self._memory: mmap.mmap | None = map_memfd(self._fd, pool_bytes)
+        create = create_huge_memfd if pages is Pages.RESERVED else create_memfd
+        self._fd = create(name, pool_bytes)
+        self._memory: Memory | None = map_aligned(self._fd, pool_bytes)
+        self._putting_together: threading.Thread | None = None
+        if pages is Pages.TOGETHER:
+            self._putting_together = threading.Thread(
+                target=put_together, args=(self._memory,), name="huge pages", daemon=True
+            )
+            self._putting_together.start()
+
+    def wait_until_together(self, timeout_s: float) -> None:
+        """Returns when the system has done what it was asked for, at ``TOGETHER``."""
+        if self._putting_together is not None:
+            self._putting_together.join(timeout_s)
 
     @property
     def fd(self) -> int:
@@ -135,11 +159,15 @@ def map_memory(grant: Grant) -> Mapping:
     """
     if not grant.fds:
         raise PeerLostError("the daemon passed no memory")
-    memory = map_foreign_memfd(grant.fds[0], grant.pool_bytes)
+    check_foreign_memfd(grant.fds[0], grant.pool_bytes)
+    try:
+        memory = map_aligned(grant.fds[0], grant.pool_bytes)
+    except (OSError, ValueError, OverflowError) as error:
+        raise PeerLostError(f"the daemon's memory cannot be mapped: {error}") from error
     return Mapping(memory, torch.frombuffer(memory, dtype=torch.uint8), lambda: None)
 
 
-def pool_tensor(memory: mmap.mmap, geometry: PoolGeometry) -> Tensor:
+def pool_tensor(memory: Memory, geometry: PoolGeometry) -> Tensor:
     """As ``blocks_of``; the tensor keeps the mapping alive."""
     return blocks_of(torch.frombuffer(memory, dtype=torch.uint8), geometry)
 

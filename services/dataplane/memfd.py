@@ -7,30 +7,41 @@ allocating everything at once, and a file that a peer cuts short under our mappi
 A mapping is never unmapped by hand: tensors and memoryviews keep the ``mmap`` object alive, and the last of them to go
 unmaps it. ``torch.frombuffer`` makes that the only safe way: it holds a reference, but no buffer export that would make
 ``mmap.close`` fail.
+
+What a core reads all the time should lie in huge pages. That takes memory that lies in them (``put_together``: of
+shared memory hardly any system gives them by itself) and mappings that begin where they do (``map_aligned``).
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Callable
+import weakref
 from pathlib import Path
 
 from services.core.errors import ConfigError, PeerLostError
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _MIB = 1 << 20
-_MADV_POPULATE_WRITE = 23  # <linux/mman.h>, Linux 5.14; not in the mmap module
+_MADV_COLLAPSE = 25  # <linux/mman.h>, Linux 6.1; not in the mmap module
 HUGE_PAGE_BYTES = 2 << 20
 
+Memory = mmap.mmap | ctypes.Array[ctypes.c_char]  # whose buffer is a mapping that lasts as long as the object
 
-def create_memfd(name: str, size: int, huge_pages: bool = False) -> int:
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+def create_memfd(name: str, size: int) -> int:
     """Creates ``size`` bytes of zeros and answers the file descriptor, which the caller owns.
-
-    Args:
-        huge_pages: ask the system for transparent huge pages, which it may not grant.
 
     Raises:
         ConfigError: there is not that much memory.
@@ -39,7 +50,7 @@ def create_memfd(name: str, size: int, huge_pages: bool = False) -> int:
     if size > available:
         raise ConfigError(_too_large(name, size, available))
     try:
-        return _allocate(name, size, 0, _populate_huge if huge_pages else None)
+        return _allocate(name, size, 0)
     except OSError as error:
         raise ConfigError(f"{_too_large(name, size, available)} ({error.strerror})") from error
 
@@ -62,11 +73,9 @@ def create_huge_memfd(name: str, size: int) -> int:
         ) from error
 
 
-def _allocate(name: str, size: int, flags: int, populate: Callable[[int, int], None] | None = None) -> int:
+def _allocate(name: str, size: int, flags: int) -> int:
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
     try:
-        if populate is not None:
-            populate(fd, size)
         os.posix_fallocate(fd, 0, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
     except OSError:
@@ -80,8 +89,68 @@ def map_memfd(fd: int, size: int) -> mmap.mmap:
     return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
+def map_aligned(fd: int, size: int) -> Memory:
+    """As ``map_memfd``, at an address where huge pages may begin; Python's own mmap lets nobody choose one.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+    if size < HUGE_PAGE_BYTES:
+        return map_memfd(fd, size)
+    reserved_bytes = size + HUGE_PAGE_BYTES
+    reserved = _map(None, reserved_bytes, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+    try:
+        address = -(-reserved // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        _map(address, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd)
+    except OSError:
+        _libc.munmap(reserved, reserved_bytes)
+        raise
+    memory = (ctypes.c_char * size).from_address(address)
+    # Not at the interpreter's end: threads that read the memory end with the process.
+    weakref.finalize(memory, _libc.munmap, reserved, reserved_bytes).atexit = False
+    return memory
+
+
+def _map(address: int | None, size: int, protection: int, flags: int, fd: int) -> int:
+    mapped = _libc.mmap(address, size, protection, flags, fd, 0)
+    if mapped is None or mapped == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return int(mapped)
+
+
+def put_together(memory: Memory) -> None:
+    """Asks the system to move the memory into huge pages, one by one, for every process that maps it.
+
+    It may be used meanwhile. Takes a tenth of a second for each GiB, or seconds where the system has to make room; ends
+    early where it does not do so or has none left.
+    """
+    if isinstance(memory, mmap.mmap):
+        return
+    address = ctypes.addressof(memory)
+    for at in range(address, address + len(memory) - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES):
+        if _libc.madvise(at, HUGE_PAGE_BYTES, _MADV_COLLAPSE) != 0 and ctypes.get_errno() not in (
+            errno.EAGAIN,
+            errno.EBUSY,
+        ):
+            return
+
+
 def map_foreign_memfd(fd: int, size: int) -> mmap.mmap:
-    """Maps a memfd that another process has made, after checking that touching it is safe.
+    """Maps a memfd that another process has made.
+
+    Raises:
+        PeerLostError: as of ``check_foreign_memfd``, or it cannot be mapped.
+    """
+    check_foreign_memfd(fd, size)
+    try:
+        return map_memfd(fd, size)
+    except (OSError, ValueError, OverflowError) as error:
+        raise PeerLostError(f"the peer's shared memory cannot be mapped: {error}") from error
+
+
+def check_foreign_memfd(fd: int, size: int) -> None:
+    """Whether touching what another process has made is safe.
 
     Raises:
         PeerLostError: it is not a sealed, fully allocated memfd of exactly ``size`` bytes.
@@ -89,14 +158,13 @@ def map_foreign_memfd(fd: int, size: int) -> mmap.mmap:
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         status = os.fstat(fd)
-        if seals & _SEALS != _SEALS or status.st_size != size or status.st_blocks * 512 < size:
-            raise PeerLostError(
-                f"the peer's shared memory is not a sealed and allocated memfd of {size} bytes "
-                f"(seals {seals:#x}, {status.st_size} bytes, {status.st_blocks * 512} allocated)"
-            )
-        return map_memfd(fd, size)
-    except (OSError, ValueError, OverflowError) as error:
-        raise PeerLostError(f"the peer's shared memory cannot be mapped: {error}") from error
+    except OSError as error:
+        raise PeerLostError(f"the peer's shared memory cannot be looked at: {error}") from error
+    if seals & _SEALS != _SEALS or status.st_size != size or status.st_blocks * 512 < size:
+        raise PeerLostError(
+            f"the peer's shared memory is not a sealed and allocated memfd of {size} bytes "
+            f"(seals {seals:#x}, {status.st_size} bytes, {status.st_blocks * 512} allocated)"
+        )
 
 
 def available_bytes() -> int:
@@ -122,20 +190,6 @@ def available_bytes() -> int:
             reclaimable = int(statistics[statistics.index("inactive_file") + 1])
             available = min(available, max(0, int(limit) - used + reclaimable))
     return available
-
-
-def _populate_huge(fd: int, size: int) -> None:
-    """Touches all pages through an advised mapping: only a page fault there asks for huge pages, not fallocate."""
-    os.ftruncate(fd, size)
-    memory = map_memfd(fd, size)
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        memory.madvise(_MADV_POPULATE_WRITE)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a kernel without one of them
-            raise
-    finally:
-        memory.close()
 
 
 def _meminfo(name: str) -> int:

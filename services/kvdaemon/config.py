@@ -37,8 +37,8 @@ class KvDaemonConfig:
         tls: identity on gRPC and on the tcp data plane.
         etcd_tls: towards etcd.
         allow_insecure: listen on addresses that other hosts reach, without TLS.
-        huge_pages: the pool lies in huge pages of 2 MiB that the system has reserved for those who ask for them;
-            attention on a CPU reads it some per cent faster.
+        huge_pages: the pool lies in huge pages of 2 MiB that the system has reserved for those who ask for them.
+            Without, the system is asked to put small ones together as it can.
         device: where the pool lies and is computed on: cpu (host memory), cuda or cuda:N (that GPU's).
         link: emulate such a link to every instance, as in "25gbit,50us"; the instances must be told the same.
         num_threads: threads of the attention kernels.

@@ -19,8 +19,8 @@ import torch
 from services.core.blocks import PoolGeometry
 from services.core.errors import ConfigError, PeerLostError, SessionRevokedError, TransferTimeoutError
 from services.dataplane.host_device import HostDevice
-from services.dataplane.kv_pool import KvPool, pool_tensor
-from services.dataplane.memfd import HUGE_PAGE_BYTES, map_foreign_memfd
+from services.dataplane.kv_pool import KvPool, Pages, map_memory, pool_tensor
+from services.dataplane.memfd import HUGE_PAGE_BYTES, put_together
 from services.dataplane.pool_socket import MappedPool, PoolSocketServer, map_pool
 from services.kvdaemon.config import KvDaemonConfig
 
@@ -128,15 +128,48 @@ def test_a_pool_is_a_tensor_of_blocks(dtype):
 def test_a_pool_of_reserved_huge_pages_is_shared_like_any():
     if _free_huge_pages() < 2:
         pytest.skip("no huge pages are reserved on this machine (vm.nr_hugepages)")
-    free, pool = _free_huge_pages(), KvPool(2 * HUGE_PAGE_BYTES, huge_pages=True)
+    free, pool = _free_huge_pages(), KvPool(2 * HUGE_PAGE_BYTES, Pages.RESERVED)
     blocks = pool.as_tensor(GEOMETRY)
     blocks[-1].fill_(1.5)
-    other = map_foreign_memfd(pool.fd, pool.pool_bytes)
+    other = map_memory(pool.grant()).memory
     assert torch.equal(pool_tensor(other, GEOMETRY), blocks)
     assert _free_huge_pages() == free - 2
     pool.close()
     del blocks, other
     assert _free_huge_pages() == free
+
+
+def test_small_pages_are_put_together_for_all_who_map_them():
+    size = 4 * HUGE_PAGE_BYTES + 4096
+    pool = KvPool(size, Pages.SMALL)
+    content, mapped = pool.as_tensor(GEOMETRY).view(torch.uint8).flatten(), map_memory(pool.grant())
+    assert content.data_ptr() % HUGE_PAGE_BYTES == mapped.content.data_ptr() % HUGE_PAGE_BYTES == 0
+    content[:] = torch.randint(256, (len(content),), dtype=torch.uint8)
+    expected, before = content.clone(), _huge_mapped_bytes()
+    put_together(mapped.memory)
+    for tensor in (content, mapped.content[: len(content)]):
+        assert torch.equal(tensor, expected)
+    gained = _huge_mapped_bytes() - before
+    if gained == 0:
+        pytest.skip("this system does not put pages of shared memory together")
+    assert gained == 2 * 4 * HUGE_PAGE_BYTES
+    pool.close()
+    addresses = content.data_ptr(), mapped.content.data_ptr()
+    del content, mapped, tensor
+    assert not any(f"{address:x}-" in Path("/proc/self/maps").read_text() for address in addresses)
+
+
+def test_a_pool_does_so_in_the_background():
+    pool = KvPool(4 * HUGE_PAGE_BYTES)
+    pool.as_tensor(GEOMETRY)[-1].fill_(1.5)
+    pool.wait_until_together(DEADLINE_S)
+    assert pool.as_tensor(GEOMETRY)[-1].eq(1.5).all()
+    assert not pool.as_tensor(GEOMETRY)[:-1].any()
+    pool.close()
+
+
+def _huge_mapped_bytes():
+    return 1024 * sum(map(int, re.findall(r"ShmemPmdMapped: +(\d+)", Path("/proc/self/smaps").read_text())))
 
 
 def _free_huge_pages():
@@ -152,9 +185,9 @@ def test_huge_pages_are_of_host_memory():
 
 def test_pools_that_cannot_be():
     with pytest.raises(ConfigError, match=r"536870912 huge pages .* free: reserve more \(sysctl vm.nr_hugepages"):
-        KvPool(1 << 50, huge_pages=True)
+        KvPool(1 << 50, Pages.RESERVED)
     with pytest.raises(ConfigError, match=r"huge pages have 2 MiB, and .* should have 3 MiB"):
-        KvPool(3 << 20, huge_pages=True)
+        KvPool(3 << 20, Pages.RESERVED)
     with pytest.raises(ConfigError, match=r"cannot allocate 1125899906842624 bytes .* MiB of memory are available"):
         KvPool(1 << 50)
     with pytest.raises(ConfigError, match="positive"):
