@@ -18,7 +18,7 @@ import random
 import time
 from collections.abc import Callable
 
-from services.core.errors import InfiniteLLMError, NotLeaderError, UnavailableError
+from services.core.errors import InfiniteLLMError, NotLeaderError, ResyncRequiredError, UnavailableError
 from services.core.placement import Snapshot, Timings
 from services.rmanager.gmanager_client import HeartbeatStream
 from services.rmanager.gmanager_locator import GManagerLocation
@@ -109,9 +109,12 @@ class HeartbeatSender:
             await self._pause(address)
 
     def _stays(self, error: InfiniteLLMError, lasted_s: float) -> bool:
-        """Whether to go on with a relay whose stream has ended: it has lost the gManager, and not long ago."""
+        """Whether to go on with a relay whose stream has ended: it is not the relay that failed.
+
+        Either the gManager wants everything anew, or the relay has lost it, not long ago.
+        """
         if not isinstance(error, NotLeaderError):
-            return False
+            return isinstance(error, ResyncRequiredError)
         if lasted_s > _STEADY_S:
             self._relay_alone_since = math.inf
         self._relay_alone_since = min(self._relay_alone_since, time.monotonic())
