@@ -1,9 +1,9 @@
 """Heartbeats to one real gManager: its servicer in a process of its own, the senders in this one.
 
-One of three processes is an instance with a hundred running requests, the others are KV daemons. As many as the
-gManager wants to hear of directly have a channel, and so a connection, of their own. The others send by way of relays;
-of these only the side towards the gManager is there, as all the others' connections do not fit on the machine that the
-gManager is measured on. What a daemon spends on relaying is measured by itself, with a real relay.
+What processes say is in ``heartbeat_news``. As many as the gManager wants to hear of directly have a channel, and so a
+connection, of their own. The others send by way of relays; of these only the side towards the gManager is there, as all
+the others' connections do not fit on the machine that the gManager is measured on. What a daemon spends on relaying is
+measured by itself, with a real relay.
 """
 
 from __future__ import annotations
@@ -23,21 +23,9 @@ from typing import Any, Protocol
 
 import grpc.aio
 
+from benchmarks.heartbeat_news import full_heartbeat, is_instance, news
 from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc
-from services.core.blocks import PoolGeometry
-from services.core.placement import (
-    Heartbeat,
-    InstanceReport,
-    KvDaemonReport,
-    NamedKvDaemon,
-    NamedRequest,
-    PlacementColumns,
-    PoolStats,
-    ProgressColumns,
-    Report,
-    WaitingRequest,
-)
-from services.core.timings import HostingTiming, RemoteTiming, StepTiming
+from services.core.placement import Heartbeat
 from services.gmanager.instance_client import InstanceClients
 from services.gmanager.office import Office
 from services.gmanager.planner.policy import PlannerPolicy
@@ -55,14 +43,11 @@ from services.runtime.membership import Member
 from services.runtime.process import collect_seldom
 
 DIRECT = 256  # processes that the gManager hears of without a relay
-_REQUESTS = 100  # of an instance
-_ROUND = 4
 RELAY_INTERVAL_S = 0.25
 _SETTLE_S = 2.0
 _SEND_TIMEOUT_S = 30.0
 _ATTEMPTS = 3
 _OPENING = 64  # connections at the same time
-_GEOMETRY = PoolGeometry(layers=32, kv_heads=8, block_tokens=64, head_dim=128, dtype="bfloat16")
 
 
 @asynccontextmanager
@@ -171,12 +156,12 @@ class _Direct:
         self._stream = HeartbeatStream(address, relay=relay)
 
     async def begin(self) -> None:
-        await self._send(_full(self._number))
+        await self._send(full_heartbeat(self._number))
 
     async def go_on(self, pace_s: float, changed: int | None) -> None:
-        news = _news(self._number, changed)
+        said = news(self._number, changed)
         async for sequence in _at_own_times(self._number, pace_s):
-            await self._send(news[(sequence - 1) % len(news)]._replace(sequence=sequence))
+            await self._send(said[(sequence - 1) % len(said)]._replace(sequence=sequence))
 
     async def _send(self, heartbeat: Heartbeat) -> None:
         await self._stream.send(heartbeat, _SEND_TIMEOUT_S)
@@ -191,7 +176,7 @@ class _Relay:
     """The messages of a relay for some processes, as it would write them: each process's latest heartbeats.
 
     A thousand heartbeats would take longer to be made than to be taken in, and both sides share the machine. So what
-    there is to say was encoded before, and goes round with new sequence numbers: after a round of ``_news`` a process
+    there is to say was encoded before, and goes round with new sequence numbers: after a round of ``news`` a process
     is where it was before.
     """
 
@@ -203,15 +188,15 @@ class _Relay:
         self._call: Any = self._channel.stream_stream(method, request_serializer=None, response_deserializer=None)()
 
     async def begin(self) -> None:
-        await self._send([(number, _encoded(_full(number)), 0) for number in self._members])
+        await self._send([(number, _encoded(full_heartbeat(number)), 0) for number in self._members])
 
     async def go_on(self, pace_s: float, changed: int | None) -> None:
-        news = {number: [_encoded(heartbeat) for heartbeat in _news(number, changed)] for number in self._members}
+        said = {number: [_encoded(heartbeat) for heartbeat in news(number, changed)] for number in self._members}
         parts = max(round(pace_s / RELAY_INTERVAL_S), 1)  # in each of which other members speak
         async for turn in _at_own_times(self._members[0], pace_s / parts):
             sequence = 1 + (turn - 1) // parts
             speaking = self._members[(turn - 1) % parts :: parts]
-            await self._send([(k, news[k][(sequence - 1) % len(news[k])], sequence) for k in speaking])
+            await self._send([(k, said[k][(sequence - 1) % len(said[k])], sequence) for k in speaking])
 
     async def _send(self, heartbeats: Sequence[tuple[int, bytes, int]]) -> None:
         relayed = (_field(1, number) + _field(2, body + _field(2, sequence)) for number, body, sequence in heartbeats)
@@ -227,8 +212,8 @@ class _Relay:
 
 def _fleet(processes: int, gmanager: str) -> Sequence[_Sender]:
     """As many direct ones as the gManager takes of each kind; the daemons among them relay for the others."""
-    instances = [number for number in range(processes) if _is_instance(number)][: DIRECT // 2]
-    daemons = [number for number in range(processes) if not _is_instance(number)][: DIRECT // 2]
+    instances = [number for number in range(processes) if is_instance(number)][: DIRECT // 2]
+    daemons = [number for number in range(processes) if not is_instance(number)][: DIRECT // 2]
     direct = {*instances, *daemons}
     others = [number for number in range(processes) if number not in direct]
     shares = [others[k :: len(daemons)] for k in range(len(daemons))]
@@ -277,90 +262,6 @@ class _Fixed:
 
     async def moved_from(self, address: str | None) -> None:
         await asyncio.Event().wait()
-
-
-# ------------------------------------------------------------ what they say
-
-
-def _is_instance(number: int) -> bool:
-    return number % 3 == 0
-
-
-def _member(number: int) -> str:
-    return f"{'instance' if _is_instance(number) else 'kvdaemon'}/{number}"
-
-
-def _named(instance: int, request: int) -> NamedRequest:
-    return NamedRequest(request, f"request-{instance}-{request}", 1e9 + request, 64 * 100)
-
-
-def _full_report(number: int) -> Report:
-    if not _is_instance(number):
-        return _pool(free=1000)
-    everything = tuple(range(_REQUESTS))
-    return InstanceReport(
-        running=_REQUESTS,
-        waiting=2,
-        requests=tuple(_named(number, request) for request in everything),
-        kvdaemons=(NamedKvDaemon(0, str(number + 1), True),),
-        placement=PlacementColumns(everything, (0,) * _REQUESTS, (16,) * _REQUESTS),
-        progress=ProgressColumns(everything, (16 * 64,) * _REQUESTS),
-        max_running=256,
-        queue=(WaitingRequest(1000, 200), WaitingRequest(3000, 500)),
-    )
-
-
-def _full(number: int) -> Heartbeat:
-    return Heartbeat(_member(number), 0, full=True, report=_full_report(number))
-
-
-def _news(number: int, changed: int | None) -> Sequence[Heartbeat]:
-    """What a process says, in turn and again: what has changed within a second, and what was measured.
-
-    In each heartbeat of an instance, ``changed`` requests have grown, one has ended and one has begun.
-    """
-    silent = Heartbeat(_member(number), 0, False, None)
-    if changed is None:
-        return [silent]
-    rng = random.Random(number)
-    if not _is_instance(number):
-        return [_pool_news(silent, rng) for _ in range(_ROUND)]
-    last = _REQUESTS - 1  # of the full report; the last of a round has the same number
-    begun = [*range(_REQUESTS, _REQUESTS + _ROUND - 1), last]
-    return [
-        _instance_news(silent, number, rng.sample(range(last), changed), begun[k], begun[k - 1], rng)
-        for k in range(_ROUND)
-    ]
-
-
-def _pool_news(heartbeat: Heartbeat, rng: random.Random) -> Heartbeat:
-    hosting = HostingTiming(messages=800.0, context_tokens=2.5e5, compute_s=0.08 * rng.uniform(0.9, 1.1))
-    return heartbeat._replace(report=_pool(free=rng.randrange(2000)), timings=(hosting,))
-
-
-def _instance_news(
-    heartbeat: Heartbeat, number: int, grown: Sequence[int], begun: int, ended: int, rng: random.Random
-) -> Heartbeat:
-    blocks = [rng.randint(17, 99) for _ in grown]
-    report = InstanceReport(
-        running=_REQUESTS,
-        waiting=2,
-        requests=(_named(number, begun),),
-        placement=PlacementColumns((*grown, begun), (0,) * (len(grown) + 1), (*blocks, 1)),
-        progress=ProgressColumns((*grown, begun), (*(64 * count for count in blocks), 64)),
-        ended=(ended,),
-        max_running=256,
-    )
-    noise = rng.uniform(0.9, 1.1)
-    remote = RemoteTiming(str(number + 2), messages=32.0, rows=3.0, context_tokens=1e4, answer_s=4e-3 * noise)
-    step = StepTiming(100.0, 0.0, 1.1e5, 0.04 * noise, 0.03 * noise, 0.029 * noise, (remote,), steps=25)
-    return heartbeat._replace(report=report, timings=(step,))
-
-
-def _pool(free: int) -> KvDaemonReport:
-    size = _GEOMETRY.block_bytes
-    stats = PoolStats(3000 * size, size, total=3000, free=free, workspace=100, in_use=2900 - free)
-    return KvDaemonReport(stats, _GEOMETRY)
 
 
 # ------------------------------------------------------------ the gManager
@@ -431,9 +332,9 @@ def _serve_gmanager(parent: Connection, members: int) -> None:
         now = time.monotonic()
         numbers = [str(number) for number in range(members)]
         instances = [
-            Member("instance", k, "", "model", 100_000, str(int(k) + 1)) for k in numbers if _is_instance(int(k))
+            Member("instance", k, "", "model", 100_000, str(int(k) + 1)) for k in numbers if is_instance(int(k))
         ]
-        kvdaemons = [Member("kvdaemon", k, "") for k in numbers if not _is_instance(int(k))]
+        kvdaemons = [Member("kvdaemon", k, "") for k in numbers if not is_instance(int(k))]
         view.set_instances({member.member_id: member for member in instances}, now)
         view.set_kvdaemons({member.member_id: member for member in kvdaemons}, now)
         planning = _Counting(view, office, InstanceClients(None), PlannerPolicy(), time.monotonic, 1e9)

@@ -22,10 +22,10 @@ from services.core.blocks import PoolGeometry
 from services.core.errors import ConfigError, PeerLostError
 from services.dataplane.memfd import (
     Memory,
-    check_foreign_memfd,
     create_huge_memfd,
     create_memfd,
     map_aligned,
+    map_foreign_memfd,
     put_together,
 )
 
@@ -109,6 +109,8 @@ class KvPool(Pool):
 
     Args:
         pool_bytes: size; the part behind the last whole block stays unused.
+        pages: that it lies in.
+
     Raises:
         ConfigError: there is not that much memory; the message names what is available.
     """
@@ -159,11 +161,7 @@ def map_memory(grant: Grant) -> Mapping:
     """
     if not grant.fds:
         raise PeerLostError("the daemon passed no memory")
-    check_foreign_memfd(grant.fds[0], grant.pool_bytes)
-    try:
-        memory = map_aligned(grant.fds[0], grant.pool_bytes)
-    except (OSError, ValueError, OverflowError) as error:
-        raise PeerLostError(f"the daemon's memory cannot be mapped: {error}") from error
+    memory = map_foreign_memfd(grant.fds[0], grant.pool_bytes, map_aligned)
     return Mapping(memory, torch.frombuffer(memory, dtype=torch.uint8), lambda: None)
 
 

@@ -20,7 +20,9 @@ import fcntl
 import mmap
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from services.core.errors import ConfigError, PeerLostError
 
@@ -30,6 +32,7 @@ _MADV_COLLAPSE = 25  # <linux/mman.h>, Linux 6.1; not in the mmap module
 HUGE_PAGE_BYTES = 2 << 20
 
 Memory = mmap.mmap | ctypes.Array[ctypes.c_char]  # whose buffer is a mapping that lasts as long as the object
+MemoryT = TypeVar("MemoryT", bound=Memory)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -136,21 +139,11 @@ def put_together(memory: Memory) -> None:
             return
 
 
-def map_foreign_memfd(fd: int, size: int) -> mmap.mmap:
-    """Maps a memfd that another process has made.
+def map_foreign_memfd(fd: int, size: int, map_it: Callable[[int, int], MemoryT]) -> MemoryT:
+    """Maps a memfd that another process has made, after checking that touching it is safe.
 
-    Raises:
-        PeerLostError: as of ``check_foreign_memfd``, or it cannot be mapped.
-    """
-    check_foreign_memfd(fd, size)
-    try:
-        return map_memfd(fd, size)
-    except (OSError, ValueError, OverflowError) as error:
-        raise PeerLostError(f"the peer's shared memory cannot be mapped: {error}") from error
-
-
-def check_foreign_memfd(fd: int, size: int) -> None:
-    """Whether touching what another process has made is safe.
+    Args:
+        map_it: ``map_memfd`` or ``map_aligned``.
 
     Raises:
         PeerLostError: it is not a sealed, fully allocated memfd of exactly ``size`` bytes.
@@ -158,13 +151,14 @@ def check_foreign_memfd(fd: int, size: int) -> None:
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         status = os.fstat(fd)
-    except OSError as error:
-        raise PeerLostError(f"the peer's shared memory cannot be looked at: {error}") from error
-    if seals & _SEALS != _SEALS or status.st_size != size or status.st_blocks * 512 < size:
-        raise PeerLostError(
-            f"the peer's shared memory is not a sealed and allocated memfd of {size} bytes "
-            f"(seals {seals:#x}, {status.st_size} bytes, {status.st_blocks * 512} allocated)"
-        )
+        if seals & _SEALS != _SEALS or status.st_size != size or status.st_blocks * 512 < size:
+            raise PeerLostError(
+                f"the peer's shared memory is not a sealed and allocated memfd of {size} bytes "
+                f"(seals {seals:#x}, {status.st_size} bytes, {status.st_blocks * 512} allocated)"
+            )
+        return map_it(fd, size)
+    except (OSError, ValueError, OverflowError) as error:
+        raise PeerLostError(f"the peer's shared memory cannot be mapped: {error}") from error
 
 
 def available_bytes() -> int:

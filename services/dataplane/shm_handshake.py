@@ -95,7 +95,7 @@ class ShmGuest(Guest[socket.socket, SharedRings]):
             layout = RingLayout(Limits(max_message_bytes, window_bytes), hello_bytes)
         except ConfigError as error:
             raise PeerLostError(f"a guest asks for impossible limits: {error}") from error
-        return SharedRings(map_foreign_memfd(self._fd, layout.total_bytes), layout)
+        return SharedRings(map_foreign_memfd(self._fd, layout.total_bytes, map_memfd), layout)
 
     def discard(self) -> None:
         """Closes the memfd, which a mapping does not need."""

@@ -7,8 +7,9 @@ one. Nobody is appointed: who is one too many is sent to the relay with the fewe
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 SHUNNED_S = 30.0  # nobody is sent to a relay for so long after somebody had to leave it
@@ -22,11 +23,13 @@ class _Daemon:
     Attributes:
         direct: its own streams to the gManager; it can relay as long as it has one.
         relayed: streams of others that come by way of it.
+        named_as: the address that others were told; empty where nobody was.
         expected: members that were sent to it and are not there yet, with the time of that.
     """
 
     direct: set[int] = field(default_factory=set)
     relayed: set[int] = field(default_factory=set)
+    named_as: str = ""
     expected: dict[str, float] = field(default_factory=dict)
     shunned_until: float = -math.inf
 
@@ -35,7 +38,8 @@ class Relays:
     """Who sends directly, and who relays for whom. ``now`` is monotonic seconds; a stream's number is its own.
 
     Args:
-        direct: streams that the gManager wants to have itself, half of them of instances and half of daemons.
+        direct: streams that the gManager wants to have itself, half of them of instances and half of daemons. As many
+            daemons relay at most: each brings messages of its own, and all are looked through for one that has room.
         per_relay: streams of one relay at most.
         address_of: of a daemon's control server; None where it is not known.
     """
@@ -46,6 +50,7 @@ class Relays:
         self._address_of = address_of
         self._instances: set[int] = set()
         self._daemons: dict[str, _Daemon] = {}
+        self._named: dict[str, _Daemon] = {}  # by the address that others were told
         self._direct_daemons = 0
 
     @property
@@ -92,9 +97,9 @@ class Relays:
 
     def failed(self, address: str, now: float) -> None:
         """Somebody could not use the relay at this address."""
-        for kvdaemon_id, daemon in self._daemons.items():
-            if self._address_of(kvdaemon_id) == address:
-                daemon.shunned_until = now + SHUNNED_S
+        daemon = self._named.get(address)
+        if daemon is not None:
+            daemon.shunned_until = now + SHUNNED_S
 
     def elsewhere(self, member: str, now: float) -> str | None:
         """Address of the relay that a process which sends directly should go to; None: it may stay."""
@@ -105,17 +110,28 @@ class Relays:
         elif self._direct_daemons <= self._limit // 2 or self._load(self._daemons[member_id], now):
             return None
         best, fewest = None, self._per_relay
+        for daemon, address in itertools.islice(self._able(member_id, now), self._limit // 2):
+            load = self._load(daemon, now)
+            if load < fewest:
+                best, fewest = (daemon, address), load
+        if best is None:
+            return None
+        daemon, address = best
+        daemon.expected.pop(member, None)  # whoever was sent last is to be last
+        daemon.expected[member] = now
+        if daemon.named_as != address:
+            self._named.pop(daemon.named_as, None)
+            daemon.named_as = address
+            self._named[address] = daemon
+        return address
+
+    def _able(self, member_id: str, now: float) -> Iterator[tuple[_Daemon, str]]:
+        """Daemons that can relay for a process, with their addresses; always in the same order."""
         for kvdaemon_id, daemon in self._daemons.items():
             if daemon.direct and now >= daemon.shunned_until and kvdaemon_id != member_id:
-                load = self._load(daemon, now)
-                if load < fewest:
-                    best, fewest = kvdaemon_id, load
-        address = None if best is None else self._address_of(best)
-        if best is not None and address is not None:
-            expected = self._daemons[best].expected
-            expected.pop(member, None)  # whoever was sent last is to be last
-            expected[member] = now
-        return address
+                address = self._address_of(kvdaemon_id)
+                if address is not None:
+                    yield daemon, address
 
     @staticmethod
     def _load(daemon: _Daemon, now: float) -> int:
@@ -127,4 +143,5 @@ class Relays:
     def _drop_if_gone(self, kvdaemon_id: str) -> None:
         daemon = self._daemons[kvdaemon_id]
         if not daemon.direct and not daemon.relayed:
+            self._named.pop(daemon.named_as, None)
             del self._daemons[kvdaemon_id]

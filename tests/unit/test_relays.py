@@ -135,6 +135,20 @@ def test_nobody_is_sent_to_a_relay_whose_address_is_unknown() -> None:
         assert cluster.open(member) is None
 
 
+def test_who_relays_is_not_more_than_half_of_those_who_send_directly() -> None:
+    """A relay brings messages of its own. Here all daemons send directly, as nobody knew their addresses."""
+    cluster = Cluster(direct=6, per_relay=9)
+    names = [f"k{number}" for number in range(20)]
+    cluster.unknown = set(names)
+    assert {cluster.open(f"kvdaemon/{name}") for name in names} == {None}
+    cluster.unknown = {"k0"}
+    went = [cluster.relays.elsewhere(f"kvdaemon/{name}", cluster.now) for name in reversed(names)]
+    assert {address for address in went if address is not None} == {"k1:1", "k2:1", "k3:1"}
+    # One that fails gives its place to another.
+    cluster.relays.failed("k2:1", cluster.now)
+    assert cluster.relays.elsewhere("kvdaemon/k9", cluster.now) == "k4:1"
+
+
 def test_a_second_stream_of_the_same_member_counts_until_it_ends() -> None:
     relays = Relays(8, 4, lambda name: f"{name}:1")
     relays.opened(1, "kvdaemon/k")
