@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from signals import send_signal
 
 from infinitellm import Client, ClusterStatus, RequestStatus
 from services.launcher.ports import free_ports
@@ -153,14 +153,12 @@ class Cluster:
         """For each running request, its rBlocks by daemon."""
         return [{place.kvdaemon_id: place.num_blocks for place in request.placement} for request in self.requests()]
 
-    def wait_for_placement(self, timeout_s: float = 20.0) -> dict[str, int]:
-        """Of the one request that runs, as soon as its instance has told of it."""
+    def wait_for_lender(self, kvdaemon_id: str, timeout_s: float = 20.0) -> None:
+        """Until the one request that runs is known to have blocks there: its instance tells once in a while."""
         deadline = time.monotonic() + timeout_s
-        while not (placements := self.placements()):
-            assert time.monotonic() < deadline, f"no request is known to run\n{self.logs()}"
+        while not any(kvdaemon_id in placement for placement in self.placements()):
+            assert time.monotonic() < deadline, f"no request is known to use {kvdaemon_id}\n{self.logs()}"
             time.sleep(0.02)
-        (placement,) = placements
-        return placement
 
     def pids(self) -> dict[str, int]:
         """The launcher's living children: "etcd", "redis", and the services by their member ids."""
@@ -188,7 +186,7 @@ class Cluster:
         return pids[member]
 
     def signal(self, member: str, signum: signal.Signals) -> None:
-        os.kill(self.pid(member), signum)
+        send_signal(self.pid(member), signum)
 
     def wait_until_no_block_is_held(self, timeout_s: float = 20.0) -> None:
         """Every pool is free or cached without users, apart from the instances' workspaces."""

@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from signals import send_signal
+
 from services.launcher.binaries import find_binary
 from services.launcher.ports import free_ports
 
@@ -66,7 +68,7 @@ class EtcdProcess:
 
     def pause(self) -> None:
         assert self._process is not None
-        os.kill(self._process.pid, signal.SIGSTOP)
+        send_signal(self._process.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
         assert self._process is not None

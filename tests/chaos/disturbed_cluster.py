@@ -16,6 +16,7 @@ import grpc
 from cluster_process import Cluster
 from known_requests import KnownRequest
 from schedule import LOCAL_DAEMONS, MEMORY_DAEMONS, Disturbance
+from signals import send_signal
 
 from infinitellm.internal.v1 import kvdaemon_pb2 as pb
 from infinitellm.internal.v1.kvdaemon_pb2_grpc import KvDaemonServiceStub
@@ -204,7 +205,7 @@ class DisturbedCluster:
         if disturbance.stop_s is None:
             os.kill(pid, signal.SIGKILL)
         else:
-            os.kill(pid, signal.SIGSTOP)
+            send_signal(pid, signal.SIGSTOP)
             self._stopped.append((time.monotonic() + disturbance.stop_s, disturbance.process, pid))
 
     def _pause(self, seconds: float) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import pytest
 from disturbed_cluster import DisturbedCluster, Stream, ask_pool
 from known_requests import KnownRequests
+from signals import send_signal
 
 from infinitellm.internal.v1 import kvdaemon_pb2 as pb
 
@@ -35,7 +36,7 @@ def test_a_continued_instance_writes_nothing_into_blocks_of_others(clusters, kno
     try:
         # It decodes, and has blocks on daemons that it does not map.
         wait_for("the instance has blocks elsewhere", lambda: lent_blocks(cluster) > 0 and tokens(first) > 20)
-        os.kill(pid, signal.SIGSTOP)
+        send_signal(pid, signal.SIGSTOP)
 
         # The others take its requests over. Its blocks are free, but those that it maps.
         cluster.check_answers(first)

@@ -20,6 +20,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import torch
+from signals import send_signal
 from torch import Tensor
 
 from infinitellm.internal.v1 import kvdaemon_pb2 as pb
@@ -110,7 +111,7 @@ class KvDaemonProcess:
         return (self.directory / f"{self.member_id}.log").read_text()
 
     def signal(self, signum: signal.Signals) -> None:
-        os.kill(self.process.pid, signum)
+        send_signal(self.process.pid, signum)
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -124,7 +125,8 @@ class ClientProcess:
 
     def __init__(self, address: str, instance: str, kind: str) -> None:
         command = [sys.executable, __file__, address, instance, kind]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -143,7 +145,7 @@ class ClientProcess:
         return next(line for line in self._lines if line.startswith(beginning))
 
     def signal(self, signum: signal.Signals) -> None:
-        os.kill(self.process.pid, signum)
+        send_signal(self.process.pid, signum)
 
     def close(self) -> None:
         if self.process.poll() is None:

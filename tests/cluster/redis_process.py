@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import redis
+from signals import send_signal
 
 from services.launcher.binaries import find_binary
 from services.launcher.ports import free_ports
@@ -41,6 +42,6 @@ class RedisProcess:
 
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
-        self._process.send_signal(number)
+        send_signal(self._process.pid, number)
         if number == signal.SIGKILL:
             self._process.wait(timeout=10)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cluster_process import Cluster
+from signals import send_signal
 from test_serving import SMALL_ENGINE, Reference, assert_same_tokens, prompt_of
 
 pytestmark = pytest.mark.cluster
@@ -114,7 +115,7 @@ def test_the_computing_instance_is_lost(
 def harmed(cluster: Cluster, member: str, how: signal.Signals) -> Iterator[None]:
     """Who is stopped goes on afterwards."""
     pid = cluster.pid(member)
-    os.kill(pid, how)
+    send_signal(pid, how)
     try:
         yield
     finally:

@@ -24,6 +24,7 @@ from gateway_rig import (
     until,
     write_checkpoint,
 )
+from signals import send_signal
 
 from services.runtime.etcd import EtcdClient
 
@@ -159,7 +160,7 @@ def test_a_process_killed_or_stopped(etcd_endpoint: str, gmanager: object, tmp_p
             await connected(client, 1)
             stream = Stream(client, BODY | {"max_tokens": 40})
             await stream.reaches(3)
-            os.kill(only.pid, how)
+            send_signal(only.pid, how)
             # The answer waits for an instance to appear.
             with instance_process("instance-1", etcd_endpoint, delay_s=0.01):
                 await stream.ends()

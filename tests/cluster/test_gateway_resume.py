@@ -13,6 +13,7 @@ import httpx
 import pytest
 from gateway_pair import Pair, Stream, running_pair
 from gateway_rig import TEXT, expected_tokens, until
+from signals import send_signal
 
 from infinitellm import AsyncClient, Tokens
 from infinitellm import errors as sdk_errors
@@ -237,7 +238,7 @@ def test_the_sdk_leaves_a_gateway_that_ends_or_hangs(tmp_path: Path, how: signal
                 if isinstance(event, Tokens):
                     tokens += event.ids
                     if len(tokens) == 10:
-                        running.first.process.send_signal(how)
+                        send_signal(running.first.process.pid, how)
             assert tokens == expected_tokens(TOKENS, 1, 4)
             assert [submit.request_id for submit in played.submitted] == [event.request_id, event.request_id + ".1"]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cluster_process import Cluster, Completion
+from signals import send_signal
 from test_serving import SMALL_ENGINE, Reference, assert_same_tokens, prompt_of
 
 from infinitellm import Client
@@ -163,7 +164,7 @@ def test_without_any_gmanager_requests_go_on_and_new_ones_begin(cluster: Cluster
         requests.wait_until_one_runs()
         pids = [cluster.pid(name) for name in ("gmanager-0", "gmanager-1")]
         for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
+            send_signal(pid, signal.SIGSTOP)
         try:
             time.sleep(LEASE_S + 1)
             late = requests.send(prompt_of(1200, seed=36), prompt_of(300, seed=32))
@@ -222,7 +223,7 @@ def test_a_continued_leader_is_refused_by_its_fencing_token(cluster: Cluster, cl
         old, old_token = leader_by_etcd(cluster)
         pid = cluster.pid(old)
         assert move_something(cluster, 1, old_token).accepted_blocks
-        os.kill(pid, signal.SIGSTOP)
+        send_signal(pid, signal.SIGSTOP)
         new_token = wait_for_successor(cluster, old)
         assert new_token > old_token
         assert move_something(cluster, 2, new_token).accepted_blocks

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 from gateway_rig import CLUSTER, service, until
+from signals import send_signal
 
 from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc
 from services.core.errors import ResyncRequiredError, UnavailableError
@@ -88,7 +89,7 @@ def test_a_gmanager_that_is_replaced_learns_everything(etcd_endpoint: str, tmp_p
             with service("gmanager", tmp_path, **keys) as first:
                 watcher.placement["r"] = {"k": BlockCount(3, True)}
                 await watcher.sees("r")
-                os.kill(first.pid, how)
+                send_signal(first.pid, how)
                 watcher.placement["s"] = {"k": BlockCount(4, True)}
                 await asyncio.sleep(0.3)
                 with service("gmanager", tmp_path, **keys):
@@ -105,7 +106,7 @@ def test_a_gmanager_that_stood_still_goes_on(etcd_endpoint: str, tmp_path: Path)
             with service("gmanager", tmp_path, listen="127.0.0.1:0", etcd=[etcd_endpoint]) as process:
                 watcher.placement["r"] = {"k": BlockCount(3, True)}
                 await watcher.sees("r")
-                os.kill(process.pid, signal.SIGSTOP)
+                send_signal(process.pid, signal.SIGSTOP)
                 for number in range(20):
                     watcher.placement[f"s{number}"] = {"k": BlockCount(4, True)}
                     await asyncio.sleep(0.1)

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 from gateway_rig import CLUSTER, service, until
+from signals import send_signal
 from test_gmanager_heartbeats import Observer, observer
 
 from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc
@@ -103,7 +104,7 @@ def test_the_standby_takes_over(etcd_endpoint: str, tmp_path: Path, how: signal.
                     assert await leads_in_view(watcher) == ["first"]
                     old = election.address
                     token = election.leader.fencing_token  # type: ignore[union-attr]
-                    os.kill(first.pid, how)
+                    send_signal(first.pid, how)
                     watcher.placement["s"] = {"k": BlockCount(4, True)}
                     await election.is_now("second")
                     await watcher.sees("r", "s")
@@ -152,7 +153,7 @@ def test_a_killed_gmanager_that_is_started_again_leads_at_once(etcd_endpoint: st
             with gmanager("only", etcd_endpoint, tmp_path, lease_s=300) as first:
                 await election.is_now("only")
                 token = election.leader.fencing_token  # type: ignore[union-attr]
-                os.kill(first.pid, signal.SIGSTOP)  # worse than dead: it still has its lease for a while
+                send_signal(first.pid, signal.SIGSTOP)  # worse than dead: it still has its lease for a while
                 with gmanager("only", etcd_endpoint, tmp_path):
 
                     def newer() -> bool:

@@ -17,6 +17,7 @@ import pytest
 from gateway_rig import CLUSTER, service, until
 from kvdaemon_client import KvDaemonProcess
 from prometheus_client.parser import text_string_to_metric_families
+from signals import send_signal
 
 from infinitellm.internal.v1 import gmanager_pb2, gmanager_pb2_grpc
 from services.core.errors import InvalidRequestError, ResyncRequiredError, UnavailableError
@@ -154,11 +155,11 @@ def test_who_loses_its_relay_is_heard_all_the_same(
                 state = await rig.state()
                 assert state is not None
                 assert max(instance.heartbeat_age_s for instance in state.instances) < 1.8
-                os.kill(lenders["kv-0"].process.pid, how)
+                send_signal(lenders["kv-0"].process.pid, how)
                 rig.say("three")
                 await rig.are_seen()
                 await gmanager.has(direct=3, relayed=2)  # both at the other one
-                os.kill(lenders["kv-1"].process.pid, how)
+                send_signal(lenders["kv-1"].process.pid, how)
                 rig.say("four")
                 await rig.are_seen()
                 await gmanager.has(direct=4, relayed=0)
@@ -183,7 +184,7 @@ def test_another_gmanager_hears_of_everybody(
                 await first.has(direct=4, relayed=2)
                 await rig.are_seen()
                 with GManager(tmp_path, etcd_endpoint, "g1") as second:
-                    os.kill(first.process.pid, how)
+                    send_signal(first.process.pid, how)
                     rig.say("two")
                     await second.has(direct=4, relayed=2)  # who has a relay stays with it
                     await rig.are_seen()

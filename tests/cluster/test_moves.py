@@ -13,6 +13,7 @@ from cluster_process import Cluster
 from moving import TOKEN, Mover, Stream
 from random_llama import write_random_llama
 from reference import Reference
+from signals import send_signal
 from test_serving import prompt_of
 
 pytestmark = pytest.mark.cluster
@@ -142,7 +143,7 @@ def test_a_daemon_is_lost_in_the_middle_of_a_move(
         mover.move(request, HOME, LENDERS[0], 16)
         pid = cluster.pid(LENDERS[0 if lost == "source" else 1])
         answer = mover.instruct(request, LENDERS[0], LENDERS[1], 16, move_id="middle")
-        os.kill(pid, how)
+        send_signal(pid, how)
         assert answer.accepted_blocks == 16
         moved, end = mover.end_of("middle")
         expected = {"SOURCE_LOST" if lost == "source" else "DESTINATION_LOST", "COPY_FAILED"}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from signals import send_signal
 
 from services.core.blocks import PoolGeometry
 from services.core.errors import ConfigError, PeerLostError, SessionRevokedError, TransferTimeoutError
@@ -224,7 +225,7 @@ def test_a_killed_process_hangs_up(daemon, start):
 
 def test_a_stopped_process_does_not_hang_up(daemon, start):
     stopped, other = start(1), start(2)
-    stopped.send_signal(signal.SIGSTOP)
+    send_signal(stopped.pid, signal.SIGSTOP)
     other.kill()
     daemon.wait_for_hang_ups([2])
     with pytest.raises(SessionRevokedError):

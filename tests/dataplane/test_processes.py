@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from signals import send_signal
 from stations import BACKENDS, LIMITS, Net
 
 from services.core.errors import PeerLostError
@@ -76,7 +77,7 @@ def test_a_killed_peer_is_lost_in_the_middle_of_a_transfer(net, start):
 def test_a_peer_killed_before_it_accepts_is_lost(net, start):
     client = net.station("client")
     process, address = start("peer", "echo")
-    process.send_signal(signal.SIGSTOP)
+    send_signal(process.pid, signal.SIGSTOP)
     connection = client.transport.connect(address, b"", LIMITS)
     connection.send([b"x"])
     process.kill()
@@ -91,7 +92,7 @@ def test_a_stopped_peer_disturbs_nobody(net, start):
     silent = connect(net, client, stopped_address)
     other = connect(net, client, address)
     echo(net, client, silent)
-    stopped.send_signal(signal.SIGSTOP)
+    send_signal(stopped.pid, signal.SIGSTOP)
     for i in range(100):
         if i < 50:
             silent.send([bytes(5000)])
@@ -108,7 +109,7 @@ def test_the_window_of_a_stopped_peer_ends_the_connection_only(net, start):
     client = net.station("client")
     stopped, address = start("stopped", "echo")
     connection = connect(net, client, address)
-    stopped.send_signal(signal.SIGSTOP)
+    send_signal(stopped.pid, signal.SIGSTOP)
     with pytest.raises(PeerLostError, match="window"):
         net.send_until_lost(client, connection, bytes(LIMITS.max_message_bytes), 100)
     net.lost(client, connection)
@@ -122,7 +123,7 @@ def test_late_data_for_a_connection_given_up_reaches_nobody(net, start):
     given_up = connect(net, client, flood_address, FLOODED)
     net.pump(lambda: client.messages(given_up))
     view = client.messages(given_up)[0].data
-    flooding.send_signal(signal.SIGSTOP)
+    send_signal(flooding.pid, signal.SIGSTOP)
     given_up.close()
     client.events.clear()
     _, address = start("echo", "echo")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from kvdaemon_rig import GEOMETRY, Rig, attend, segment
+from signals import send_signal
 from transformers import GPT2Config, LlamaConfig
 
 from kernels import LayerParams, empty_partial
@@ -178,7 +179,7 @@ def test_a_rank_that_is_killed_is_missed_before_it_is_asked_anything() -> None:
 def test_a_rank_that_is_stopped_is_missed_and_one_that_answers_is_not() -> None:
     with watched(0.5) as (watch, processes, reason):
         watch.ask()
-        processes[0].send_signal(signal.SIGSTOP)
+        send_signal(processes[0].pid, signal.SIGSTOP)
         assert reason() == "rank 1 has not answered for 0.5 s"
 
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 from grpc import aio
+from signals import send_signal
 
 from services.core.errors import (
     ConfigError,
@@ -210,7 +211,7 @@ def test_a_stopped_server_is_noticed() -> None:
             async with make_channel(address) as channel:
                 stream = channel.unary_stream("/test.Test/US")(b"NONE", timeout=600)
                 assert await stream.read() == b"first"
-                os.kill(process.pid, signal.SIGSTOP)
+                send_signal(process.pid, signal.SIGSTOP)
                 async with asyncio.timeout(20):
                     with pytest.raises(aio.AioRpcError) as failed:
                         await stream.read()

@@ -1,7 +1,6 @@
 """The SDK's clients against a real gRPC server with the services' own error interceptor."""
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from contextlib import aclosing, closing
 
 import grpc
 import pytest
+from signals import send_signal
 
 from infinitellm import (
     AsyncClient,
@@ -333,7 +333,7 @@ def test_a_dead_or_stopped_gateway_is_noticed(kind):
         with Client(address, retry=ONCE) as client:
             events = client.generate("hello", max_tokens=1, timeout_s=60.0)
             assert next(events) == Progress("r-1", 1, 0)
-            os.kill(process.pid, kind)
+            send_signal(process.pid, kind)
             start = time.monotonic()
             with pytest.raises(sdk_errors.UnavailableError):
                 next(events)
