@@ -33,6 +33,8 @@ from typing import TextIO, TypeVar
 
 from benchmarks.machine import current_commit, describe_machine
 
+CONFIDENCE = 0.95  # of intervals
+
 Cell = str | int | float
 Row = Mapping[str, Cell]
 P = TypeVar("P")
@@ -68,6 +70,17 @@ class Ratio:
     @property
     def median(self) -> float:
         return statistics.median(self.values)
+
+    def interval(self) -> tuple[float, float]:
+        """Where the true median lies with a probability of 95 %, from the values' order alone, whatever they are drawn
+        from (H. A. David, H. N. Nagaraja, Order Statistics, section 7.1). Of fewer than six values it is the smallest
+        and the largest, which are less certain.
+        """
+        count, ordered = len(self.values), sorted(self.values)
+        cut, beyond = 0, 0.5**count  # values left off at either end; the chance that the median lies beyond one of them
+        while 2 * (wider := beyond + math.comb(count, cut + 1) * 0.5**count) <= 1 - CONFIDENCE:
+            cut, beyond = cut + 1, wider
+        return ordered[cut], ordered[count - 1 - cut]
 
     def cells(self, name: str) -> dict[str, float]:
         return {name: self.median, f"{name}_min": min(self.values), f"{name}_max": max(self.values)}

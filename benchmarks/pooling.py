@@ -27,7 +27,7 @@ from pathlib import Path
 import grpc.aio
 
 from benchmarks.checkpoints import CheckpointShape, write_random_checkpoint
-from benchmarks.harness import Run, main
+from benchmarks.harness import Ratio, Run, main
 from benchmarks.long_request import VoidMeasurementError
 from benchmarks.placements import run_clusters
 from infinitellm import AsyncClient
@@ -68,6 +68,7 @@ SETTINGS: dict[str, dict[str, object]] = {
 }
 REQUEST_TIMEOUT_S = 1200.0
 IDLE_TIMEOUT_S = 60.0
+RESOLUTION = 0.03  # a column that is worse by this much must be seen to be
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,15 +293,20 @@ def _record(
     moves: Sequence[gmanager_pb2.MoveView],
 ) -> None:
     gain = statistics.median(p / a for p, a in zip(rates["planner"], rates["alone"], strict=True))
-    over_reactive = statistics.median(p / r for p, r in zip(rates["planner"], rates["reactive"], strict=True))
+    over_reactive = Ratio(tuple(p / r for p, r in zip(rates["planner"], rates["reactive"], strict=True)))
+    low, high = over_reactive.interval()
     run.summary("reactive_over_alone", statistics.median(rates["reactive"]) / statistics.median(rates["alone"]))
+    run.summary("planner_over_reactive", over_reactive.median)
     run.summary("moves", len(moves))
     run.summary("moved_blocks", sum(move.moved_blocks for move in moves))
     measured = [move for move in moves if move.HasField("measured_gain")]
     run.summary("median_predicted_gain_tokens_per_s", _median([move.predicted_gain for move in measured]))
     run.summary("median_measured_gain_tokens_per_s", _median([move.measured_gain for move in measured]))
     run.target("planner_over_alone", gain, at_least=1.5)
-    run.target("planner_over_reactive", over_reactive, at_least=1.0)
+    # Two columns that are equal give a ratio below 1 in every second run. What can be asked is that it is not told
+    # apart from 1, by a measurement that would tell.
+    run.target("planner_over_reactive_high", high, at_least=1.0)
+    run.target("planner_over_reactive_low", low, at_least=1.0 - RESOLUTION)
     run.target("creditor_tpot_p99_planner_over_alone", p99["planner"] / p99["alone"], at_most=1.3)
     run.target("median_step_time_error", _median(errors), at_most=0.15)
 
@@ -331,7 +337,7 @@ def _p99(values: Sequence[float]) -> float:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--long-requests", type=int, default=6, help="sent at once (default %(default)s)")
-    parser.add_argument("--repetitions", type=int, default=5, help="of every column (default %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=15, help="of every column (default %(default)s)")
 
 
 if __name__ == "__main__":

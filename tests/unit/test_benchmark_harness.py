@@ -2,11 +2,13 @@
 
 import io
 import json
+import math
+import random
 import subprocess
 
 import pytest
 
-from benchmarks.harness import Peer, Progress, Run, Samples, format_table, main
+from benchmarks.harness import Peer, Progress, Ratio, Run, Samples, format_table, main
 from benchmarks.machine import current_commit, describe_machine
 
 
@@ -51,6 +53,20 @@ def test_rounds_know_their_order_and_whether_they_count():
         ("repetition 1/2", True, "ab"),
         ("repetition 2/2", True, "ba"),
     ]
+
+
+@pytest.mark.parametrize(  # ranks as in published tables of the sign test
+    ("count", "lowest", "highest"), [(1, 1, 1), (5, 1, 5), (6, 1, 6), (8, 1, 8), (9, 2, 8), (15, 4, 12), (20, 6, 15)]
+)
+def test_the_medians_interval_is_found_from_the_order(count, lowest, highest):
+    values = [float(rank) for rank in range(1, count + 1)]
+    assert Ratio(tuple(values[::-1])).interval() == (lowest, highest)
+
+
+def test_the_medians_interval_misses_it_as_rarely_as_it_says():
+    draw = random.Random(1)
+    intervals = [Ratio(tuple(draw.expovariate(math.log(2)) for _ in range(15))).interval() for _ in range(4000)]
+    assert sum(low <= 1.0 <= high for low, high in intervals) / len(intervals) == pytest.approx(0.965, abs=0.01)
 
 
 def test_peers_of_one_name_are_refused():
