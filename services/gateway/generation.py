@@ -66,7 +66,7 @@ class Generation:
         received: Position,
     ) -> None:
         self.request = request
-        self._position = START
+        self._repeated = START  # of what the client has: how much has been generated again
         self._detokenizer = detokenizer
         self._stops = StopStrings(request.stop, request.include_stop)
         self._router = router
@@ -210,22 +210,22 @@ class Generation:
 
     def _tell(self, ids: Sequence[int], logprobs: tuple[PositionLogprobs, ...]) -> list[Event]:
         """Tokens as the client is told of them: those that it has are only checked."""
-        texts = []
+        texts: list[str] = []
+        told = len(self._generated)
         for token in ids:
             self._generated.append(token)
             texts.append(self._text(token))
             if self._stops.found:
                 break
         ids = tuple(ids[: len(texts)])
-        repeated = min(len(ids), max(0, self._received.count - self._position.count))
+        repeated = min(len(ids), max(0, self._received.count - told))
         events: list[Event] = []
         if repeated:
-            self._position = self._position.after(ids[:repeated])
-            if self._position.count == self._received.count and self._position != self._received:
+            self._repeated = self._repeated.after(ids[:repeated])
+            if self._repeated.count == self._received.count and self._repeated != self._received:
                 raise other_tokens()
             events.append(Repeated(tuple(texts[:repeated])))
         if repeated < len(ids):
-            self._position = self._position.after(ids[repeated:])
             events.append(NewTokens(ids[repeated:], tuple(texts[repeated:]), logprobs[repeated : len(ids)]))
         return events
 

@@ -46,8 +46,9 @@ class _Stream:
 
     async def send_tokens(self, index: int, ids: Sequence[int], data: bytes) -> None:
         """A chunk with the next tokens of one choice."""
-        place = self._places[index]
-        self._move(index, replace(place, position=place.position.after(ids)))
+        if self._has_ids:
+            place = self._places[index]
+            self._move(index, replace(place, position=place.position.after(ids)))
         await self._send_event(data)
 
     async def send_last(self, indices: Sequence[int], data: bytes) -> None:

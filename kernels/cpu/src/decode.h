@@ -1,7 +1,7 @@
 /* Micro-attention for few query rows: bound by reading K and V, so every byte of them is read from memory once.
  *
  * Blocks are walked outermost and KV heads inside, in the order of memory; what will be read soon, across the ends of
- * blocks, is prefetched a little with every step. Keys and values are used where they lie; only rows that are no whole
+ * blocks and of tasks, is prefetched a little with every step. Keys and values are used where they lie; only rows that are no whole
  * vectors are widened first.
  */
 INLINE int needs_widening(const pool_view *pool) { return pool->head_dim % WIDTH != 0; }
@@ -75,7 +75,17 @@ INLINE void decode_run(
     }
 }
 
-INLINE void decode_as(const attention_call *call, decode_task task, void *memory, int dtype) {
+/* The first run of a task; false if its rows see none of its keys. */
+INLINE int first_run(const attention_call *call, decode_task task, key_run *run) {
+    const int32_t pos = call->query_pos[task.segment];
+    const int32_t rows = call->query_start[task.segment + 1] - call->query_start[task.segment];
+    key_cursor cursor = key_cursor_at(call, task.entry, task.end, pos, pos + rows - 1);
+    return next_run(&cursor, KEYS, run);
+}
+
+INLINE void decode_as(
+    const attention_call *call, decode_task task, const decode_task *following, void *memory, int dtype
+) {
     const pool_view *pool = &call->pool;
     const decode_rows s = decode_layout(call, task.segment, memory);
     const int group = call->q_heads / pool->kv_heads, head_dim = pool->head_dim;
@@ -100,16 +110,17 @@ INLINE void decode_as(const attention_call *call, decode_task task, void *memory
     for (int more = next_run(&cursor, KEYS, &run); more; run = next) {
         next = run;
         more = next_run(&cursor, KEYS, &next);
+        if (!more && following) first_run(call, *following, &next);
         decode_run(call, &s, &run, &next, dtype);
     }
     end_tiles(call, &s);
 }
 
-static void decode(const attention_call *call, decode_task task, void *state) {
+static void decode(const attention_call *call, decode_task task, const decode_task *following, void *state) {
     switch (call->pool.dtype) {
-        case FLOAT32: decode_as(call, task, state, FLOAT32); break;
-        case BFLOAT16: decode_as(call, task, state, BFLOAT16); break;
-        default: decode_as(call, task, state, FLOAT16); break;
+        case FLOAT32: decode_as(call, task, following, state, FLOAT32); break;
+        case BFLOAT16: decode_as(call, task, following, state, BFLOAT16); break;
+        default: decode_as(call, task, following, state, FLOAT16); break;
     }
 }
 

@@ -5,7 +5,8 @@
 #define AHEAD_BYTES 16384 /* prefetched that far ahead: several times latency times bandwidth */
 
 /* A block's layer is 2 * kv_heads parts in a row: keys and values of the first head, of the second, ... What to
- * prefetch while a part of this run is used: a part further on, in this block or the next. */
+ * prefetch while a part of this run is used, as much of it as of that: a part further on, in this run or the next. Where
+ * the next run has more keys, the rest is prefetched at once. */
 INLINE const void *memory_ahead(const pool_view *pool, const key_run *run, const key_run *next, int part) {
     const int64_t size = (int64_t)pool->block_tokens * pool->head_dim;
     const int parts = 2 * pool->kv_heads;
@@ -13,7 +14,10 @@ INLINE const void *memory_ahead(const pool_view *pool, const key_run *run, const
     part += distance < 1 ? 1 : distance > parts ? parts : (int)distance;
     const key_run *in = part < parts ? run : next;
     int64_t index = in->block * pool->block_stride + pool->layer_offset + (int64_t)in->offset * pool->head_dim;
-    return element(pool->data, index + (part < parts ? part : part - parts) * size, BFLOAT16);
+    const char *ahead = element(pool->data, index + (part < parts ? part : part - parts) * size, BFLOAT16);
+    const int used = run->count * pool->head_dim * 2, wanted = in->count * pool->head_dim * 2;
+    if (wanted > used) prefetch_lines(ahead + used, wanted - used);
+    return ahead;
 }
 
 /* One query with some keys, in the order of memory. */

@@ -26,7 +26,8 @@ typedef struct {
     void (*prefill)(const attention_call *call, prefill_task task, void *scratch);
     /* Bytes of a decode task's state; two tasks over different entries of one segment merge their states. */
     size_t (*decode_state)(const attention_call *call, int32_t segment);
-    void (*decode)(const attention_call *call, decode_task task, void *state);
+    /* following: what the same thread decodes next, or NULL; the first of its keys are prefetched. */
+    void (*decode)(const attention_call *call, decode_task task, const decode_task *following, void *state);
     void (*decode_merge)(const attention_call *call, int32_t segment, void *state, const void *other);
     void (*decode_write)(const attention_call *call, int32_t segment, const void *state);
     void (*merge)(const merge_call *call);
