@@ -33,7 +33,7 @@ typedef struct {
     prefill_task *prefill;
     decode_task *decode;
     int64_t num_prefill, num_decode;
-    int in_order; /* one thread does it all */
+    decode_queue queue;
     char *worker_memory, *part_memory; /* [num_threads][worker_bytes], [num_decode][part_bytes] */
     size_t worker_bytes, part_bytes;
 } work;
@@ -154,8 +154,7 @@ static void run_task(void *argument, int64_t task, int32_t worker) {
     decode_task decode = work->decode[part];
     int whole = is_whole_segment(work->call, decode);
     if (!whole) memory = work->part_memory + (size_t)part * work->part_bytes;
-    const decode_task *following = work->in_order && part + 1 < work->num_decode ? &work->decode[part + 1] : NULL;
-    work->kernels->decode(work->call, decode, following, memory);
+    work->kernels->decode(work->call, decode, &work->queue, memory);
     if (whole) work->kernels->decode_write(work->call, decode.segment, memory);
 }
 
@@ -183,7 +182,7 @@ int32_t kernels_micro_attention(kernel_context *context, const attention_call *c
     clear_rows(call, 0, call->query_start[0]);
     clear_rows(call, call->query_start[call->segments], call->rows);
 
-    work work = {.call = call, .kernels = context->kernels, .in_order = context->num_threads == 1};
+    work work = {.call = call, .kernels = context->kernels};
     plan_tasks(&work, context->num_threads, 0);
     size_t workers = work.worker_bytes * (size_t)context->num_threads;
     size_t parts = work.part_bytes * (size_t)work.num_decode;
@@ -203,6 +202,7 @@ int32_t kernels_micro_attention(kernel_context *context, const attention_call *c
     work.prefill = (prefill_task *)(work.part_memory + parts);
     work.decode = (decode_task *)(work.prefill + work.num_prefill);
     plan_tasks(&work, context->num_threads, 1);
+    work.queue = (decode_queue){work.decode, work.num_prefill, work.num_decode, team_next(context->team)};
     team_run(context->team, run_task, &work, work.num_prefill + work.num_decode);
     finish_parts(&work);
     return STATUS_OK;

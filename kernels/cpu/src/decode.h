@@ -75,16 +75,19 @@ INLINE void decode_run(
     }
 }
 
-/* The first run of a task; false if its rows see none of its keys. */
-INLINE int first_run(const attention_call *call, decode_task task, key_run *run) {
+/* The first run of the task that is begun next, if there is one and its rows see any of its keys. */
+INLINE void upcoming_run(const attention_call *call, const decode_queue *queue, key_run *run) {
+    const int64_t index = atomic_load_explicit(queue->next, memory_order_relaxed) - queue->first;
+    if (index < 0 || index >= queue->count) return;
+    const decode_task task = queue->tasks[index];
     const int32_t pos = call->query_pos[task.segment];
     const int32_t rows = call->query_start[task.segment + 1] - call->query_start[task.segment];
     key_cursor cursor = key_cursor_at(call, task.entry, task.end, pos, pos + rows - 1);
-    return next_run(&cursor, KEYS, run);
+    next_run(&cursor, KEYS, run);
 }
 
 INLINE void decode_as(
-    const attention_call *call, decode_task task, const decode_task *following, void *memory, int dtype
+    const attention_call *call, decode_task task, const decode_queue *queue, void *memory, int dtype
 ) {
     const pool_view *pool = &call->pool;
     const decode_rows s = decode_layout(call, task.segment, memory);
@@ -110,17 +113,17 @@ INLINE void decode_as(
     for (int more = next_run(&cursor, KEYS, &run); more; run = next) {
         next = run;
         more = next_run(&cursor, KEYS, &next);
-        if (!more && following) first_run(call, *following, &next);
+        if (!more) upcoming_run(call, queue, &next);
         decode_run(call, &s, &run, &next, dtype);
     }
     end_tiles(call, &s);
 }
 
-static void decode(const attention_call *call, decode_task task, const decode_task *following, void *state) {
+static void decode(const attention_call *call, decode_task task, const decode_queue *queue, void *state) {
     switch (call->pool.dtype) {
-        case FLOAT32: decode_as(call, task, following, state, FLOAT32); break;
-        case BFLOAT16: decode_as(call, task, following, state, BFLOAT16); break;
-        default: decode_as(call, task, following, state, FLOAT16); break;
+        case FLOAT32: decode_as(call, task, queue, state, FLOAT32); break;
+        case BFLOAT16: decode_as(call, task, queue, state, BFLOAT16); break;
+        default: decode_as(call, task, queue, state, FLOAT16); break;
     }
 }
 

@@ -2,6 +2,7 @@
 #ifndef INFINITE_LLM_KERNEL_SET_H
 #define INFINITE_LLM_KERNEL_SET_H
 
+#include <stdatomic.h>
 #include <stddef.h>
 
 #include "abi.h"
@@ -19,6 +20,13 @@ typedef struct {
     int32_t segment, entry, end;
 } decode_task;
 
+/* The decode tasks of a call, in the order in which they are begun; next - first is the one to be begun next. */
+typedef struct {
+    const decode_task *tasks;
+    int64_t first, count;
+    const atomic_int_fast64_t *next;
+} decode_queue;
+
 typedef struct {
     const char *name;
     int32_t prefill_rows; /* effective rows (query rows times heads of a KV group) of a prefill task, about */
@@ -26,8 +34,8 @@ typedef struct {
     void (*prefill)(const attention_call *call, prefill_task task, void *scratch);
     /* Bytes of a decode task's state; two tasks over different entries of one segment merge their states. */
     size_t (*decode_state)(const attention_call *call, int32_t segment);
-    /* following: what the same thread decodes next, or NULL; the first of its keys are prefetched. */
-    void (*decode)(const attention_call *call, decode_task task, const decode_task *following, void *state);
+    /* In the end the first keys of the queue's next task are prefetched: most likely it is this thread's. */
+    void (*decode)(const attention_call *call, decode_task task, const decode_queue *queue, void *state);
     void (*decode_merge)(const attention_call *call, int32_t segment, void *state, const void *other);
     void (*decode_write)(const attention_call *call, int32_t segment, const void *state);
     void (*merge)(const merge_call *call);

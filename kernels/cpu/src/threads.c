@@ -4,11 +4,17 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-/* Threads sleep between calls. A round is one call of team_run: mutex guards all fields but next. */
+#include "awake.h"
+
+/* The caller looks out for so long for helpers that are about to finish: to be woken takes as long. */
+#define FINISH_NS 50000
+
+/* Helpers sleep between calls. A round is one call of team_run: mutex guards all fields but atomic ones. */
 struct thread_team {
     pthread_mutex_t mutex;
     pthread_cond_t started, finished;
-    int32_t num_helpers, busy; /* busy: helpers that have not finished the round */
+    int32_t num_helpers;
+    atomic_int busy; /* helpers that have not finished the round; changes under mutex */
     int64_t round;
     int closing;
     task_function function;
@@ -42,10 +48,23 @@ static void *helper_main(void *argument) {
         pthread_mutex_unlock(&team->mutex);
         take_tasks(team, self->worker);
         pthread_mutex_lock(&team->mutex);
-        if (--team->busy == 0) pthread_cond_signal(&team->finished);
+        if (atomic_fetch_sub(&team->busy, 1) == 1) pthread_cond_signal(&team->finished);
     }
     pthread_mutex_unlock(&team->mutex);
     return NULL;
+}
+
+/* Whether all helpers have finished before long. */
+static int finished_soon(thread_team *team) {
+    awake wait = stay_awake(FINISH_NS);
+    int32_t ending;
+    do
+        for (int look = 0; look < LOOKS; look++) {
+            if (!atomic_load_explicit(&team->busy, memory_order_acquire)) return 1;
+            pause_core();
+        }
+    while (!glance(&wait, -1, &ending));
+    return 0;
 }
 
 thread_team *team_open(int32_t num_threads) {
@@ -79,9 +98,14 @@ void team_close(thread_team *team) {
     free(team);
 }
 
+const atomic_int_fast64_t *team_next(const thread_team *team) { return &team->next; }
+
 void team_run(thread_team *team, task_function function, void *argument, int64_t count) {
     if (team->num_helpers == 0 || count < 2) {
-        for (int64_t task = 0; task < count; task++) function(argument, task, 0);
+        for (int64_t task = 0; task < count; task++) {
+            atomic_store_explicit(&team->next, task + 1, memory_order_relaxed);
+            function(argument, task, 0);
+        }
         return;
     }
     pthread_mutex_lock(&team->mutex);
@@ -94,6 +118,7 @@ void team_run(thread_team *team, task_function function, void *argument, int64_t
     pthread_cond_broadcast(&team->started);
     pthread_mutex_unlock(&team->mutex);
     take_tasks(team, 0);
+    if (finished_soon(team)) return;
     pthread_mutex_lock(&team->mutex);
     while (team->busy) pthread_cond_wait(&team->finished, &team->mutex);
     pthread_mutex_unlock(&team->mutex);

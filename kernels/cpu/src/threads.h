@@ -2,6 +2,7 @@
 #ifndef INFINITE_LLM_THREADS_H
 #define INFINITE_LLM_THREADS_H
 
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -12,7 +13,9 @@ typedef void (*task_function)(void *argument, int64_t task, int32_t worker);
 
 thread_team *team_open(int32_t num_threads);
 void team_close(thread_team *team);
-/* Runs tasks 0 .. count - 1, in any order and on any thread, and returns when all are done. */
+/* Runs tasks 0 .. count - 1 and returns when all are done. They are begun in this order, each on any thread. */
 void team_run(thread_team *team, task_function function, void *argument, int64_t count);
+/* While they run: the task that is begun next. */
+const atomic_int_fast64_t *team_next(const thread_team *team);
 
 #endif
