@@ -1,8 +1,8 @@
 /* Micro-attention for few query rows: bound by reading K and V, so every byte of them is read from memory once.
  *
  * Blocks are walked outermost and KV heads inside, in the order of memory; what will be read soon, across the ends of
- * blocks and of tasks, is prefetched a little with every step. Keys and values are used where they lie; only rows that are no whole
- * vectors are widened first.
+ * blocks and of tasks, is prefetched a little with every step. Keys and values are used where they lie; only rows that
+ * are no whole vectors are widened first.
  */
 INLINE int needs_widening(const pool_view *pool) { return pool->head_dim % WIDTH != 0; }
 
