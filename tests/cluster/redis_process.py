@@ -42,6 +42,7 @@ class RedisProcess:
 
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
-        send_signal(self._process.pid, number)
+        if self._process.poll() is None:
+            send_signal(self._process.pid, number)
         if number == signal.SIGKILL:
             self._process.wait(timeout=10)
