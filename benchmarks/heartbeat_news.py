@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from services.core.blocks import PoolGeometry
+from benchmarks.synthetic_cluster import GEOMETRY, REQUESTS
 from services.core.placement import (
     Heartbeat,
     InstanceReport,
@@ -23,9 +23,7 @@ from services.core.placement import (
 )
 from services.core.timings import HostingTiming, RemoteTiming, StepTiming
 
-_REQUESTS = 100  # of an instance
 _ROUND = 4
-_GEOMETRY = PoolGeometry(layers=32, kv_heads=8, block_tokens=64, head_dim=128, dtype="bfloat16")
 
 
 def is_instance(number: int) -> bool:
@@ -43,14 +41,14 @@ def _named(instance: int, request: int) -> NamedRequest:
 def _full_report(number: int) -> Report:
     if not is_instance(number):
         return _pool(free=1000)
-    everything = tuple(range(_REQUESTS))
+    everything = tuple(range(REQUESTS))
     return InstanceReport(
-        running=_REQUESTS,
+        running=REQUESTS,
         waiting=2,
         requests=tuple(_named(number, request) for request in everything),
         kvdaemons=(NamedKvDaemon(0, str(number + 1), True),),
-        placement=PlacementColumns(everything, (0,) * _REQUESTS, (16,) * _REQUESTS),
-        progress=ProgressColumns(everything, (16 * 64,) * _REQUESTS),
+        placement=PlacementColumns(everything, (0,) * REQUESTS, (16,) * REQUESTS),
+        progress=ProgressColumns(everything, (16 * 64,) * REQUESTS),
         max_running=256,
         queue=(WaitingRequest(1000, 200), WaitingRequest(3000, 500)),
     )
@@ -71,8 +69,8 @@ def news(number: int, changed: int | None) -> Sequence[Heartbeat]:
     rng = random.Random(number)
     if not is_instance(number):
         return [_pool_news(silent, rng) for _ in range(_ROUND)]
-    last = _REQUESTS - 1  # of the full report; the last of a round has the same number
-    begun = [*range(_REQUESTS, _REQUESTS + _ROUND - 1), last]
+    last = REQUESTS - 1  # of the full report; the last of a round has the same number
+    begun = [*range(REQUESTS, REQUESTS + _ROUND - 1), last]
     return [
         _instance_news(silent, number, rng.sample(range(last), changed), begun[k], begun[k - 1], rng)
         for k in range(_ROUND)
@@ -89,7 +87,7 @@ def _instance_news(
 ) -> Heartbeat:
     blocks = [rng.randint(17, 99) for _ in grown]
     report = InstanceReport(
-        running=_REQUESTS,
+        running=REQUESTS,
         waiting=2,
         requests=(_named(number, begun),),
         placement=PlacementColumns((*grown, begun), (0,) * (len(grown) + 1), (*blocks, 1)),
@@ -104,6 +102,6 @@ def _instance_news(
 
 
 def _pool(free: int) -> KvDaemonReport:
-    size = _GEOMETRY.block_bytes
+    size = GEOMETRY.block_bytes
     stats = PoolStats(3000 * size, size, total=3000, free=free, workspace=100, in_use=2900 - free)
-    return KvDaemonReport(stats, _GEOMETRY)
+    return KvDaemonReport(stats, GEOMETRY)

@@ -18,8 +18,8 @@ from services.gmanager.planner.load import (
 REQUESTS = 100  # of one instance
 NOW = 1000.0
 
-_GEOMETRY = PoolGeometry(layers=32, kv_heads=8, block_tokens=64, head_dim=128, dtype="bfloat16")
-_KV_BYTES = _GEOMETRY.block_bytes / _GEOMETRY.block_tokens
+GEOMETRY = PoolGeometry(layers=32, kv_heads=8, block_tokens=64, head_dim=128, dtype="bfloat16")
+_KV_BYTES = GEOMETRY.block_bytes / GEOMETRY.block_tokens
 _DEVICE_RATE, _DRAM_RATE = 1.6e12, 150e9  # bytes/s
 _IN_NEED, _BORROWS, _LONG = 0.2, 0.1, 0.02  # shares of instances, of instances, of requests
 
@@ -52,7 +52,7 @@ def synthetic_load(instances: int, seed: int) -> ClusterLoad:
 
 def _request(rng: random.Random, request_id: str, lender: str) -> RequestLoad:
     context = rng.randint(20_000, 100_000) if rng.random() < _LONG else rng.randint(100, 3000)
-    sealed, blocks = context // _GEOMETRY.block_tokens, _GEOMETRY.blocks_for(context)
+    sealed, blocks = context // GEOMETRY.block_tokens, GEOMETRY.blocks_for(context)
     away = min(sealed // 4, 100) if lender and context >= 20_000 else 0
     remote = (RemoteShare(lender, away),) if away else ()
     return RequestLoad(request_id, context, rng.randint(50, 2000), blocks - away, sealed - away, remote)
@@ -60,4 +60,4 @@ def _request(rng: random.Random, request_id: str, lender: str) -> RequestLoad:
 
 def _daemon(kvdaemon_id: str, total: int, free: int, message_s: float, rate: float) -> DaemonLoad:
     costs = DaemonCosts(message_s, row_s=0.2e-6, query_s=5e-6, context_token_s=_KV_BYTES / rate)
-    return DaemonLoad(kvdaemon_id, _GEOMETRY, total, free, costs, NOW)
+    return DaemonLoad(kvdaemon_id, GEOMETRY, total, free, costs, NOW)
