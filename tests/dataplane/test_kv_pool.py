@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_files import open_files
 from signals import send_signal
 
 from services.core.blocks import PoolGeometry
@@ -330,9 +331,6 @@ def test_a_client_that_talks_on_and_a_server_that_closes(daemon):
 
 
 def test_nothing_is_left_open(daemon):
-    def open_files():
-        return len(os.listdir("/proc/self/fd"))
-
     before = open_files()
     for session in range(1, 6):
         pool = map_pool(daemon.path, session, soon())
@@ -342,7 +340,7 @@ def test_nothing_is_left_open(daemon):
         pool.close()
         del blocks
         daemon.wait_for_hang_ups(list(range(1, session + 1)))
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def test_a_pool_that_lingers_believes_in_a_hang_up_later(daemon):
