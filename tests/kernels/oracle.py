@@ -10,8 +10,13 @@ from torch import Tensor
 from kernels import AttentionPlan, LayerParams
 
 
-def attention(q: Tensor, pool: Tensor, plan: AttentionPlan, params: LayerParams) -> tuple[Tensor, Tensor]:
-    """Row by row, head by head. Answers out [rows, q_heads, head_dim] and lse [rows, q_heads], float64."""
+def attention(
+    q: Tensor, pool: Tensor, plan: AttentionPlan, params: LayerParams, rounded: set[int] = frozenset()
+) -> tuple[Tensor, Tensor]:
+    """Row by row, head by head. Answers out [rows, q_heads, head_dim] and lse [rows, q_heads], float64.
+
+    Weights of segments that are ``rounded`` are rounded to bfloat16, at whichever power of two they are kept.
+    """
     rows, q_heads, head_dim = q.shape
     group = q_heads // pool.shape[2]
     out = torch.zeros(rows, q_heads, head_dim, dtype=torch.float64)
@@ -35,8 +40,14 @@ def attention(q: Tensor, pool: Tensor, plan: AttentionPlan, params: LayerParams)
                 scores = params.scale * keys[:, head // group] @ q[row, head].double()
                 if params.softcap > 0:
                     scores = params.softcap * torch.tanh(scores / params.softcap)
-                lse[row, head] = torch.logsumexp(scores, 0)
-                out[row, head] = torch.softmax(scores, 0) @ values[:, head // group]
+                maximum = (
+                    scores.max() if segment not in rounded else math.log(2) * torch.ceil(scores.max() / math.log(2))
+                )
+                weights = torch.exp(scores - maximum)
+                if segment in rounded:
+                    weights = weights.bfloat16().double()
+                lse[row, head] = maximum + torch.log(weights.sum())
+                out[row, head] = weights @ values[:, head // group] / weights.sum()
     return out, lse
 
 

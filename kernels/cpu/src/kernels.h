@@ -7,7 +7,7 @@
 #endif
 /* Effective rows of a prefill task. Queries and accumulators stay in L2; where products are faster, more rows share the
  * packing of keys. */
-#define PREFILL_ROWS (NATIVE_TILES ? 384 : 192)
+#define PREFILL_ROWS (NATIVE_PAIRS ? 384 : 192)
 
 #include "kernel_set.h"
 #include "vec.h"

@@ -31,6 +31,17 @@ INLINE vf dot_pairs(vf sum, vi a, vi b) {
 #endif
 }
 
+/* Numbers rounded to bfloat16, in the order of memory: a, then b. Subnormal ones become 0. */
+#if NATIVE_PAIRS
+INLINE vi round_to_pairs(vf a, vf b) {
+#if defined(__x86_64__)
+    return (vi)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+#else
+    return (vi)vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)a), (float32x4_t)b);
+#endif
+}
+#endif
+
 /* Numbers that firsts and seconds separated, WIDTH by WIDTH, in order again. */
 INLINE void join_row(float *row, int count) {
     for (int i = 0; i < count; i += VECTOR) {

@@ -3,14 +3,15 @@
  * A task holds the queries and accumulators of one row tile and one KV head; all its query heads share the tile's keys.
  * Effective row e = query row * group + head in the group. A key tile is packed once, keys transposed, from one or
  * several blocks, and used by all rows of the task. Where the processor multiplies pairs of bfloat16, queries, keys
- * and values stay pairs.
+ * and values stay pairs, and weights become pairs: a second product for what their rounding loses would take as long as
+ * products of float32, twice the time. A rounded weight is the same however keys are split (softmax.h).
  */
 #define KEY_STRIDE (KEYS + WIDTH) /* packing writes whole vectors, up to WIDTH - 1 beyond the last key */
 #define PANEL (MAX_VECTORS * WIDTH)
 
 typedef struct {
     float *keys;     /* [padded_dim][KEY_STRIDE] transposed, or [padded_dim / 2][KEY_STRIDE] pairs */
-    float *values;   /* panels of PANEL columns, each [KEYS][PANEL], or bfloat16 [KEYS][padded_dim] */
+    float *values;   /* panels of PANEL columns, each [KEYS][PANEL], or pairs of keys [KEYS / 2][padded_dim], separated */
     int32_t pos[KEYS];
     int count;
 } key_tile;
@@ -53,6 +54,21 @@ INLINE void pack_pairs(key_tile *tile, const uint16_t *keys, int j, int count, i
     for (int i = 0; i < WIDTH; i++) store(tile->keys + (d / 2 + i) * KEY_STRIDE + tile->count + j, x[i]);
 }
 
+/* The t-th key's values, each beside that of its neighbour: the even key's first. In the order of separated dimensions. */
+INLINE void pack_value_row(key_tile *tile, const uint16_t *values, int t, int head_dim) {
+    float *pairs = tile->values + (int64_t)(t / 2) * head_dim;
+    for (int d = 0; d < head_dim; d += VECTOR, pairs += VECTOR) {
+        const vi x = load_pairs(values + d);
+        if (t % 2 == 0) {
+            store(pairs, (vf)(x & splat_int(0xffff)));
+            store(pairs + WIDTH, (vf)((vu)x >> 16));
+        } else {
+            store(pairs, (vf)((vi)load(pairs) | (vi)firsts(x)));
+            store(pairs + WIDTH, (vf)((vi)load(pairs + WIDTH) | (vi)seconds(x)));
+        }
+    }
+}
+
 /* Appends a run to the tile: keys into columns, values into rows, from tile->count on. */
 INLINE void pack_run(
     key_tile *tile, const void *keys, const void *values, int count, int head_dim, int dtype, int paired
@@ -60,8 +76,8 @@ INLINE void pack_run(
     if (paired) {
         for (int d = 0; d < head_dim; d += VECTOR)
             for (int j = 0; j < count; j += WIDTH) pack_pairs(tile, keys, j, count, d, head_dim);
-        uint16_t *rows = (uint16_t *)tile->values + (int64_t)tile->count * head_dim;
-        memcpy(rows, values, (size_t)count * (size_t)head_dim * 2);
+        for (int j = 0; j < count; j++)
+            pack_value_row(tile, (const uint16_t *)values + (int64_t)j * head_dim, tile->count + j, head_dim);
         return;
     }
     for (int d = 0; d < head_dim; d += WIDTH) {
@@ -108,12 +124,25 @@ static NOINLINE void score_rows(const float *q, int dim, const key_tile *tile, i
     else gemm(MAX_ROWS, keys, dim, q, dim, tile->keys, KEY_STRIDE, 0, FLOAT32, scores, KEYS, NULL, 0);
 }
 
+/* Of the first count keys. Weights are [MAX_ROWS][KEYS], or [MAX_ROWS][KEYS / 2] pairs. */
 static NOINLINE void weigh_values(
-    const float *weights, const key_tile *tile, int dim, float *acc, const float *rescale, int paired
+    const float *weights, const key_tile *tile, int count, int dim, float *acc, const float *rescale, int paired
 ) {
     const void *values = tile->values;
-    if (paired) weigh_rows(MAX_ROWS, weights, values, tile->count, dim, acc, rescale, NULL);
-    else gemm(MAX_ROWS, dim, tile->count, weights, KEYS, values, PANEL, KEYS, FLOAT32, acc, dim, rescale, 0);
+    if (paired) gemm(MAX_ROWS, dim, (count + 1) / 2, weights, KEYS / 2, values, dim, 0, PAIRS, acc, dim, rescale, 0);
+    else gemm(MAX_ROWS, dim, count, weights, KEYS, values, PANEL, KEYS, FLOAT32, acc, dim, rescale, 0);
+}
+
+/* Scores become weights, in their place or as pairs. */
+INLINE void softmax_row(row_state *row, float *scores, int keys, float factor, float *pairs, int paired) {
+#if NATIVE_PAIRS
+    if (paired) {
+        online_softmax_pairs(row, scores, keys, factor, pairs);
+        return;
+    }
+#endif
+    (void)pairs, (void)paired;
+    online_softmax(row, scores, keys, factor);
 }
 
 /* Scores, weights and weighted values of MAX_ROWS rows, from row on, over the tile. */
@@ -123,9 +152,12 @@ INLINE void attend_tile(const attention_call *call, row_tile *rows, int row, int
     const int32_t first_pos = pos[0], last_pos = pos[MAX_ROWS - 1], last_key = tile->pos[tile->count - 1];
     if (tile->pos[0] > last_pos || (call->window > 0 && (int64_t)last_key + call->window <= first_pos)) return;
 
-    float scores[MAX_ROWS * KEYS], rescale[MAX_ROWS];
-    const int keys = (int)round_up(tile->count, WIDTH), dim = rows->padded_dim;
-    const int paired = keeps_pairs(&call->pool, dtype);
+    float scores[MAX_ROWS * KEYS], pairs[MAX_ROWS * KEYS / 2], rescale[MAX_ROWS];
+    const int paired = keeps_pairs(&call->pool, dtype), dim = rows->padded_dim;
+    const int step = paired ? VECTOR : WIDTH;
+    int keys = (int)round_up(tile->count, step);
+    while (tile->pos[keys - step] > last_pos) keys -= step; /* which none of the rows sees */
+    const int count = keys < tile->count ? keys : tile->count;
     score_rows(rows->q + (paired ? row * dim / 2 : row * dim), dim, tile, keys, scores, paired);
     float factor = paired ? query_factor(call) : 1.0f; /* pairs of queries are kept as they came */
     if (paired && (call->softcap > 0 || factor <= 0)) { /* cannot be left to the softmax */
@@ -136,11 +168,11 @@ INLINE void attend_tile(const attention_call *call, row_tile *rows, int row, int
                  (call->window > 0 && (int64_t)tile->pos[0] + call->window <= last_pos);
     hide_and_cap(call, scores, MAX_ROWS, KEYS, keys, tile->pos, masked, pos);
     for (int r = 0; r < MAX_ROWS; r++) {
-        online_softmax(&rows->states[row + r], scores + r * KEYS, keys, factor);
+        softmax_row(&rows->states[row + r], scores + r * KEYS, keys, factor, pairs + r * KEYS / 2, paired);
         rescale[r] = rows->states[row + r].rescale;
     }
     float *acc = rows->acc + row * dim;
-    weigh_values(scores, tile, dim, acc, rescale, paired);
+    weigh_values(paired ? pairs : scores, tile, count, dim, acc, rescale, paired);
 }
 
 INLINE void prefill_as(const attention_call *call, prefill_task task, void *scratch, int dtype) {

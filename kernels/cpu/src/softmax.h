@@ -39,6 +39,23 @@ INLINE vf exp2_not_positive(vf x) {
 #endif
 }
 
+#if NATIVE_PAIRS
+/* 2**(x * factor - n) for an integer n that is no less than the product; of x = -inf exactly 0. n shifts the exponent and
+ * changes nothing else. */
+INLINE vf exp2_from(vf x, vf factor, vf n) {
+#if defined(__x86_64__)
+    vf y = (vf)_mm512_fmadd_ps((__m512)x, (__m512)factor, (__m512)(vf){0}); /* a product that no subtraction takes in */
+    vf f = (vf)_mm512_reduce_ps((__m512)y, 0x08);
+    return (vf)_mm512_scalef_ps((__m512)(exp2_minus_1(f) + splat(1.0f)), (__m512)(y - f - n));
+#else
+    vf y = x * factor, nearest = (vf)vrndnq_f32((float32x4_t)y), exponent = nearest - n;
+    vi shift = (vi)vcvtq_s32_f32((float32x4_t)maximum(exponent, splat(-127.0f))) << 23;
+    vf power = (vf)((vi)(exp2_minus_1(y - nearest) + splat(1.0f)) + shift);
+    return (vf)((vi)power & (exponent >= splat(-126.0f)));
+#endif
+}
+#endif
+
 /* tanh(x) = e / (e + 2) with e = exp(2 x) - 1 computed without cancellation: right near 0 too. */
 INLINE vf hyperbolic_tangent(vf x) {
     vi negative = x < (vf){0};
@@ -100,6 +117,31 @@ INLINE void online_softmax(row_state *row, float *scores, int keys, float factor
     }
     store(row->sum, sum);
 }
+
+#if NATIVE_PAIRS
+/* As online_softmax, but with weights [keys / 2] rounded to pairs of bfloat16, which the sum is of. The maximum is raised
+ * to an integer: relative to whichever integer, the same bits of a weight are rounded off, so that it does not depend on
+ * how keys are split into tiles and among memories. keys is a multiple of VECTOR. */
+INLINE void online_softmax_pairs(row_state *row, const float *scores, int keys, float factor, float *weights) {
+    vf largest = load(scores);
+    for (int j = WIDTH; j < keys; j += WIDTH) largest = maximum(largest, load(scores + j));
+    float tile_maximum = ceilf(max_lanes(largest) * factor);
+    row->rescale = 1.0f;
+    if (tile_maximum > row->maximum) {
+        row->rescale = exp2_not_positive(splat(row->maximum - tile_maximum))[0];
+        row->maximum = tile_maximum;
+    }
+    vf reference = splat(row->maximum == -INFINITY ? 0.0f : row->maximum), sum = load(row->sum) * splat(row->rescale);
+    for (int j = 0; j < keys; j += VECTOR) {
+        vf a = exp2_from(load(scores + j), splat(factor), reference);
+        vf b = exp2_from(load(scores + j + WIDTH), splat(factor), reference);
+        vi pairs = round_to_pairs(a, b);
+        store(weights + j / 2, (vf)pairs);
+        sum += firsts(pairs) + seconds(pairs);
+    }
+    store(row->sum, sum);
+}
+#endif
 
 /* Log-sum-exp of a row, natural logarithm; *scale becomes what normalises its accumulated values. */
 INLINE float row_finish(float maximum, const float *sums, float *scale) {
