@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import threading
 
 import oracle
 import pytest
@@ -80,6 +81,27 @@ def test_plans_in_turn_and_anew() -> None:
     out = oracle.attention(other.q, other.pool, other.plan, other.params)[0]
     assert not torch.allclose(out, expected[0], atol=1e-2)
     torch.testing.assert_close(other.run(cpu)[0].double(), out, atol=4e-6, rtol=0)
+
+
+@built
+def test_callers_that_share_threads_do_not_disturb_each_other() -> None:
+    """All kernels of a process with as many threads have one team: who finds it taken computes alone."""
+    case = make_case([context(600), context(90, 50)], dtype=torch.bfloat16)
+    expected = case.run(CpuKernels(1))
+    alike = [False] * 4
+
+    def call(number: int) -> None:
+        cpu = CpuKernels(3)
+        results = [pair for _ in range(50) for pair in zip(case.run(cpu), expected, strict=True)]
+        alike[number] = all(torch.allclose(found, of_one, atol=4e-6, rtol=0) for found, of_one in results)
+
+    callers = [threading.Thread(target=call, args=(number,)) for number in range(len(alike))]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+        assert not caller.is_alive()
+    assert all(alike)
 
 
 @built

@@ -1,5 +1,6 @@
-"""How a service's process ends."""
+"""How a service's process begins and ends."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +25,15 @@ setup_logging("test", "test-0")
 asyncio.run(serve())
 leave(0)
 """
+
+
+@pytest.mark.parametrize(("set_by_user", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")])
+def test_torchs_threads_sleep_while_they_wait(set_by_user, policy):
+    code = "from services.runtime.process import loading\nwith loading(): import torch"
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment = {**kept, **set_by_user, "OMP_DISPLAY_ENV": "true"}  # libgomp says what it has read
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
