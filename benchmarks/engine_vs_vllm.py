@@ -92,16 +92,24 @@ class Measured:
 
 def measure(run: Run) -> None:
     """Measures every checkpoint with a fresh pair of servers."""
+    ratios: list[float] = []
     try:
         for name in run.options.checkpoints or CHECKPOINTS[: 1 if run.quick else None]:
             if name not in SHAPES:
                 raise ConfigError(f"--checkpoints {name}: there are {', '.join(SHAPES)}")
-            _measure_checkpoint(run, SHAPES[name])
+            ratios += _measure_checkpoint(run, SHAPES[name])
     except InfiniteLLMError as error:
         raise SystemExit(f"engine_vs_vllm: {error}") from error
+    _judge(run, ratios)
 
 
-def _measure_checkpoint(run: Run, shape: CheckpointShape) -> None:
+def _judge(run: Run, ratios: Sequence[float]) -> None:
+    run.target("slowest_ratio", min(ratios), at_least=1.0)
+    run.target("median_ratio", statistics.median(ratios), at_least=1.3)
+
+
+def _measure_checkpoint(run: Run, shape: CheckpointShape) -> list[float]:
+    """Answers its workloads' ratios."""
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="engine-vs-vllm-") as temporary, _pinned_to(cores[-1]):
         directory = Path(temporary)
@@ -123,14 +131,19 @@ def _measure_checkpoint(run: Run, shape: CheckpointShape) -> None:
             run.summary(f"{shape.name}_near_ties", agreement.near_ties)
             for server in (ours, vllm):
                 run.summary(f"{shape.name}_{server.name}_idle_percent", 100 * server.idle_share(_IDLE_S, _MOST_IDLE))
-            for workload in _chosen(run):
+            return [
                 _measure_workload(run, shape, workload, (Measured(ours), Measured(vllm)), draw)
+                for workload in _chosen(run)
+            ]
 
 
 def _measure_workload(
     run: Run, shape: CheckpointShape, workload: Workload, sides: Sequence[Measured], draw: random.Random
-) -> None:
-    """Both servers take turns with the same prompts; no two rounds share one, so nothing is cached."""
+) -> float:
+    """Both servers take turns with the same prompts, of which no two rounds share one: nothing is cached.
+
+    Answers the ratio.
+    """
     for turn in run.rounds(run.options.repetitions):
         batches = [
             [_draw_ask(shape, workload, draw) for _ in range(workload.at_once)] for _ in range(workload.in_a_row)
@@ -149,16 +162,17 @@ def _measure_workload(
                 side.tokens_per_s.append(tokens_per_s)
                 side.processor_us.append(taken_us)
                 side.tpot_ms.append(1000 * statistics.median(load.tpot_s for load in loads))
-    _record(run, shape, workload, *sides)
+    return _record(run, shape, workload, *sides)
 
 
 async def _send(server: PinnedServer, batches: Sequence[Sequence[Ask]]) -> list[Load]:
     return [await send_load(server.address, server.model, batch) for batch in batches]
 
 
-def _record(run: Run, shape: CheckpointShape, workload: Workload, ours: Measured, vllm: Measured) -> None:
+def _record(run: Run, shape: CheckpointShape, workload: Workload, ours: Measured, vllm: Measured) -> float:
     our, their = Samples(tuple(ours.tokens_per_s)), Samples(tuple(vllm.tokens_per_s))
     our_us, their_us = statistics.median(ours.processor_us), statistics.median(vllm.processor_us)
+    ratio = our.median / their.median
     paired = [a / b for a, b in zip(our.values, their.values, strict=True)]
     row: dict[str, str | int | float] = {
         "checkpoint": shape.name,
@@ -167,7 +181,7 @@ def _record(run: Run, shape: CheckpointShape, workload: Workload, ours: Measured
         "ours_spread": our.spread,
         "vllm_tokens_per_s": their.median,
         "vllm_spread": their.spread,
-        "ratio": our.median / their.median,
+        "ratio": ratio,
         "ratio_min": min(paired),
         "ratio_max": max(paired),
         "ours_processor_us_per_token": our_us,
@@ -178,7 +192,8 @@ def _record(run: Run, shape: CheckpointShape, workload: Workload, ours: Measured
         row["ours_tpot_ms"] = statistics.median(ours.tpot_ms)
         row["vllm_tpot_ms"] = statistics.median(vllm.tpot_ms)
     run.row(row | {"repetitions": len(our.values)})
-    run.summary(f"{shape.name}_{workload.name}_ratio", our.median / their.median)
+    run.summary(f"{shape.name}_{workload.name}_ratio", ratio)
+    return ratio
 
 
 def _draw_ask(shape: CheckpointShape, workload: Workload, draw: random.Random) -> Ask:

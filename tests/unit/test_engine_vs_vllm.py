@@ -10,7 +10,16 @@ from dataclasses import dataclass
 import pytest
 
 from benchmarks.checkpoints import SHAPES
-from benchmarks.engine_vs_vllm import QUICK_WORKLOADS, WORKLOADS, Measured, _add_arguments, _chosen, _pinned_to, _record
+from benchmarks.engine_vs_vllm import (
+    QUICK_WORKLOADS,
+    WORKLOADS,
+    Measured,
+    _add_arguments,
+    _chosen,
+    _judge,
+    _pinned_to,
+    _record,
+)
 from benchmarks.harness import Progress, Run
 from services.core.errors import ConfigError
 
@@ -36,7 +45,7 @@ def test_ratios_are_of_medians_and_their_range_is_of_rounds() -> None:
     ours = Measured(Named("ours"), [100.0, 300.0, 120.0], [9.0, 10.0, 11.0], [3.0, 1.0, 2.0])
     vllm = Measured(Named("vllm"), [200.0, 100.0, 240.0], [5.0, 4.0, 6.0], [6.0, 5.0, 7.0])
     run = run_of()
-    _record(run, SHAPE, BY_NAME["decode-8"], ours, vllm)
+    assert _record(run, SHAPE, BY_NAME["decode-8"], ours, vllm) == 0.6
     result = run.result()
     assert result["rows"] == [
         {
@@ -58,6 +67,13 @@ def test_ratios_are_of_medians_and_their_range_is_of_rounds() -> None:
         }
     ]
     assert result["summary"] == {"llama-100m_decode-8_ratio": 0.6}
+
+
+def test_every_row_and_the_median_have_a_goal() -> None:
+    run = run_of()
+    _judge(run, [1.7, 0.9, 1.3, 1.2])
+    judged = {name: (target["value"], target["ok"]) for name, target in run.result()["targets"].items()}
+    assert judged == {"slowest_ratio": (0.9, False), "median_ratio": (1.25, False)}
 
 
 def test_prefill_has_no_time_between_tokens() -> None:
