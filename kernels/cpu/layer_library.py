@@ -74,6 +74,18 @@ class ProductCall(Structure):
     ]
 
 
+class UnpackCall(Structure):
+    _fields_: ClassVar = [
+        ("weight", c_void_p),
+        ("indices", c_void_p),
+        ("out", c_void_p),
+        ("rows", c_int64),
+        ("in_features", c_int32),
+        ("columns", c_int32),
+        ("dtype", c_int32),
+    ]
+
+
 class ChoiceCall(Structure):
     _fields_: ClassVar = [
         ("logits", c_void_p),
@@ -171,6 +183,7 @@ def load_layer_library() -> ctypes.CDLL:
         (library.layer_ops_heads, HeadsCall, None),
         (library.layer_ops_gate, GateCall, None),
         (library.layer_ops_product, ProductCall, c_int32),
+        (library.layer_ops_unpack, UnpackCall, c_int32),
     ):
         function.argtypes = [c_void_p, POINTER(call)]
         function.restype = result

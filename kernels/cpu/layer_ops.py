@@ -18,6 +18,7 @@ from kernels.cpu.layer_library import (
     NormWeights,
     ProductCall,
     ProductWeights,
+    UnpackCall,
     load_layer_library,
 )
 from kernels.cpu.library import check_status
@@ -233,8 +234,20 @@ class _CpuLinear(RowReadingLinearOp):
         return out
 
     def weight_rows(self, indices: Tensor) -> Tensor:
-        panel, column = indices // self.columns, indices % self.columns
-        return self.panels[panel, :, column].reshape(*indices.shape, self.in_features)
+        indices = indices.contiguous()
+        _require(indices.dtype is torch.int64 and indices.is_cpu, "indices must be int64 on the CPU")
+        out = torch.empty((*indices.shape, self.in_features), dtype=self.panels.dtype)
+        call = UnpackCall(
+            weight=self.weights.weight,
+            indices=indices.data_ptr(),
+            out=out.data_ptr(),
+            rows=indices.numel(),
+            in_features=self.in_features,
+            columns=self.out_features,
+            dtype=_DTYPES[out.dtype],
+        )
+        check_status(load_layer_library().layer_ops_unpack(self._ops.context, byref(call)))
+        return out
 
 
 class CpuLayer(LayerOp):

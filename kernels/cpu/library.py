@@ -219,6 +219,7 @@ class WatchCall(Structure):
     ]
 
 
+@cache
 def find_library() -> Path | None:
     """The built library beside this file, or None where it was not built for this Python."""
     path = Path(__file__).with_name("_native" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))

@@ -142,6 +142,9 @@ def test_linear(ops: LayerOps, inputs: int, outputs: int, rows: int, dtype: torc
         if isinstance(linear, RowReadingLinearOp):
             indices = torch.tensor([[outputs - 1, 0]])
             assert torch.equal(linear.weight_rows(indices), weight[indices])
+            for outside in (-1, outputs):
+                with pytest.raises((ValueError, IndexError)):
+                    linear.weight_rows(torch.tensor([0, outside]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

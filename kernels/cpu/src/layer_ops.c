@@ -143,4 +143,18 @@ int32_t layer_ops_product(layer_context *context, const product_call *call) {
     return STATUS_OK;
 }
 
+int32_t layer_ops_unpack(const layer_context *context, const unpack_call *call) {
+    const int64_t columns = context->ops->products[call->dtype].columns;
+    const int64_t words = call->dtype == FLOAT32 ? call->in : call->in / 2;
+    uint32_t *out = call->out;
+    for (int64_t row = 0; row < call->rows; row++, out += words) {
+        const int64_t index = call->indices[row];
+        if (index < 0 || index >= call->columns) return STATUS_BAD_INDEX;
+        /* Each word lies in a cache line of its own; as none waits for another, many are read at the same time. */
+        const uint32_t *from = (const uint32_t *)call->weight + index / columns * columns * words + index % columns;
+        for (int64_t word = 0; word < words; word++) out[word] = from[word * columns];
+    }
+    return STATUS_OK;
+}
+
 void choose_tokens(const choice_call *call) { choose_ops()->choose(call, 0, call->rows); }

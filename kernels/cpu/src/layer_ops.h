@@ -57,6 +57,15 @@ typedef struct {
     float scale;
 } product_call;
 
+/* out [rows, in] = rows `indices` of a product's weight [columns, in]. */
+typedef struct {
+    const void *weight;
+    const int64_t *indices; /* [rows] */
+    void *out;
+    int64_t rows;
+    int32_t in, columns, dtype;
+} unpack_call;
+
 /* Chooses a token from each row of logits [rows, dim]: the most probable one, or, with a scale, the first one at which
  * the cumulative weight exceeds uniform[row] of the whole; weights are 2 ** (scale[row] * logit). */
 typedef struct {
@@ -122,6 +131,8 @@ EXPORT void layer_ops_heads(const layer_context *context, const heads_call *call
 EXPORT void layer_ops_gate(const layer_context *context, const gate_call *call);
 EXPORT int32_t layer_ops_product(layer_context *context, const product_call *call);
 
+/* In the calling thread. STATUS_BAD_INDEX: a row that the weight does not have. */
+EXPORT int32_t layer_ops_unpack(const layer_context *context, const unpack_call *call);
 /* In the calling thread, without a context. */
 EXPORT void choose_tokens(const choice_call *call);
 
