@@ -166,7 +166,8 @@ typedef struct {
     int32_t count, fd;
 } watch_call;
 
-/* A context owns its threads and scratch memory; it serves one caller at a time. NULL: no memory or no threads. */
+/* A context has scratch memory of its own and serves one caller at a time; its threads are the process's. NULL: no memory
+ * or no threads. */
 EXPORT kernel_context *kernels_open(int32_t num_threads);
 EXPORT void kernels_close(kernel_context *context);
 /* "avx512-amx", "avx512-bf16", "avx512", "avx2", "neon-bf16" or "baseline": the processor's best; or what

@@ -120,7 +120,7 @@ extern const layer_op_set baseline_layer_ops, avx2_layer_ops, avx512_layer_ops, 
 
 typedef struct layer_context layer_context;
 
-/* A context owns its threads; it serves one caller at a time. NULL: no memory or no threads. */
+/* A context serves one caller at a time. NULL: no memory or no threads. */
 EXPORT layer_context *layer_ops_open(int32_t num_threads);
 EXPORT void layer_ops_close(layer_context *context);
 /* Columns of a panel; 0 where there are no products of this dtype. */
