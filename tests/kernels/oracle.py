@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from kernels import AttentionPlan, LayerParams
 
 
 def attention(
-    q: Tensor, pool: Tensor, plan: AttentionPlan, params: LayerParams, rounded: set[int] = frozenset()
+    q: Tensor, pool: Tensor, plan: AttentionPlan, params: LayerParams, rounded: Set[int] = frozenset()
 ) -> tuple[Tensor, Tensor]:
     """Row by row, head by head. Answers out [rows, q_heads, head_dim] and lse [rows, q_heads], float64.
 
