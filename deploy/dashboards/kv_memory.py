@@ -121,7 +121,7 @@ def _fragmentation(page: Page) -> None:
     )
     page.graph(
         "Blocks moved by the planner",
-        "Per second, by kind of move: lend, relieve a creditor, bring home.",
+        "Per second, by kind of move: lend, relieve a creditor, bring home, spread for speed.",
         "cps",
         Query(total(rate(metrics.MOVED_BLOCKS), "kind"), "{{kind}}"),
     )

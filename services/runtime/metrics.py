@@ -206,7 +206,7 @@ PLANNED_THROUGHPUT = _gauge(
 MOVES_IN_PROGRESS = _gauge("infinite_llm_moves_in_progress", "Moves planned and not ended.", "gmanager")
 MOVES = _counter(
     "infinite_llm_moves_total",
-    "Moves that have ended, by kind (lend, relieve, home) and end (DONE, or why not).",
+    "Moves that have ended, by kind (lend, relieve, home, spread) and end (DONE, or why not).",
     "gmanager",
     labels=("kind", "end"),
 )

@@ -20,7 +20,17 @@ from services.gmanager.planner.state import State
 
 DEFAULT = PlannerPolicy()
 # Nothing but gain decides: no link, no settling, no minimum to speak of.
-EAGER = PlannerPolicy(settle_s=0.0, move_bytes_per_s=1e15, min_gain=1e-3, payback=1.0, reserve=0.0, home_reserve=0.0)
+EAGER = PlannerPolicy(
+    settle_s=0.0,
+    move_bytes_per_s=1e15,
+    min_gain=1e-3,
+    payback=1.0,
+    reserve=0.0,
+    home_reserve=0.0,
+    spread_gain=1e-3,
+    spread_reserve=0.0,
+    spread_room=1.0,
+)
 SETTLED = {"leaving_blocks": 0, "coming_blocks": 0, "releasing": ()}
 POLICIES = st.sampled_from([DEFAULT, EAGER])
 
@@ -85,8 +95,21 @@ def test_no_move_adds_to_a_cycle_that_is_there(load, policy) -> None:
     for move in plan(load, NOW, policy).moves:
         if move.creditor != home_of[move.debtor]:
             assert move.creditor not in borrowers
-        if move.kind == "lend":
+        if move.kind in ("lend", "spread"):
             assert home_of[move.debtor] not in lenders
+
+
+@cases(100)
+@given(clusters(), POLICIES)
+def test_for_speed_blocks_go_to_memory_only_daemons_that_keep_room_for_others(load, policy) -> None:
+    mapped = set(homes(load).values())
+    spread = [move for move in plan(load, NOW, policy).moves if move.kind == "spread"]
+    free = {daemon.kvdaemon_id: daemon.free_blocks for daemon in load.kvdaemons}
+    total = {daemon.kvdaemon_id: daemon.total_blocks for daemon in load.kvdaemons}
+    for move in spread:
+        assert move.creditor not in mapped
+        free[move.creditor] -= move.blocks
+        assert free[move.creditor] >= policy.spread_reserve * total[move.creditor]
 
 
 @cases(100)

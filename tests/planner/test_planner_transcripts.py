@@ -90,6 +90,12 @@ def test_only_who_is_heard_of_takes_part() -> None:
     assert any(entry.instance_id == "i3" and "not heard of" in entry.reason for entry in answer.unmet)
 
 
+def test_attention_is_spread_though_nobody_lacks_memory() -> None:
+    answer = planned("spread")
+    assert set(routes(answer)) == {("spread", "k0", "m0"), ("spread", "k0", "m1")}
+    assert {move.debtor for move in answer.moves} == {"i0"}
+
+
 def test_slow_lenders_host_less_though_they_have_more_room() -> None:
     hosted = Counter()
     for move in planned("memory_only").moves:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from services.gmanager.planner.load import ClusterLoad, InstanceLoad, RemoteShare, RequestLoad
 
-MoveKind = Literal["lend", "relieve", "home"]
+MoveKind = Literal["lend", "relieve", "home", "spread"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,8 @@ class Move:
 
     Attributes:
         kind: "lend": from the debtor's own daemon to a creditor; "relieve": from a creditor that is short of memory
-            itself to another one, or home; "home": from a creditor back to the debtor's own daemon.
+            itself to another one, or home; "home": from a creditor back to the debtor's own daemon; "spread": from the
+            debtor's own daemon to one that lends memory only, not for room but for attention on both at once.
         debtor: instance that the request runs on.
         source, creditor: daemons that the blocks lie on now and are to lie on; coming home, ``creditor`` is the
             debtor's own.

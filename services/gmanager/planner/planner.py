@@ -2,7 +2,8 @@
 
 The greedy algorithm of Infinite-LLM (arXiv 2401.02669), whose five steps are marked below. What is different: a debtor
 is who is short of memory, now or within its requests' expected growth; the numbers of blocks that are tried are those
-at which somebody more fits; a creditor that is short of memory itself is relieved; blocks come home.
+at which somebody more fits; a creditor that is short of memory itself is relieved; blocks come home; and who lacks
+nothing may have long requests on memory-only daemons as well, which then compute beside it.
 
 Every move raises the modelled throughput of the cluster, and it goes on until nobody can gain: a plan for the load that
 a plan leads to is empty.
@@ -16,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from services.core.blocks import PoolGeometry
 from services.gmanager.planner.hints import hints
 from services.gmanager.planner.load import ClusterLoad, RequestLoad
 from services.gmanager.planner.market import Market
@@ -61,6 +63,11 @@ class _Planner:
         self._market = Market(state)
         self._moves: dict[tuple[Running, Daemon, Daemon], Move] = {}
         self._came_and_left: dict[Running, tuple[set[Daemon], set[Daemon]]] = {}  # daemons, in this plan
+        self._fastest_s: dict[PoolGeometry, float] = {}  # of memory-only daemons, a token's attention
+        for daemon in state.daemons.values():
+            if daemon.owner is None and daemon.fresh:
+                known_s, its_s = self._fastest_s.get(daemon.geometry, math.inf), daemon.load.costs.context_token_s
+                self._fastest_s[daemon.geometry] = min(known_s, its_s)
         self._obstacle = ""  # why the instance that is looked at could not be helped, as far as is known
 
     def plan(self) -> Plan:
@@ -69,7 +76,8 @@ class _Planner:
         for _ in range(_PASSES):
             came_home = self._bring_home()
             made_room, unmet = self._make_room()
-            if not (came_home or made_room):
+            spread = self._spread()
+            if not (came_home or made_room or spread):
                 break
         moves, answer = tuple(self._moves.values()), hints(self._state)
         return Plan(self._now, moves, answer, tuple(unmet), throughput, self._state.throughput())
@@ -102,7 +110,8 @@ class _Planner:
         best: Candidate | None = None
         needed = self._policy.min_gain * instance.throughput / max(1, instance.batch)
         for request, targets in self._offers_for(instance):
-            for candidate in self._tries(instance, request, instance.home, targets):
+            kind: MoveKind = "lend" if request.instance is instance else "relieve"
+            for candidate in self._tries(kind, instance, request, instance.home, targets):
                 if best is None or (candidate.gain, -candidate.blocks) > (best.gain, -best.blocks):
                     best = candidate
             # Step 4 is over when the longest request can be moved with gain; else the next one is tried.
@@ -173,35 +182,94 @@ class _Planner:
             if instance.borrowed and instance.fresh and instance.home.fresh and not instance.pressed:
                 for source in [daemon for daemon in instance.borrowed if daemon.fresh]:
                     for request in self._largest(instance, source):
-                        tries = self._tries(instance, request, source, [instance.home])
+                        tries = self._tries("home", instance, request, source, [instance.home])
                         best = max(tries, key=lambda candidate: (candidate.gain, candidate.blocks), default=None)
                         if best is not None and best.gain > _LEAST_GAIN:
                             self._commit(best, instance)
                             moved = True
         return moved
 
+    # ------------------------------------------------------------ attention in several places at once
+
+    def _spread(self) -> bool:
+        """Moves blocks of those whose steps are attention for a good part to daemons with nobody to compute for."""
+        moved = False
+        for instance in self._state.instances:
+            while (best := self._best_way_to_spread(instance)) is not None:
+                self._commit(best, instance)
+                moved = True
+        return moved
+
+    def _best_way_to_spread(self, instance: Instance) -> Candidate | None:
+        home, policy = instance.home, self._policy
+        if not (instance.fresh and home.fresh) or instance.pressed or home.lends:
+            return None
+        if instance.unclaimed > policy.spread_room * home.load.total_blocks:
+            return None
+        if self._most_spread(instance, self._fastest_s.get(home.geometry, math.inf)) < policy.spread_gain:
+            return None
+        needed = policy.spread_gain * instance.throughput
+        offers = [
+            daemon
+            for daemon in self._market.offers(instance, mapped=False)
+            if self._most_spread(instance, daemon.load.costs.context_token_s) >= policy.spread_gain
+        ]
+        offers.sort(key=lambda daemon: (daemon in instance.borrowed, daemon.load.costs.context_token_s))
+        parts = sum(daemon not in instance.borrowed and self._room_for_speed(daemon) > 0 for daemon in offers)
+        for request in self._largest(instance, home):
+            for candidate in self._tries("spread", instance, request, home, offers, max(1, parts)):
+                if candidate.gain >= needed:  # the smallest part that is worth it leaves most for others
+                    return candidate
+        return None
+
+    def _most_spread(self, instance: Instance, there_s: float) -> float:
+        """By what share one move can raise an instance's throughput at most: by all that hides.
+
+        Args:
+            there_s: a token's attention where it goes.
+        """
+        costs = instance.load.costs
+        here_s, hidden = costs.context_token_s, self._policy.hide
+        saved_s = here_s * hidden * costs.local_s(instance.tokens) / (there_s + hidden * here_s)
+        return saved_s / max(instance.step_s - saved_s, saved_s)
+
     # ------------------------------------------------------------ one move
 
     def _tries(
-        self, beneficiary: Instance, request: Running, source: Daemon, targets: Iterable[Daemon]
+        self,
+        kind: MoveKind,
+        beneficiary: Instance,
+        request: Running,
+        source: Daemon,
+        targets: Iterable[Daemon],
+        parts: int = 1,
     ) -> Iterator[Candidate]:
-        """Moves of one request that keep all bounds: to the first few targets that can take anything."""
+        """Moves of one request that keep all bounds: to the first few targets that can take anything.
+
+        Args:
+            parts: to spread, into how many of them what lies at the source could go.
+        """
         home = request.instance.home
-        kind: MoveKind = "lend" if source is home else "relieve" if source is beneficiary.home else "home"
         self._obstacle = "nobody has room to lend"
         useful = {True: 0, False: 0}
         for target in targets:
             mapped = target.owner is not None
             if target is source or self._turns_back(request, source, target) or useful[mapped] == _CREDITORS:
                 continue
-            room = self._room_at_home(request.instance) if target is home else self._market.lendable(target)
+            if target is home:
+                room = self._room_at_home(request.instance)
+            else:
+                room = self._room_for_speed(target) if kind == "spread" else self._market.lendable(target)
             limit = min(limits(self._state, request, source, target, room), key=lambda bound: bound.blocks)
             if limit.blocks <= 0:
                 self._obstacle = f"not a block of {request.load.request_id} to {target.id}: {limit.why}"
                 continue
             useful[mapped] += 1
             self._obstacle = f"no move to {target.id} keeps all bounds"
-            numbers = _halves(limit.blocks) if kind == "home" else _numbers(beneficiary, limit.blocks)
+            if kind == "spread":
+                numbers = self._equal_parts(beneficiary, target, parts, limit.blocks)
+            else:
+                numbers = _halves(limit.blocks) if kind == "home" else _numbers(beneficiary, limit.blocks)
             for blocks in numbers:
                 gain = weigh(self._state, request, source, target, blocks)
                 if gain is not None:
@@ -217,6 +285,18 @@ class _Planner:
             return 0
         reserve = math.ceil(self._policy.home_reserve * instance.home.load.total_blocks)
         return instance.unclaimed - reserve
+
+    def _room_for_speed(self, daemon: Daemon) -> int:
+        return self._market.lendable(daemon) - math.ceil(self._policy.spread_reserve * daemon.load.total_blocks)
+
+    def _equal_parts(self, instance: Instance, target: Daemon, parts: int, most: int) -> list[int]:
+        """Blocks for one of several daemons as fast as the target, so that all their answers just hide; fewer of them
+        each time, so ascending."""
+        hide, size = self._policy.hide, instance.home.geometry.block_tokens
+        here_s, there_s = instance.load.costs.context_token_s * size, target.load.costs.context_token_s * size
+        hidden_s = hide * instance.load.costs.local_s(instance.tokens)
+        numbers = {min(most, int(hidden_s / (there_s + hide * number * here_s))) for number in _halves(parts)}
+        return sorted(numbers - {0})
 
     def _commit(self, chosen: Candidate, beneficiary: Instance) -> None:
         request, source, target = chosen.request, chosen.source, chosen.target
@@ -271,6 +351,8 @@ def _reason(state: State, chosen: Candidate, beneficiary: Instance, batch: int) 
     load, target, debtor = chosen.request.load, chosen.target, chosen.request.instance
     if chosen.kind == "home":
         why = f"{debtor.id} has {debtor.unclaimed + chosen.blocks} blocks free and unclaimed"
+    elif chosen.kind == "spread":
+        why = f"attention of {debtor.id} runs in one place more: a step takes {1e3 * debtor.step_s:.2f} ms then"
     else:
         why = f"{beneficiary.id} is short of memory: batch {batch} -> {beneficiary.batch}"
     parts = [why, f"{chosen.blocks} blocks of {load.request_id}"]

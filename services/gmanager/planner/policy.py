@@ -27,6 +27,9 @@ class PlannerPolicy:
             not come and go.
         max_debtors: instances that one daemon hosts blocks of.
         move_bytes_per_s, move_window_s: a daemon never has more under way than fits through in that time.
+        spread_gain: a move that is for speed alone must raise its instance's throughput by this share.
+        spread_reserve: share of a memory-only daemon's pool that is left for those who need room.
+        spread_room: an instance with more than this share of its pool to lend is worth more as a creditor.
         payback: a move may last for at most this share of its request's remaining time.
     """
 
@@ -43,6 +46,9 @@ class PlannerPolicy:
     max_debtors: int = 8
     move_bytes_per_s: float = 256 * 2**20
     move_window_s: float = 20.0
+    spread_gain: float = 0.1
+    spread_reserve: float = 0.5
+    spread_room: float = 0.5
     payback: float = 0.5
 
     def __post_init__(self) -> None:
@@ -55,8 +61,12 @@ class PlannerPolicy:
             raise ConfigError(
                 f"planner: 0 <= reserve <= home_reserve < 1 is needed, got {self.reserve} and {self.home_reserve}"
             )
-        if self.min_gain <= 0:
-            raise ConfigError(f"planner: min_gain must be greater than 0, got {self.min_gain}")
+        for name in ("min_gain", "spread_gain"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"planner: {name} must be greater than 0, got {getattr(self, name)}")
+        for name in ("spread_reserve", "spread_room"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"planner: {name} must be in [0, 1], got {getattr(self, name)}")
         if min(self.stale_s, self.move_bytes_per_s, self.move_window_s) <= 0 or self.max_debtors < 1:
             raise ConfigError("planner: stale_s, max_debtors, move_bytes_per_s and move_window_s must be positive")
         if self.settle_s < 0 or self.horizon_tokens < 0:
