@@ -75,7 +75,7 @@ class LocalEngine:
         keys = BlockKeySpace(model.shape.fingerprint, dtype, (0, geometry.kv_heads))
         workspace = self._take(chunks)
         memory = BlockMemory(
-            geometry, keys, model.rotary, pool, workspace, _LOCAL, _SESSION, peers, remote, self, Offers()
+            geometry, keys, model.rotary, pool, workspace, _LOCAL, _SESSION, peers, remote, self, Offers(), 1.0
         )
         scheduler = Scheduler(max_num_seqs, max_batch_tokens)
         self.engine = Engine(

@@ -199,6 +199,7 @@ def assemble(
         remote,
         desk,
         local.opened.offers,
+        config.move_bytes_per_s,
         device,
     )
     scored_tokens = max(1, _LOGITS_BYTES // (shape.vocab_size * TORCH_DTYPES[config.dtype].itemsize))

@@ -35,6 +35,8 @@ class InstanceConfig:
         max_model_len: longest context in tokens; the checkpoint's own limit where not given.
         max_num_seqs: sequences in one batch at most.
         max_batch_tokens: tokens computed in one step at most; the size of a prefill chunk.
+        move_bytes_per_s: about how fast blocks move that the planner wants elsewhere, while requests are computed; it
+            counts on as much (move_bytes_per_s of its policy). A few blocks a step are the most, one the least.
         mixed_step_s: about how long a step takes at most that computes prompts beside requests that decode; chunks are
             made as small as that needs.
         block_tokens: tokens of an rBlock.
@@ -74,6 +76,7 @@ class InstanceConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_batch_tokens: int = 1024
+    move_bytes_per_s: float = 256 * 2**20
     mixed_step_s: float = 0.2
     block_tokens: int = 64
     num_threads: int = 1
@@ -113,6 +116,7 @@ class InstanceConfig:
                 f"({self.max_num_seqs}), or running sequences could not all take a step"
             )
         for name in (
+            "move_bytes_per_s",
             "mixed_step_s",
             "transfer_timeout_s",
             "call_timeout_s",

@@ -65,6 +65,7 @@ class BlockMemory:
         pool: [num_blocks, layers, kv_heads, 2, block_tokens, head_dim], the mapped local pool.
         workspace: the open blocks held at start. So many, and one for each sequence, are held from then on.
         local_offers: how other daemons can reach the local one.
+        move_bytes_per_s: about how fast blocks move that the gManager wants elsewhere.
         device: that has the pool; the CPU where none is given.
     """
 
@@ -81,6 +82,7 @@ class BlockMemory:
         remote: RemoteAttention,
         control: Control,
         local_offers: Offers,
+        move_bytes_per_s: float,
         device: Device | None = None,
     ) -> None:
         self.geometry = geometry
@@ -106,6 +108,7 @@ class BlockMemory:
             control,
             self._refuse_move_here,
             key=lambda memory, index: self._key(memory.sequence, index),
+            blocks_per_s=move_bytes_per_s / geometry.block_bytes,
         )
         self._replenishing = False
         self._replenish_at = 0.0  # monotonic clock, not before

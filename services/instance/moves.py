@@ -2,9 +2,9 @@
 
 A move chooses its blocks at once and claims them (their entries are busy), so that nobody else touches them; then the
 rManager finds them a place at the destination: the same content may lie there already, which costs no transfer, and
-otherwise room is reserved for a while. Then block after block is transferred, at most one begun between two steps and
-few under way, so that a move takes little of a step's time and of the links. A move may end at any block: what has
-moved has moved, what has not stays where it is, and the room that was left is given back.
+otherwise room is reserved for a while. Then block after block is transferred, a few begun between two steps and few
+under way, so that a move takes little of a step's time and of the links. A move may end at any block: what has moved
+has moved, what has not stays where it is, and the room that was left is given back.
 
 Used by the engine thread.
 """
@@ -26,7 +26,7 @@ from services.instance.transfers import Stage, Transfer, Transfers
 from services.rmanager.block_table import Home
 
 _MOVES_AT_ONCE = 8
-_BLOCKS_AT_ONCE = 2  # under way, of all moves together
+_BLOCKS_A_ROUND = 4  # at most: half of what a daemon's window takes, so that what makes room need not wait for them
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +62,7 @@ class Moves:
     Args:
         refuse_local: why the local daemon cannot be a destination now, if so.
         key: of a full block of a sequence, by index.
+        blocks_per_s: to begin, all moves together; but one between two steps in any case.
     """
 
     def __init__(
@@ -71,12 +72,15 @@ class Moves:
         control: Control,
         refuse_local: Callable[[], MoveEnd | None],
         key: Callable[[SequenceMemory, int], bytes],
+        blocks_per_s: float,
     ) -> None:
         self._transfers = transfers
         self._holds = holds
         self._control = control
         self._refuse_local = refuse_local
         self._key = key
+        self._blocks_per_s = blocks_per_s
+        self._ticked_at = time.monotonic()
         self._moves: dict[str, _Move] = {}
 
     @property
@@ -129,12 +133,17 @@ class Moves:
 
     def tick(self) -> None:
         """Goes on with the moves, the oldest first; called once per round of the engine."""
+        now = time.monotonic()
+        blocks = max(1, min(_BLOCKS_A_ROUND, int((now - self._ticked_at) * self._blocks_per_s)))
+        self._ticked_at = now
         for move in list(self._moves.values()):
             self._take_in(move)
-        if sum(len(move.under_way) for move in self._moves.values()) < _BLOCKS_AT_ONCE:
+        under_way = sum(len(move.under_way) for move in self._moves.values())
+        for _ in range(min(blocks, 2 * blocks - under_way)):
             ready = next((move for move in self._moves.values() if move.reserved), None)
-            if ready is not None:
-                self._begin_block(ready)
+            if ready is None:
+                break
+            self._begin_block(ready)
 
     def request_ended(self, memory: SequenceMemory) -> None:
         """The request has finished or gives its blocks up; called before these are released."""

@@ -35,9 +35,12 @@ def reference(model: Path) -> Reference:
     return Reference(model)
 
 
-def start(model: Path, run_dir: Path, kvdaemons: int = 2, transport: str = "shm") -> Cluster:
+def start(model: Path, run_dir: Path, kvdaemons: int = 2, transport: str = "shm", **instance: object) -> Cluster:
+    """``instance``: further settings of it."""
     arguments = ("--instances", "1", "--kvdaemons", str(kvdaemons), "--pool-mib", "4", "--dtype", "float32")
-    return Cluster(model, run_dir, *arguments, "--transport", transport, config=ENGINE)
+    return Cluster(
+        model, run_dir, *arguments, "--transport", transport, config={"instance": {**ENGINE["instance"], **instance}}
+    )
 
 
 @pytest.fixture(scope="module", params=["shm", "tcp"])
@@ -135,7 +138,7 @@ def test_a_daemon_is_lost_in_the_middle_of_a_move(
     model: Path, reference: Reference, tmp_path: Path, lost: str, how: signal.Signals, transport: str
 ) -> None:
     prompt, count = prompt_of(64 * 18, seed=47), 1500
-    with start(model, tmp_path / "c", kvdaemons=3, transport=transport) as cluster:
+    with start(model, tmp_path / "c", kvdaemons=3, transport=transport, move_bytes_per_s=1.0) as cluster:
         mover = Mover(cluster)
         stream = Stream(cluster, prompt, count)
         stream.wait_for_tokens(3)

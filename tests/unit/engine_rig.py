@@ -81,6 +81,7 @@ class EngineRig:
         passes: SequenceOf[PassName] = PASSES,
         grammars: Grammars | None = None,
         max_scored_tokens: int = 128,
+        move_bytes_per_s: float = 256 * 2**20,
         device: Device | None = None,
     ) -> None:
         torch.set_num_threads(1)
@@ -115,6 +116,7 @@ class EngineRig:
             remote,
             self,
             Offers((self.local.address,)),
+            move_bytes_per_s,
             device,
         )
         scheduler = Scheduler(max_num_seqs, max_batch_tokens, max_scored_tokens=max_scored_tokens)

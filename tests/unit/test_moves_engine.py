@@ -90,7 +90,7 @@ def test_content_that_lies_at_the_destination_is_not_copied(model: Path, referen
 
 def test_every_step_sees_one_place_of_every_block(model: Path) -> None:
     """All layers of a step ask the same daemons for the same blocks, and no two daemons for the same one."""
-    with EngineRig(model, local_blocks=40, lenders=(20, 20)) as rig:
+    with EngineRig(model, local_blocks=40, lenders=(20, 20), move_bytes_per_s=1.0) as rig:
         rig.submit("r", prompt_of(64 * 10, 3), 400)
         decode(rig, 3)
         for source, destination in (("local", "lender-0"), ("lender-0", "lender-1"), ("lender-1", "lender-0")):
@@ -165,7 +165,7 @@ def test_a_pool_that_is_short_itself_takes_nothing_home(model: Path) -> None:
 @pytest.mark.parametrize("lost", ["source", "destination"])
 def test_a_daemon_that_is_lost_in_the_middle(model: Path, reference: Reference, lost: str) -> None:
     prompt = prompt_of(64 * 14, 8)
-    with EngineRig(model, local_blocks=40, lenders=(20, 20)) as rig:
+    with EngineRig(model, local_blocks=40, lenders=(20, 20), move_bytes_per_s=1.0) as rig:
         rig.submit("r", prompt, 200)
         decode(rig, 3)
         move(rig, "local", "lender-0", 12)
@@ -182,7 +182,7 @@ def test_a_daemon_that_is_lost_in_the_middle(model: Path, reference: Reference, 
 
 
 def test_a_request_that_ends_in_the_middle(model: Path) -> None:
-    with EngineRig(model, local_blocks=40, lenders=(20, 20)) as rig:
+    with EngineRig(model, local_blocks=40, lenders=(20, 20), move_bytes_per_s=1.0) as rig:
         for number, (source, destination) in enumerate([("local", "lender-1"), ("lender-0", "lender-1")]):
             rig.submit("r", prompt_of(64 * 14, 9 + number), 300)
             decode(rig, 3)
@@ -270,6 +270,21 @@ def test_two_requests_move_the_same_blocks_at_once(model: Path, reference: Refer
         rig.check_nothing_held()
 
 
+def test_blocks_of_a_move_go_one_by_one_or_a_few_between_two_steps(model: Path, reference: Reference) -> None:
+    prompt, blocks, tokens = prompt_of(64 * 18, 9), 16, {}
+    for rate in (1.0, 1e12):
+        with EngineRig(model, local_blocks=40, lenders=(20,), move_bytes_per_s=rate) as rig:
+            rig.submit("r", prompt, 400)
+            decode(rig, 3)
+            before = len(rig.tokens("r"))
+            move(rig, "local", "lender-0", blocks)
+            tokens[rate] = len(rig.tokens("r")) - before
+            rig.wait("r")
+            reference.generate(prompt, 400).check_tokens(rig.tokens("r"))
+    assert tokens[1.0] >= blocks - 2
+    assert blocks / 4 - 2 <= tokens[1e12] < tokens[1.0]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_anything_at_any_moment(model: Path, reference: Reference, seed: int) -> None:
     """Requests on scarce memory, moves between random places, lenders lost, caches evicted, requests aborted."""
@@ -277,7 +292,8 @@ def test_anything_at_any_moment(model: Path, reference: Reference, seed: int) ->
     prompts = {f"r{n}": prompt_of(choose.randrange(30, 600), 1000 * seed + n) for n in range(6)}
     aborted: set[str] = set()
     places = ["local", "lender-0", "lender-1"]
-    with EngineRig(model, local_blocks=20, lenders=(14, 10), max_num_seqs=3) as rig:
+    rate = 1.0 if seed % 2 else 1e12  # of moves: a block between two steps, or some
+    with EngineRig(model, local_blocks=20, lenders=(14, 10), max_num_seqs=3, move_bytes_per_s=rate) as rig:
         for name, prompt in prompts.items():
             rig.submit(name, prompt, 120)
         asked = 0
