@@ -18,7 +18,7 @@ IMAGES ?= infinite-llm
 OVERLAY ?= laptop
 VLLM ?= .peers/vllm
 MACHINE ?= $(shell uname -n)
-BENCHMARKS ?= smoke kernel_cpu engine_vs_vllm pooled_vs_vllm distance growth pooling planner_scale token_path \
+BENCHMARKS ?= smoke kernel_cpu engine_vs_vllm pooled_vs_vllm distance spread growth pooling planner_scale token_path \
 	telemetry_cost vllm_bench dataplane attention_parallelism
 # The GPU targets run on a bare machine: python with torch, triton and pytest, and the wheels in WHEELS, if any.
 GPU_PYTHON ?= python3

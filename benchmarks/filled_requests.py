@@ -80,9 +80,19 @@ def write_model(directory: Path) -> FilledModel:
 
 
 def cluster_options(
-    model: FilledModel, filled_blocks: int, kvdaemons: int, link: str | None, transport: Scheme = "shm"
+    model: FilledModel,
+    filled_blocks: int,
+    kvdaemons: int,
+    link: str | None,
+    transport: Scheme = "shm",
+    *,
+    planner: bool = False,
 ) -> ClusterOptions:
-    """One instance; every pool has room for so many filled blocks, the workspace, and some answers."""
+    """One instance; every pool has room for so many filled blocks, the workspace, and some answers.
+
+    Args:
+        planner: moves blocks while requests run; without it they stay where they were put.
+    """
     workspace = 2 + 2 * (_BATCH_TOKENS // BLOCK_TOKENS + 1)
     answers = 32 * model.geometry.blocks_for(_TAIL + _WARM_STEPS + _STEPS)
     return ClusterOptions(
@@ -103,7 +113,7 @@ def cluster_options(
                 "block_tokens": BLOCK_TOKENS,
             },
             "kvdaemon": {"num_threads": 1},
-            "gmanager": {"planner": False},  # or it would bring the blocks home
+            "gmanager": {"planner": planner},
         },
     )
 

@@ -1045,7 +1045,7 @@ class MoveView(_message.Message):
     source_kvdaemon_id: _builtins.str
     destination_kvdaemon_id: _builtins.str
     kind: _builtins.str
-    """"lend", "relieve" or "home"."""
+    """"lend", "relieve", "home" or "spread"."""
     planned_blocks: _builtins.int
     moved_blocks: _builtins.int
     state: _builtins.str
