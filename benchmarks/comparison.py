@@ -114,6 +114,25 @@ def _distance(result: Result) -> str:
     )
 
 
+def _spread(result: Result) -> str:
+    lines = [
+        [
+            f"{row['context']:,}",
+            f"{row['without_ms']:.1f}",
+            f"{row['with_ms']:.1f}",
+            f"{row['faster']:.2f} ({row['faster_min']:.2f} to {row['faster_max']:.2f})",
+            f"{row['elsewhere']:.0%}",
+        ]
+        for row in result["rows"]
+    ]
+    return (
+        "**What the planner makes of a long request and a daemon with nobody to compute for** (`benchmarks.spread`; "
+        "nobody lacks memory, an instance and that daemon on a core each, the cache filled without prefill; time of a "
+        "decode step): it moves a part there, so that attention runs on both.\n\n"
+        + _table(["context", "ms without the planner", "with it", "faster by", "elsewhere"], lines)
+    )
+
+
 def _growth(result: Result) -> str:
     lines = [
         [
@@ -146,6 +165,7 @@ SECTIONS: Mapping[str, Callable[[Result], str]] = {
     "pooled-vs-vllm-paper-scale": _pooled_as_the_paper,
     "engine-vs-vllm": _engine,
     "distance": _distance,
+    "spread": _spread,
     "growth": _growth,
 }
 
