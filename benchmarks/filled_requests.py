@@ -33,10 +33,10 @@ BLOCK_TOKENS = 64
 GROUP = 4  # query heads for each KV head
 NEAR, FAR = "kvdaemon-0", "kvdaemon-mem-0"
 TIMEOUT_S = 600.0
-_TAIL = 64  # tokens of a prompt behind what is filled: one block of prefill
-_STEPS = 32
+TAIL = 64  # tokens of a prompt behind what is filled: one block of prefill
+STEPS = 32
 _WARM_STEPS = 4  # at the beginning of an answer, not counted
-ROWS = _TAIL + _WARM_STEPS + _STEPS - 1  # of an answer that ask for attention: the last token's is never computed
+ROWS = TAIL + _WARM_STEPS + STEPS - 1  # of an answer that ask for attention: the last token's is never computed
 _BATCH_TOKENS = 512
 _WIRE_METRICS = ("infinite_llm_dataplane_sent_bytes_total", "infinite_llm_dataplane_received_bytes_total")
 _DTYPE = "bfloat16"
@@ -94,7 +94,7 @@ def cluster_options(
         planner: moves blocks while requests run; without it they stay where they were put.
     """
     workspace = 2 + 2 * (_BATCH_TOKENS // BLOCK_TOKENS + 1)
-    answers = 32 * model.geometry.blocks_for(_TAIL + _WARM_STEPS + _STEPS)
+    answers = 32 * model.geometry.blocks_for(TAIL + _WARM_STEPS + STEPS)
     return ClusterOptions(
         model=model.path,
         instances=1,
@@ -161,11 +161,11 @@ async def time_answer(
     Raises:
         VoidMeasurementError: the prefix was not found, or not all of it.
     """
-    prompt = (*filled, *random_prompt(shape, _TAIL, draw))
+    prompt = (*filled, *random_prompt(shape, TAIL, draw))
     times: list[float] = []
     cached = 0
     started = time.perf_counter()
-    events = client.generate(prompt, max_tokens=_WARM_STEPS + _STEPS, ignore_eos=True, timeout_s=TIMEOUT_S)
+    events = client.generate(prompt, max_tokens=_WARM_STEPS + STEPS, ignore_eos=True, timeout_s=TIMEOUT_S)
     async with aclosing(events):
         async for event in events:
             if isinstance(event, Tokens):

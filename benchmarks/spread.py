@@ -29,6 +29,8 @@ from benchmarks.filled_requests import (
     BLOCK_TOKENS,
     NEAR,
     SHAPE,
+    STEPS,
+    TAIL,
     TIMEOUT_S,
     FilledModel,
     cluster_options,
@@ -36,6 +38,7 @@ from benchmarks.filled_requests import (
     write_model,
 )
 from benchmarks.harness import Run, main
+from benchmarks.long_request import VoidMeasurementError
 from benchmarks.placements import run_clusters
 from infinitellm import AsyncClient, Tokens
 from services.core.blocks import block_keys
@@ -46,9 +49,7 @@ from services.launcher.console import Console
 QUESTION = "what is the planner's spreading worth, where nobody lacks memory?"
 CONTEXTS = (16384, 65536, 262144)
 LONG = 65536  # from here on it must pay
-_TAIL = 64  # tokens of a prompt behind what is filled
 _LOOK_S = 5.0  # between two looks at where an answer's blocks lie; steps count from the second one like that before on
-_STEPS = 32  # counted
 _MOST_STEPS = 4096  # of an answer
 _POOL = 1.5  # of the filled context: what an instance has left is less than half of its pool, so it is no creditor
 
@@ -120,8 +121,12 @@ async def _measure_context(run: Run, model: FilledModel, cores: tuple[int, int],
 
 
 async def _answer(system: System, draw: random.Random) -> tuple[float, float]:
-    """The median step in milliseconds once blocks have come to rest, and the share of them that lies elsewhere then."""
-    prompt = (*system.tokens, *random_prompt(SHAPE, _TAIL, draw))
+    """The median step in milliseconds once blocks have come to rest, and the share of them that lies elsewhere then.
+
+    Raises:
+        VoidMeasurementError: they did not before the answer's end.
+    """
+    prompt = (*system.tokens, *random_prompt(SHAPE, TAIL, draw))
     times: list[float] = []
     looked_at, counted_from = 0.0, 0
     elsewhere, all_blocks = -1, 1
@@ -138,15 +143,24 @@ async def _answer(system: System, draw: random.Random) -> tuple[float, float]:
                 looked_at = times[-1]
                 if elsewhere == before:
                     counted_from = len(times) + 1  # tokens that came meanwhile were not stamped in time
-            if counted_from and len(times) > counted_from + _STEPS:
+            if counted_from and len(times) > counted_from + STEPS:
                 break
     counted = times[counted_from:]
+    if not counted_from or len(counted) <= STEPS:
+        raise VoidMeasurementError(f"blocks had not come to rest {STEPS} tokens before the last of {len(times)}")
     return 1000 * statistics.median(after - before for before, after in pairwise(counted)), elsewhere / all_blocks
 
 
 async def _blocks(client: AsyncClient) -> tuple[int, int]:
-    """Of the running request: those elsewhere, and all."""
-    (request,) = (await client.cluster_status()).requests
+    """Of the running request: those elsewhere, and all.
+
+    Raises:
+        VoidMeasurementError: more requests run than one, or none.
+    """
+    requests = (await client.cluster_status()).requests
+    if len(requests) != 1:
+        raise VoidMeasurementError(f"one request should be running, the cluster's status shows {len(requests)}")
+    (request,) = requests
     elsewhere = sum(part.num_blocks for part in request.placement if not part.local)
     return elsewhere, sum(part.num_blocks for part in request.placement)
 

@@ -26,7 +26,7 @@ from services.instance.transfers import Stage, Transfer, Transfers
 from services.rmanager.block_table import Home
 
 _MOVES_AT_ONCE = 8
-_BLOCKS_A_ROUND = 4  # at most: half of what a daemon's window takes, so that what makes room need not wait for them
+_MOST_BLOCKS = 4  # under way: half of what a daemon's window takes, so that what makes room need not wait for them
 
 
 @dataclass(slots=True, eq=False)
@@ -134,12 +134,12 @@ class Moves:
     def tick(self) -> None:
         """Goes on with the moves, the oldest first; called once per round of the engine."""
         now = time.monotonic()
-        blocks = max(1, min(_BLOCKS_A_ROUND, int((now - self._ticked_at) * self._blocks_per_s)))
+        blocks = max(1, min(_MOST_BLOCKS, int((now - self._ticked_at) * self._blocks_per_s)))
         self._ticked_at = now
         for move in list(self._moves.values()):
             self._take_in(move)
         under_way = sum(len(move.under_way) for move in self._moves.values())
-        for _ in range(min(blocks, 2 * blocks - under_way)):
+        for _ in range(min(blocks, min(2 * blocks, _MOST_BLOCKS) - under_way)):
             ready = next((move for move in self._moves.values() if move.reserved), None)
             if ready is None:
                 break

@@ -6,48 +6,27 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from cluster_process import Cluster
 from moving import DEADLINE_S, Mover, Stream
+from random_llama import write_random_llama
 from reference import Reference
 from test_serving import prompt_of
-from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.cluster
 
 _CONTEXT, _TOKENS = 2048, 800
-# Attention is nearly all of a step. What these two cores do beside it is not to decide whether answers hide.
+# 32 KiB of KV a token and few weights: attention is nearly all of a step.
+_MODEL = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 128, "num_key_value_heads": 8}
+# What these two cores do beside it is not to decide whether answers hide.
 _CONFIG = {
     "instance": {"max_batch_tokens": 512, "max_num_seqs": 2},
     "gmanager": {"plan_interval_s": 0.2, "policy": {"hide": 1.0, "still_hide": 1.0, "settle_s": 0.5}},
 }
 
 
-def write_model(path: Path) -> None:
-    """32 KiB of KV a token, few weights; attention so flat that every block of the context counts."""
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        head_dim=128,
-        num_key_value_heads=8,
-        max_position_embeddings=4096,
-        eos_token_id=None,
-        bos_token_id=None,
-        initializer_range=0.15,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(8.0)
-    model.save_pretrained(path)
-
-
 def test_a_long_request_is_spread_for_speed(tmp_path: Path) -> None:
     model = tmp_path / "model"
-    write_model(model)
+    write_random_llama(model, 8.0, **_MODEL)
     prompt = prompt_of(_CONTEXT, seed=61)
     arguments = ("--instances", "1", "--kvdaemons", "2", "--pool-mib", "128", "--dtype", "float32")
     with Cluster(model, tmp_path / "c", *arguments, config=_CONFIG) as cluster:
