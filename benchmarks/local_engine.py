@@ -99,7 +99,7 @@ class LocalEngine:
                     self.engine.post(reserved)
             case SealLocal(blocks):
                 self.engine.post(LocalSealed(tuple((own, own) for own, _ in blocks)))
-            case Replenish(count):
+            case Replenish(count, _):
                 self.engine.post(Replenished(tuple(self._take(count)), ()))
             case Release(_, _, handles):
                 self._free += handles

@@ -18,7 +18,8 @@ from benchmarks.simulator.recorder import Recorder
 from benchmarks.simulator.sequence import SimulatedSequence
 from benchmarks.simulator.steps import Device, Part, Timings, Work, work
 from services.core.sequence import Sequence as EngineSequence
-from services.instance.scheduler import Scheduled, Scheduler
+from services.instance.lookahead import MOST_OF_POOL, Growing, OutputLengths, most_blocks
+from services.instance.scheduler import Scheduled, Scheduler, one_gives_way_soon
 
 STEPS_AT_ONCE = 8
 _RESERVING_AT_ONCE = 8
@@ -82,6 +83,7 @@ class SimulatedInstance:
         self._short_of_room = False  # a prompt found no room
         self._starved = False  # a running sequence found none
         self._reserve_at = 0.0
+        self._lengths = OutputLengths()
         self._stuck_since: float | None = None
         self._asked: set[int] = set()  # instances whose daemons compute for this one
 
@@ -115,8 +117,10 @@ class SimulatedInstance:
         if self._work is not None:
             self._commit(self._work, now)
         self._admit(now)
-        self._starved = False
-        batch = self.scheduler.schedule(self._grow)
+        batch = self._schedule()
+        while self._gives_way_at_once() and self.scheduler.lacks_blocks:
+            self._preempt(now)
+            batch = self._schedule()
         if not batch:
             self._work = None
             self._ask({}, 1.0)
@@ -132,6 +136,10 @@ class SimulatedInstance:
         self._ask(self._work.parts, self._work.step_s)
         self._began_at = now
         return now + steps * self._work.step_s
+
+    def _schedule(self) -> list[Scheduled]:
+        self._starved = False
+        return self.scheduler.schedule(self._grow)
 
     # ------------------------------------------------------------ a turn's work
 
@@ -160,6 +168,7 @@ class SimulatedInstance:
         self._recorder.generated(drawn, at)
         if not sequence.remaining:
             self._recorder.finished(sequence, at)
+            self._lengths.ended(sequence)
             self.scheduler.remove(sequence)
             self._release(sequence, at)
             self._ended(sequence)
@@ -181,7 +190,7 @@ class SimulatedInstance:
             sequence = cast(SimulatedSequence, found)
             older = self._lending.oldest_starving()
             for_older = older is not None and older < sequence.age
-            if for_older or not self._reserve(sequence):
+            if for_older or self._wants_too_much_later(sequence) or not self._reserve(sequence):
                 # Who waits for somebody older, or for its own pool, does not starve itself.
                 self._short_of_room = not (for_older or self._fits_here(sequence))
                 self._reserve_at = now + RETRY_S
@@ -193,6 +202,15 @@ class SimulatedInstance:
 
     def _fits_here(self, sequence: SimulatedSequence) -> bool:
         return self._serving.blocks_for(sequence.longest) <= self._pool.blocks
+
+    def _wants_too_much_later(self, joining: SimulatedSequence) -> bool:
+        """Whether those that run and this one are expected to want more memory together than admission allows."""
+        if not (self._lending.pooled and self._fits_here(joining)):
+            return False
+        needed = self._serving.blocks_for(len(joining.tokens))
+        requests = [Growing(sequence.local, self._lengths.to_come(sequence)) for sequence in self.running]
+        peak = most_blocks([*requests, Growing(needed, self._lengths.to_come(joining))], self._serving.block_tokens)
+        return peak > MOST_OF_POOL * self._pool.blocks + self._lending.spare_blocks(self.index)
 
     def _reserve(self, sequence: SimulatedSequence) -> bool:
         """All blocks of a prompt, or none."""
@@ -252,7 +270,8 @@ class SimulatedInstance:
         while left > 0:
             longest = max(self.running, key=lambda sequence: sequence.resting(size), default=None)
             most = longest.resting(size) if longest is not None else 0
-            grants = self._lending.borrow(self.index, min(left, most)) if most else []
+            spare = one_gives_way_soon(self.running)
+            grants = self._lending.borrow(self.index, min(left, most), spare_wanted=spare) if most else []
             if longest is None or not grants:
                 return False
             for grant in grants:
@@ -268,20 +287,28 @@ class SimulatedInstance:
             return max(now + 1e-3, self._reserve_at) if self.waiting else None
         if self._stuck_since is None:
             self._stuck_since = now
-        # vLLM preempts whoever came last.
-        victim = (
-            cast(SimulatedSequence, self.scheduler.cheapest_to_preempt()) if self._lending.pooled else self.running[-1]
-        )
         older = self._lending.oldest_starving()
-        gives_way = len(self.running) > 1 or (older is not None and older < victim.age)
+        gives_way = len(self.running) > 1 or (older is not None and older < self._victim().age)
         if not gives_way and now - self._stuck_since < _PATIENCE_S:
             return now + RETRY_S
+        self._preempt(now)
+        self._stuck_since = None
+        return now + 1e-3
+
+    def _gives_way_at_once(self) -> bool:
+        """Whether somebody gives way as soon as one lacks blocks; in vLLM whoever came last always does."""
+        return one_gives_way_soon(self.running) if self._lending.pooled else len(self.running) > 1
+
+    def _victim(self) -> SimulatedSequence:
+        last = self.running[-1]
+        return cast(SimulatedSequence, self.scheduler.cheapest_to_preempt()) if self._lending.pooled else last
+
+    def _preempt(self, now: float) -> None:
+        victim = self._victim()
         self._recorder.preempted += 1
         self._release(victim, now)
         self.scheduler.preempt(victim)
-        self._stuck_since = None
-        self._reserve_at = now + _YIELD_S
-        return now + 1e-3
+        self._reserve_at = now + (_YIELD_S if self._lending.pooled else 0.0)
 
     def _tell_starving(self) -> None:
         starving = []

@@ -42,6 +42,9 @@ class Lending(Protocol):
     def borrow(self, debtor: int, blocks: int, spare_wanted: bool = False) -> list[Grant]:
         """Up to so many blocks, taken already; ``spare_wanted``: not of instances whose own requests wait."""
 
+    def spare_blocks(self, debtor: int) -> int:
+        """Free on the others, those whose own requests wait left out."""
+
     def waits(self, instance: int, waiting: bool) -> None:
         """Whether requests of the instance wait."""
 
@@ -65,6 +68,9 @@ class NoLending:
 
     def borrow(self, debtor: int, blocks: int, spare_wanted: bool = False) -> list[Grant]:
         return []
+
+    def spare_blocks(self, debtor: int) -> int:
+        return 0
 
     def waits(self, instance: int, waiting: bool) -> None:
         """Nobody else cares."""
@@ -90,6 +96,10 @@ class PooledMemory:
 
     def most_blocks(self, debtor: int) -> int:
         return self._blocks
+
+    def spare_blocks(self, debtor: int) -> int:
+        spared = self._waiting | {debtor}
+        return sum(pool.free for index, pool in enumerate(self._pools) if index not in spared)
 
     def waits(self, instance: int, waiting: bool) -> None:
         (self._waiting.add if waiting else self._waiting.discard)(instance)

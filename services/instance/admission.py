@@ -1,7 +1,8 @@
 """Which waiting prompts get blocks, and in which order. Used by the engine thread.
 
 First come, first served: once the oldest waiting prompt has found no room, only it is asked for until it has, unless
-that would not help (``Admission.deferred``). A prompt gets all of its blocks or none.
+that would not help (``Admission.deferred``). A prompt gets all of its blocks or none, and only where those that run
+and it are not expected to want much more memory together than there is (``lookahead``).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 
 from services.core.sequence import RequestAge, Sequence, SequenceState
 from services.instance.control import Control, PromptDeferred, PromptRefused, PromptReserved, ReservePrompt
+from services.instance.lookahead import Growing, OutputLengths, most_blocks
 from services.instance.memory import BlockMemory
 from services.instance.scheduler import Scheduler
 
@@ -31,7 +33,9 @@ class Admission:
         self._max_model_len = max_model_len
         self._reserving: dict[int, Sequence] = {}  # by attempt
         self._attempts = 0
+        self._lengths = OutputLengths()
         self._not_before = 0.0  # monotonic
+        self._retry_at = 0.0  # monotonic, unless somebody gives up blocks before
         self._oldest_waits = False  # a prompt found no room: nobody younger may take what comes free here ...
         self._oldest_starves = False  # ... nor elsewhere
 
@@ -42,13 +46,14 @@ class Admission:
 
     def tick(self) -> None:
         """Begins to reserve blocks for waiting prompts, oldest first; called once per round of the engine."""
-        if self._memory.starved or time.monotonic() < self._not_before:
+        if self._memory.starved or time.monotonic() < max(self._not_before, self._retry_at):
             return
         geometry = self._memory.geometry
         while (sequence := self._scheduler.next_to_reserve(1 if self._oldest_waits else _AT_ONCE)) is not None:
             sequence.state = SequenceState.RESERVING
             self._attempts += 1
             self._reserving[self._attempts] = sequence
+            peak = self._peak_blocks()
             remaining = sequence.request.sampling.max_tokens - sequence.generated
             self._control.order(
                 ReservePrompt(
@@ -57,9 +62,18 @@ class Admission:
                     self._memory.prompt_keys(sequence),
                     len(sequence.tokens) // geometry.block_tokens,
                     geometry.blocks_for(min(len(sequence.tokens) + remaining, self._max_model_len)),
+                    peak,
                     sequence.trace,
                 )
             )
+
+    def _peak_blocks(self) -> int:
+        """The most blocks that those running and those being admitted are expected to hold together."""
+        memory, lengths = self._memory, self._lengths
+        size, blocks_for = memory.geometry.block_tokens, memory.geometry.blocks_for
+        running = [Growing(memory.local_held(s), lengths.to_come(s)) for s in self._scheduler.running]
+        joining = [Growing(blocks_for(len(s.tokens)), lengths.to_come(s)) for s in self._reserving.values()]
+        return most_blocks([*running, *joining], size)
 
     def reserved(self, event: PromptReserved) -> Sequence | None:
         """Answers whom it admits: nobody where the request has ended, or a daemon was lost, meanwhile."""
@@ -84,14 +98,21 @@ class Admission:
         self._oldest_starves = event.starves
         # Where others hold too much of the pool, it may wait for as long as they like, and nobody helps by waiting.
         self._oldest_waits = event.starves or event.missing <= self._memory.local_blocks
-        self._not_before = time.monotonic() + RETRY_S
+        self._retry_at = time.monotonic() + RETRY_S
 
     def refused(self, event: PromptRefused) -> Sequence | None:
         """Answers whom it concerns, if anybody still."""
         return self._reserving.pop(event.attempt, None)
 
-    def ended(self, sequence: Sequence) -> None:
-        """The request is over: an answer that is under way is nobody's."""
+    def ended(self, sequence: Sequence, by_itself: bool) -> None:
+        """The request is over: an answer that is under way is nobody's.
+
+        Args:
+            by_itself: its output has come to its end.
+        """
+        if by_itself:
+            self._lengths.ended(sequence)
+        self._retry_at = 0.0
         self._reserving = {attempt: other for attempt, other in self._reserving.items() if other is not sequence}
 
     def pause(self, seconds: float) -> None:

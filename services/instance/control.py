@@ -28,6 +28,7 @@ class ReservePrompt:
         keys: of the prompt's full blocks that may be attached to.
         full_blocks: full blocks of the prompt.
         max_blocks: blocks that the request can need in the end; more than the cluster has is refused for good.
+        peak_blocks: the most of the local pool that those running and this one are expected to want together later.
         trace: what the calls for it belong to.
     """
 
@@ -36,6 +37,7 @@ class ReservePrompt:
     keys: tuple[bytes, ...]
     full_blocks: int
     max_blocks: int
+    peak_blocks: int = 0
     trace: TraceContext | None = None
 
 
@@ -61,9 +63,14 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Replenish:
-    """Bring blocks for the workspace; for those the local pool lacks, room elsewhere to spill to."""
+    """Bring blocks for the workspace; for those the local pool lacks, room elsewhere to spill to.
+
+    Attributes:
+        spare_wanted: not on daemons whose own instance has requests that wait.
+    """
 
     blocks: int
+    spare_wanted: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ from services.instance.model import Model
 from services.instance.outputs import EngineSnapshot, FailOutput, FinishOutput, Output, ProgressOutput, TokenOutput
 from services.instance.prompt_logprobs import prompt_outputs, sampled_logits
 from services.instance.sampler import Sample, Sampler
-from services.instance.scheduler import Scheduled, Scheduler
+from services.instance.scheduler import Scheduled, Scheduler, one_gives_way_soon
 from services.instance.step_timings import StepTimings
 from services.runtime.grammars import Grammars
 
@@ -133,11 +133,11 @@ class Engine:
             self._memory.tick()
             self._admission.tick()
             batch = self._scheduler.schedule(self._memory.grow)
+            if (self._scheduler.lacks_blocks or not batch) and self._make_room(stuck=not batch):
+                batch = self._scheduler.schedule(self._memory.grow)
             if batch:
                 self._stuck_since = None
                 self._step(batch, begun)
-            else:
-                self._make_room()
             self._flush()
             self._peers.poll(0.0 if batch else self._idle_wait())
         self._peers.close()
@@ -192,7 +192,7 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: str) -> None:
         request = sequence.request
         self._outputs.append(FinishOutput(request.request_id, request.stream_id, reason))
-        self._drop(sequence, reason)
+        self._drop(sequence, reason, by_itself=True)
         _log.info(
             "request finished",
             extra={"request_id": request.request_id, "reason": reason, "generated": sequence.generated},
@@ -208,13 +208,13 @@ class Engine:
             ProgressOutput(request.request_id, request.stream_id, sequence.computed, len(sequence.tokens))
         )
 
-    def _drop(self, sequence: Sequence, end: str) -> None:
+    def _drop(self, sequence: Sequence, end: str, by_itself: bool = False) -> None:
         """The request is over, for whatever reason: everything it holds is given up."""
         self._traces.ended(sequence, end)
         self._scheduler.remove(sequence)
         self._sampler.forget(sequence)
         del self._sequences[sequence.request_id]
-        self._admission.ended(sequence)
+        self._admission.ended(sequence, by_itself)
         self._memory.release(sequence)
 
     # ------------------------------------------------------------ memory
@@ -235,25 +235,30 @@ class Engine:
             },
         )
 
-    def _make_room(self) -> None:
-        """Nobody here could take a step. If that is for want of blocks and none will come free, one gives way.
+    def _make_room(self, stuck: bool) -> bool:
+        """Not everybody here could take a step. If that is for want of blocks and none will come free, one gives way.
 
-        That is whoever has least to compute anew, but never the oldest. The last one here gives way only to an older
-        request elsewhere that starves as well; so of all requests in the cluster that wait for each other's blocks, the
-        oldest goes on. Where no gManager says who that is, patience ends at a random time, so that one gives way first.
+        That is whoever has least to compute anew, but never the oldest: at once if that is soon done, otherwise when
+        nobody could take a step (``stuck``). The last one here gives way only to an older request elsewhere that
+        starves as well; so of all requests in the cluster that wait for each other's blocks, the oldest goes on. Where
+        no gManager says who that is, patience ends at a random time, so that one gives way first.
         """
         running, now = self._scheduler.running, time.monotonic()
         if not (running and self._memory.starved) or self._memory.settling:
-            return
-        if self._stuck_since is None:
+            return False
+        if not (stuck or one_gives_way_soon(running)):
+            return False
+        if stuck and self._stuck_since is None:
             self._stuck_since, self._patience_s = now, random.uniform(*_PATIENCE_S)
         victim, older = self._scheduler.cheapest_to_preempt(), self._memory.oldest_starving
         gives_way = len(running) > 1 or (older is not None and older < victim.age)
-        if gives_way or now - self._stuck_since > self._patience_s:
-            _log.info("request preempted", extra={"request_id": victim.request_id, "tokens": len(victim.tokens)})
-            self._preempted(victim, "memory")
-            self._stuck_since = None
-            self._admission.pause(_YIELD_S)
+        if not gives_way and (self._stuck_since is None or now - self._stuck_since <= self._patience_s):
+            return False
+        _log.info("request preempted", extra={"request_id": victim.request_id, "tokens": len(victim.tokens)})
+        self._preempted(victim, "memory")
+        self._stuck_since = None
+        self._admission.pause(_YIELD_S)
+        return True
 
     def _preempted(self, sequence: Sequence, reason: PreemptionReason) -> None:
         """A running request gives up its blocks and waits again."""

@@ -42,6 +42,7 @@ from services.instance.control import (
 from services.instance.holds import Holds
 from services.instance.moves import Moves
 from services.instance.rotary import RotaryRegimes
+from services.instance.scheduler import one_gives_way_soon
 from services.instance.sequence_memory import SequenceMemory
 from services.instance.transfers import Transfers
 from services.rmanager.block_table import BlockTable, Home
@@ -113,6 +114,7 @@ class BlockMemory:
         self._replenishing = False
         self._replenish_at = 0.0  # monotonic clock, not before
         self._found_no_room = False  # the last attempt to replenish
+        self._came_free = False  # blocks of the local pool, since that attempt began
         self.oldest_starving: RequestAge | None = None  # in the cluster, as known when we starved last
 
     @property
@@ -129,6 +131,11 @@ class BlockMemory:
     def local_blocks(self) -> int:
         """Blocks of the local pool that running sequences hold: that will be free when all of them have ended."""
         return sum(len(memory.table.local_blocks) + len(memory.local) for memory in self._memories.values())
+
+    def local_held(self, sequence: Sequence) -> int:
+        """Blocks of the local pool that a running sequence holds, one for its tail among them."""
+        memory = self._memories[sequence]
+        return len(memory.table.local_blocks) + len(memory.local) + 1
 
     @property
     def _wanted(self) -> int:
@@ -175,8 +182,8 @@ class BlockMemory:
 
     def give_back(self, reserved: PromptReserved) -> None:
         """Nobody wants this reservation any more."""
-        self._holds.release(reversed((*reserved.attached, *reserved.remote, reserved.tail)))
-        self._holds.release(self._here(handle) for handle in reserved.local)
+        self._give_back(reversed((*reserved.attached, *reserved.remote, reserved.tail)))
+        self._give_back(self._here(handle) for handle in reserved.local)
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Makes sure that the first ``tokens`` tokens have blocks. False: not enough blocks now, nothing changed."""
@@ -224,8 +231,8 @@ class BlockMemory:
             self._places.popleft()
         missing = self._wanted - self._held
         if missing > len(self._places) and not self._replenishing and time.monotonic() >= self._replenish_at:
-            self._replenishing = True
-            self._control.order(Replenish(missing - len(self._places)))
+            self._replenishing, self._came_free = True, False
+            self._control.order(Replenish(missing - len(self._places), one_gives_way_soon(self._memories)))
         elif missing < len(self._places):  # a sequence has gone
             self._give_up(len(self._places) - missing)
 
@@ -248,7 +255,7 @@ class BlockMemory:
                     self._free.append(own)
                 else:
                     unused.append(self._here(own))
-        self._holds.release(unused)
+        self._give_back(unused)
 
     def copies_sealed(self, event: CopiesSealed) -> None:
         self._transfers.sealed(event)
@@ -267,7 +274,7 @@ class BlockMemory:
         self._free.extend(event.local)
         self.oldest_starving = event.oldest_starving
         unused = [ref for ref in event.remote if not self._ship_oldest_to(ref)]
-        self._found_no_room = not event.local and len(unused) == len(event.remote)
+        self._found_no_room = not (event.local or self._came_free) and len(unused) == len(event.remote)
         if self._found_no_room:
             self._replenish_at = time.monotonic() + _STARVED_PAUSE_S
         self._holds.release(unused)
@@ -286,7 +293,7 @@ class BlockMemory:
         surplus = [self._places.pop() for _ in range(min(blocks, len(self._places)))]
         free = [self._free.pop() for _ in range(min(blocks - len(surplus), len(self._free)))]
         self._held -= len(free)
-        self._holds.release([*surplus, *map(self._here, free)])
+        self._give_back([*surplus, *map(self._here, free)])
 
     def release(self, sequence: Sequence) -> None:
         """Gives up everything the sequence holds, if anything; what is under way settles by itself."""
@@ -312,7 +319,7 @@ class BlockMemory:
                 sealing.memory = None
         for kvdaemon_id, segment in memory.table.segments.items():
             self._remote.forget(kvdaemon_id, segment.handle)
-        self._holds.release(held)
+        self._give_back(held)
 
     def peer_lost(self, kvdaemon_id: str) -> list[Sequence]:
         """A daemon is gone with all it held. Answers the sequences that must be computed anew (release them next)."""
@@ -360,6 +367,13 @@ class BlockMemory:
                 if entry.home is Home.SEALED and not entry.busy:
                     return memory, index
         return None
+
+    def _give_back(self, refs: Iterable[BlockRef]) -> None:
+        """Gives up holds. Where that are some of the local pool's, there is room for what found none."""
+        refs = list(refs)
+        if any(ref.kvdaemon_id == self._local_id for ref in refs):
+            self._found_no_room, self._came_free, self._replenish_at = False, True, 0.0
+        self._holds.release(refs)
 
     def _here(self, handle: BlockHandle) -> BlockRef:
         return BlockRef(self._local_id, handle)

@@ -45,6 +45,7 @@ from services.instance.control import (
     SealCopies,
     SealLocal,
 )
+from services.instance.lookahead import MOST_OF_POOL
 from services.instance.move_desk import MoveDesk
 from services.rmanager.daemon_client import DaemonSession
 from services.rmanager.gmanager_client import GManagerClient
@@ -164,8 +165,8 @@ class RManager:
                 session = self._session(kvdaemon_id)
                 if session is not None and session.opened.session_id == session_id:
                     await session.release(handles)
-            case Replenish(blocks):
-                await self._replenish(blocks)
+            case Replenish(blocks, spare_wanted):
+                await self._replenish(blocks, spare_wanted)
             case SealCopies(kvdaemon_id, session_id, blocks):
                 session = self._session(kvdaemon_id)
                 if session is not None and session.opened.session_id == session_id:
@@ -196,6 +197,9 @@ class RManager:
             refusal = self._too_long(order)
             if refusal is not None:
                 self._post(PromptRefused(order.age.request_id, order.attempt, refusal))
+                return
+            if fits_here and order.peak_blocks > MOST_OF_POOL * self._own_blocks + self._spare_blocks:
+                self._post(PromptDeferred(order.age.request_id, order.attempt, starves=False))
                 return
             attached = await self._attach(order.keys, held)
             missing = order.full_blocks - len(attached) + 1  # and its tail
@@ -231,6 +235,11 @@ class RManager:
     def _own_blocks(self) -> int:
         """That requests can have in the own pool if nobody else has any."""
         return self._local.opened.total_blocks - self._settings.workspace
+
+    @property
+    def _spare_blocks(self) -> int:
+        """Free on daemons whose own instance has nobody waiting for them, as far as is known."""
+        return sum(room.free_blocks for room in self._view.rooms if not room.wanted)
 
     def _too_long(self, order: ReservePrompt) -> ContextTooLongError | None:
         """Why this request can never be served, if so: it needs more blocks than can ever be free for it."""
@@ -268,14 +277,14 @@ class RManager:
         await self._give_back(surplus)
         return attached
 
-    async def _replenish(self, blocks: int) -> None:
+    async def _replenish(self, blocks: int, spare_wanted: bool) -> None:
         """Answers with Replenished, whatever happens."""
         local: list[BlockHandle] = []
         remote: list[_Hold] = []
         try:
             local = await self._local.reserve(blocks, 0)
             if len(local) < blocks:
-                remote = await self._borrow(blocks - len(local), "")
+                remote = await self._borrow(blocks - len(local), "", spare_wanted)
         finally:
             starving = self._view.oldest_starving
             refs = tuple(hold.ref for hold in remote if hold.session.alive)  # as for prompts

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import sys
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from services.core.sequence import Sequence, SequenceState
 from services.instance.pace import Pace
+
+# Tokens that are computed anew in about the time that messages to one more daemon take a request's remaining steps.
+_SOON_COMPUTED = 512
 
 GrowBlocks = Callable[[Sequence, int], bool]
 
@@ -62,6 +65,7 @@ class Scheduler:
         self._pace = Pace(mixed_step_s)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.lacks_blocks = False  # in the batch scheduled last somebody is missing who could have decoded
 
     def add(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING
@@ -99,10 +103,15 @@ class Scheduler:
         """The next step's batch; ``grow(sequence, tokens)`` answers whether its first ``tokens`` tokens have blocks."""
         batch: list[Scheduled] = []
         budget = self._max_batch_tokens
+        self.lacks_blocks = False
         for sequence in self.running:
-            if sequence.pending == 1 and budget and grow(sequence, len(sequence.tokens)):
+            if sequence.pending != 1 or not budget:
+                continue
+            if grow(sequence, len(sequence.tokens)):
                 batch.append(Scheduled(sequence, 1))
                 budget -= 1
+            else:
+                self.lacks_blocks = True
         if batch:
             paced = self._pace.prompt_tokens()
             budget = budget if paced is None else min(budget, paced)
@@ -126,3 +135,13 @@ class Scheduler:
         while count and not grow(sequence, sequence.computed + count):
             count = count // 2 if count > 16 else 0
         return count
+
+
+def one_gives_way_soon(running: Collection[Sequence]) -> bool:
+    """Whether one of these other than the oldest is soon computed anew, so that it may as well be preempted.
+
+    Then its blocks come free for the growth of others, rather than that an instance which is short as well lends its
+    own: that would leave the cluster as much memory as before, and every step with messages.
+    """
+    oldest = min(running, key=lambda sequence: sequence.age, default=None)
+    return any(sequence.computed <= _SOON_COMPUTED for sequence in running if sequence is not oldest)

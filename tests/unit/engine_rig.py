@@ -139,6 +139,7 @@ class EngineRig:
         self.snapshot = EngineSnapshot()
         self.deferred: list[str] = []  # prompts that found no room, once for each attempt
         self.move_ends: dict[str, EndMove] = {}
+        self.spared: list[bool] = []  # of each order to replenish: not where others wait
         self.offer_ttl_s, self.use_within_s = 30.0, 15.0
         self._moves: dict[str, BeginMove] = {}
         self.failure: BaseException | None = None
@@ -277,7 +278,8 @@ class EngineRig:
                 with daemon.shared as ledger:
                     if not ledger.revoked(session_id):
                         ledger.release(session_id, handles)
-            case Replenish(count):
+            case Replenish(count, spare_wanted):
+                self.spared.append(spare_wanted)
                 local = self._take(self.local, count)
                 self.engine.post(Replenished(tuple(local), tuple(self._borrow(count - len(local)))))
             case EndSession(kvdaemon_id, session_id, _):

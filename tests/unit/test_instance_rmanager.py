@@ -26,7 +26,15 @@ from services.gmanager.reception import Reception
 from services.gmanager.servicer import GManagerServicer, MembershipSignal
 from services.gmanager.view import ClusterView
 from services.instance.capacity import MEMORY_S, SETTLE_S, Capacity
-from services.instance.control import EndSession, EngineEvent, PromptDeferred, PromptReserved, ReservePrompt
+from services.instance.control import (
+    EndSession,
+    EngineEvent,
+    PromptDeferred,
+    PromptReserved,
+    Replenish,
+    Replenished,
+    ReservePrompt,
+)
 from services.instance.rmanager import RManager, RManagerSettings
 from services.kvdaemon.server import KvDaemonServicer, SessionTerms
 from services.kvdaemon.sessions import Sessions, SharedLedger
@@ -149,9 +157,10 @@ class Rig:
         self.local, self.first, self.second = daemons
         self.events = events
 
-    def reserve(self, attempt: int, blocks: int, most: int | None = None) -> None:
-        """``blocks``: of the prompt, the open one among them; ``most``: in the end, if more than that."""
-        self.rmanager.order(ReservePrompt(RequestAge(1.0, "r"), attempt, (), blocks - 1, most or blocks))
+    def reserve(self, attempt: int, blocks: int, most: int | None = None, peak: int = 0) -> None:
+        """``blocks``: of the prompt, the open one among them; ``most``: in the end, if more than that; ``peak``: that
+        all of its instance's requests will want together."""
+        self.rmanager.order(ReservePrompt(RequestAge(1.0, "r"), attempt, (), blocks - 1, most or blocks, peak))
 
     async def answer(self, attempt: int) -> PromptReserved | PromptDeferred:
         async with asyncio.timeout(DEADLINE_S):
@@ -159,6 +168,14 @@ class Rig:
                 event = await self.events.get()
                 if isinstance(event, PromptReserved | PromptDeferred) and event.attempt == attempt:
                     return event
+
+    async def replenish(self, blocks: int, spare_wanted: bool) -> list[str]:
+        """Whose blocks came, each daemon once for each."""
+        self.rmanager.order(Replenish(blocks, spare_wanted))
+        async with asyncio.timeout(DEADLINE_S):
+            while not isinstance(event := await self.events.get(), Replenished):
+                pass
+        return ["local"] * len(event.local) + [ref.kvdaemon_id for ref in event.remote]
 
     def reserved(self) -> tuple[int, int, int]:
         return self.local.reserved(), self.first.reserved(), self.second.reserved()
@@ -319,5 +336,43 @@ def test_who_fits_at_home_takes_nothing_from_an_instance_whose_own_requests_wait
             deferred = await r.answer(6)
             assert isinstance(deferred, PromptDeferred)
             assert (deferred.starves, deferred.missing) == (True, 1)
+
+    asyncio.run(run())
+
+
+def test_who_can_give_way_at_home_grows_not_on_an_instance_whose_own_requests_wait() -> None:
+    async def run() -> None:
+        async with rig() as r:
+            lender = Member("instance", "other", "other:1", local_kvdaemon_id=r.first.name)
+            r.view.set_instances({"other": lender}, 0.0)
+            r.view.apply(1, Heartbeat("instance/other", 0, True, InstanceReport(1, 1)), 0.0)
+            assert await r.replenish(6, spare_wanted=True) == ["local"] * 4 + ["second"] * 2
+            assert await r.replenish(8, spare_wanted=True) == ["second"] * 6
+            assert await r.replenish(1, spare_wanted=True) == []
+            assert await r.replenish(1, spare_wanted=False) == ["first"]
+
+    asyncio.run(run())
+
+
+def test_who_would_want_too_much_later_together_with_others_waits() -> None:
+    """More than half as much again as the own pool has and there is to spare; it fits now, and takes nothing."""
+
+    async def run() -> None:
+        async with rig() as r:
+            lenders = {
+                name: Member("instance", name, "other:1", local_kvdaemon_id=daemon.name)
+                for name, daemon in (("other", r.first), ("third", r.second))
+            }
+            r.view.set_instances(lenders, 0.0)
+            r.view.apply(1, Heartbeat("instance/other", 0, True, InstanceReport(1, 1)), 0.0)
+            r.reserve(1, 1, peak=6 + 8 + 1)  # the own pool has 4; the second, whose memory nobody waits for, 8
+            deferred = await r.answer(1)
+            assert isinstance(deferred, PromptDeferred)
+            assert (deferred.starves, deferred.missing) == (False, 0)
+            assert r.reserved() == (0, 0, 0)
+            r.reserve(2, 1, most=5, peak=100)  # longer than its own pool: it depends on others anyway
+            assert isinstance(await r.answer(2), PromptReserved)
+            r.reserve(3, 1, peak=6 + 8)
+            assert isinstance(await r.answer(3), PromptReserved)
 
     asyncio.run(run())

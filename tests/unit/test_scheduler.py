@@ -116,3 +116,19 @@ def test_whoever_has_least_to_compute_anew_is_cheapest_to_preempt_but_never_the_
     assert scheduler.cheapest_to_preempt() is oldest
     running(scheduler, sequence("far", 100, 2, 90), sequence("near", 100, 3, 20), sequence("equal", 100, 4, 20))
     assert scheduler.cheapest_to_preempt().request_id == "equal"
+
+
+def test_it_says_whether_somebody_who_could_decode_lacks_blocks():
+    scheduler = Scheduler(2, 100)
+    running(scheduler, sequence("a", 10, 1, 9), sequence("b", 10, 2, 9))
+    assert names(scheduler.schedule(lambda s, _: s.request_id == "a")) == [("a", 1)]
+    assert scheduler.lacks_blocks
+    assert len(scheduler.schedule(always)) == 2
+    assert not scheduler.lacks_blocks
+
+
+def test_who_waits_for_the_budget_does_not_lack_blocks():
+    scheduler = Scheduler(2, 1)
+    running(scheduler, sequence("a", 10, 1, 9), sequence("b", 10, 2, 9))
+    assert names(scheduler.schedule(always)) == [("a", 1)]
+    assert not scheduler.lacks_blocks
