@@ -17,8 +17,9 @@ from benchmarks.simulator.moves import Moves
 from benchmarks.simulator.recorder import Recorder
 from benchmarks.simulator.sequence import SimulatedSequence
 from benchmarks.simulator.steps import Device, Part, Timings, Work, work
+from services.core.output_lengths import OutputLengths
 from services.core.sequence import Sequence as EngineSequence
-from services.instance.lookahead import MOST_OF_POOL, Growing, OutputLengths, most_blocks
+from services.instance.lookahead import MOST_OF_POOL, Growing, most_blocks
 from services.instance.scheduler import Scheduled, Scheduler, one_gives_way_soon
 
 STEPS_AT_ONCE = 8
@@ -168,7 +169,7 @@ class SimulatedInstance:
         self._recorder.generated(drawn, at)
         if not sequence.remaining:
             self._recorder.finished(sequence, at)
-            self._lengths.ended(sequence)
+            self._lengths.ended(sequence.output, sequence.request.sampling.max_tokens)
             self.scheduler.remove(sequence)
             self._release(sequence, at)
             self._ended(sequence)
@@ -205,12 +206,16 @@ class SimulatedInstance:
 
     def _wants_too_much_later(self, joining: SimulatedSequence) -> bool:
         """Whether those that run and this one are expected to want more memory together than admission allows."""
-        if not (self._lending.pooled and self._fits_here(joining)):
+        needed, to_come = self._serving.blocks_for(len(joining.tokens)), self._to_come(joining)
+        expected = self._serving.blocks_for(len(joining.tokens) + to_come)
+        if not self._lending.pooled or expected > self._pool.blocks:
             return False
-        needed = self._serving.blocks_for(len(joining.tokens))
-        requests = [Growing(sequence.local, self._lengths.to_come(sequence)) for sequence in self.running]
-        peak = most_blocks([*requests, Growing(needed, self._lengths.to_come(joining))], self._serving.block_tokens)
+        requests = [Growing(sequence.local, self._to_come(sequence)) for sequence in self.running]
+        peak = most_blocks([*requests, Growing(needed, to_come)], self._serving.block_tokens)
         return peak > MOST_OF_POOL * self._pool.blocks + self._lending.spare_blocks(self.index)
+
+    def _to_come(self, sequence: SimulatedSequence) -> int:
+        return self._lengths.to_come(sequence.generated, sequence.request.sampling.max_tokens)
 
     def _reserve(self, sequence: SimulatedSequence) -> bool:
         """All blocks of a prompt, or none."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 
+from services.core.output_lengths import OutputLengths
 from services.core.sequence import RequestAge, Sequence, SequenceState
 from services.instance.control import Control, PromptDeferred, PromptRefused, PromptReserved, ReservePrompt
-from services.instance.lookahead import Growing, OutputLengths, most_blocks
+from services.instance.lookahead import Growing, most_blocks
 from services.instance.memory import BlockMemory
 from services.instance.scheduler import Scheduler
 
@@ -62,18 +63,26 @@ class Admission:
                     self._memory.prompt_keys(sequence),
                     len(sequence.tokens) // geometry.block_tokens,
                     geometry.blocks_for(min(len(sequence.tokens) + remaining, self._max_model_len)),
+                    geometry.blocks_for(len(sequence.tokens) + self._to_come(sequence)),
                     peak,
                     sequence.trace,
                 )
             )
 
     def _peak_blocks(self) -> int:
-        """The most blocks that those running and those being admitted are expected to hold together."""
-        memory, lengths = self._memory, self._lengths
-        size, blocks_for = memory.geometry.block_tokens, memory.geometry.blocks_for
-        running = [Growing(memory.local_held(s), lengths.to_come(s)) for s in self._scheduler.running]
-        joining = [Growing(blocks_for(len(s.tokens)), lengths.to_come(s)) for s in self._reserving.values()]
-        return most_blocks([*running, *joining], size)
+        """The most blocks that those running and those being admitted are expected to hold together.
+
+        Prompts count as if nothing of them were cached.
+        """
+        geometry = self._memory.geometry
+        shared, alone = self._memory.local_use()
+        running = [Growing(blocks, self._to_come(sequence)) for sequence, blocks in alone.items()]
+        joining = [Growing(geometry.blocks_for(len(s.tokens)), self._to_come(s)) for s in self._reserving.values()]
+        return shared + most_blocks([*running, *joining], geometry.block_tokens)
+
+    def _to_come(self, sequence: Sequence) -> int:
+        """Tokens that it is expected to generate from now on."""
+        return self._lengths.to_come(sequence.generated, sequence.request.sampling.max_tokens)
 
     def reserved(self, event: PromptReserved) -> Sequence | None:
         """Answers whom it admits: nobody where the request has ended, or a daemon was lost, meanwhile."""
@@ -111,7 +120,7 @@ class Admission:
             by_itself: its output has come to its end.
         """
         if by_itself:
-            self._lengths.ended(sequence)
+            self._lengths.ended(sequence.generated, sequence.request.sampling.max_tokens)
         self._retry_at = 0.0
         self._reserving = {attempt: other for attempt, other in self._reserving.items() if other is not sequence}
 

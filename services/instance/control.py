@@ -28,7 +28,9 @@ class ReservePrompt:
         keys: of the prompt's full blocks that may be attached to.
         full_blocks: full blocks of the prompt.
         max_blocks: blocks that the request can need in the end; more than the cluster has is refused for good.
-        peak_blocks: the most of the local pool that those running and this one are expected to want together later.
+        expected_blocks: blocks that the request is expected to hold in the end.
+        peak_blocks: the most of the local pool that those running and this one are expected to want together later, if
+            nothing of its prompt is cached.
         trace: what the calls for it belong to.
     """
 
@@ -37,6 +39,7 @@ class ReservePrompt:
     keys: tuple[bytes, ...]
     full_blocks: int
     max_blocks: int
+    expected_blocks: int = 0
     peak_blocks: int = 0
     trace: TraceContext | None = None
 

@@ -10,12 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from services.core.sequence import Sequence
-
 # Of a pool, what may be wanted at the worst. More than all of it: requests join while others end, so the worst seldom
 # comes, and who gives way then is soon computed anew. With 1 a quarter of a pool lay idle under a full queue.
 MOST_OF_POOL = 1.5
-_WEIGHT = 1 / 16  # of the request that ended last
 
 
 class Growing(NamedTuple):
@@ -40,25 +37,3 @@ def most_blocks(requests: Iterable[Growing], block_tokens: int) -> int:
         held += request.blocks  # of those that last as long as this one or longer, now
         most = max(most, held + count * (request.tokens // block_tokens))
     return most
-
-
-class OutputLengths:
-    """How long outputs become, as a share of ``max_tokens``: by those that ended lately.
-
-    Before any has ended they are taken to be short: it is better to be late in waiting than to wait for nothing.
-    """
-
-    def __init__(self) -> None:
-        self._share: float | None = None
-
-    def ended(self, sequence: Sequence) -> None:
-        """Takes in an output that a stop token or its own length has ended."""
-        most = sequence.request.sampling.max_tokens
-        if most:
-            share = min(1.0, sequence.generated / most)
-            before = share if self._share is None else self._share
-            self._share = before + _WEIGHT * (share - before)
-
-    def to_come(self, sequence: Sequence) -> int:
-        """Tokens that a request is expected to generate from now on."""
-        return max(0, int((self._share or 0.0) * sequence.request.sampling.max_tokens) - sequence.generated)

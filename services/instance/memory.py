@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import Tensor
 
 from services.core.blocks import BlockHandle, BlockKeySpace, BlockRef, PoolGeometry, next_block_key
@@ -132,10 +133,18 @@ class BlockMemory:
         """Blocks of the local pool that running sequences hold: that will be free when all of them have ended."""
         return sum(len(memory.table.local_blocks) + len(memory.local) for memory in self._memories.values())
 
-    def local_held(self, sequence: Sequence) -> int:
-        """Blocks of the local pool that a running sequence holds, one for its tail among them."""
-        memory = self._memories[sequence]
-        return len(memory.table.local_blocks) + len(memory.local) + 1
+    def local_use(self) -> tuple[int, dict[Sequence, int]]:
+        """Blocks of the local pool that several running sequences hold, and those that each holds alone.
+
+        A block for the sequence's tail is among the latter, whether it is written to already or not.
+        """
+        tables = {sequence: memory.table.local_blocks[:, 0] for sequence, memory in self._memories.items()}
+        holders = np.bincount(np.concatenate([*tables.values(), np.zeros(0, np.int64)]))
+        alone = {
+            sequence: int(np.count_nonzero(holders[blocks] == 1)) + len(self._memories[sequence].local) + 1
+            for sequence, blocks in tables.items()
+        }
+        return int(np.count_nonzero(holders > 1)), alone
 
     @property
     def _wanted(self) -> int:

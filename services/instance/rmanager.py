@@ -198,10 +198,11 @@ class RManager:
             if refusal is not None:
                 self._post(PromptRefused(order.age.request_id, order.attempt, refusal))
                 return
-            if fits_here and order.peak_blocks > MOST_OF_POOL * self._own_blocks + self._spare_blocks:
+            attached = await self._attach(order.keys, held)
+            if self._wants_too_much_later(order, len(attached)):
+                await self._give_back(held)
                 self._post(PromptDeferred(order.age.request_id, order.attempt, starves=False))
                 return
-            attached = await self._attach(order.keys, held)
             missing = order.full_blocks - len(attached) + 1  # and its tail
             handles = await self._local.reserve(missing, 0, request_id=order.age.request_id)
             local = [_Hold(self._local, handle) for handle in handles]
@@ -236,10 +237,15 @@ class RManager:
         """That requests can have in the own pool if nobody else has any."""
         return self._local.opened.total_blocks - self._settings.workspace
 
-    @property
-    def _spare_blocks(self) -> int:
-        """Free on daemons whose own instance has nobody waiting for them, as far as is known."""
-        return sum(room.free_blocks for room in self._view.rooms if not room.wanted)
+    def _wants_too_much_later(self, order: ReservePrompt, attached: int) -> bool:
+        """Whether this request and those that run will want more memory together than there should be for them.
+
+        Not so for who is longer than the own pool: it depends on others' memory anyway, and takes what it can get.
+        """
+        if order.expected_blocks > self._own_blocks:
+            return False
+        spare = sum(room.free_blocks for room in self._view.rooms if not room.wanted)
+        return order.peak_blocks - attached > MOST_OF_POOL * self._own_blocks + spare
 
     def _too_long(self, order: ReservePrompt) -> ContextTooLongError | None:
         """Why this request can never be served, if so: it needs more blocks than can ever be free for it."""

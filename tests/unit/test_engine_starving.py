@@ -110,12 +110,14 @@ def test_a_prompt_is_asked_for_with_what_all_will_want_later(model: Path):  # no
         rig._reserve = noted  # type: ignore[method-assign]
         rig.submit("first", prompt_of(130, 1), 10)
         rig.wait("first")
-        assert orders["first"].peak_blocks == 3, "its prompt: how long outputs become is not known yet"
+        first, long = (3, 3), (13, 13)
+        assert (orders["first"].expected_blocks, orders["first"].peak_blocks) == first, "nothing is known of outputs"
         rig.submit("long", prompt_of(130, 2), 640)
         rig.wait_until(lambda: rig.tokens("long"))
-        assert orders["long"].peak_blocks == 13, "the first one made use of all of its max_tokens"
+        assert (orders["long"].expected_blocks, orders["long"].peak_blocks) == long, "all of max_tokens, as the first"
         rig.submit("joins", prompt_of(60, 3), 640)
         rig.wait_until(lambda: rig.tokens("joins"))
+        assert orders["joins"].expected_blocks == 11
         assert 13 + 9 <= orders["joins"].peak_blocks <= 13 + 11 + 1, "both at once, give or take an open block"
         rig.abort("long")
         rig.abort("joins")
@@ -129,3 +131,25 @@ def test_a_prompt_without_room_is_asked_for_as_soon_as_somebody_ends(model: Path
         rig.wait_until(lambda: rig.deferred)
         rig.engine._admission._retry_at = float("inf")  # not by the clock
         rig.wait("runs", "waits")
+
+
+def test_a_beginning_that_several_share_counts_once(model: Path):  # noqa: F811
+    """However many requests hold a system prompt's blocks, they are the same blocks."""
+    orders: dict[str, ReservePrompt] = {}
+    system = prompt_of(64 * 10, 9)
+    with EngineRig(model, local_blocks=40, max_num_seqs=4) as rig:
+        reserve = rig._reserve
+
+        def noted(order: ReservePrompt):
+            orders[order.age.request_id] = order
+            return reserve(order)
+
+        rig._reserve = noted  # type: ignore[method-assign]
+        for number in range(4):
+            rig.submit(f"r{number}", [*system, *prompt_of(30, number)], 200)
+            rig.wait_until(lambda name=f"r{number}": rig.tokens(name))
+        assert rig.cached_tokens("r3") == len(system)
+        # Nobody has ended, so nobody is expected to grow; 11 blocks of its own prompt, and those of the other three.
+        assert 11 + 10 + 3 <= orders["r3"].peak_blocks <= 11 + 10 + 3 * 4
+        for number in range(4):
+            rig.abort(f"r{number}")

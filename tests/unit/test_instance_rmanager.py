@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from gmanager_office import leading
@@ -13,7 +14,7 @@ from opentelemetry.trace import Tracer
 
 from infinitellm.internal.v1 import kvdaemon_pb2, kvdaemon_pb2_grpc
 from infinitellm.internal.v1.gmanager_pb2_grpc import add_GManagerServiceServicer_to_server
-from services.core.blocks import PoolGeometry
+from services.core.blocks import BLOCK_KEY_BYTES, PoolGeometry
 from services.core.errors import PeerLostError, UnavailableError
 from services.core.placement import Heartbeat, InstanceReport, KvDaemonReport
 from services.core.sequence import RequestAge
@@ -157,10 +158,18 @@ class Rig:
         self.local, self.first, self.second = daemons
         self.events = events
 
-    def reserve(self, attempt: int, blocks: int, most: int | None = None, peak: int = 0) -> None:
-        """``blocks``: of the prompt, the open one among them; ``most``: in the end, if more than that; ``peak``: that
-        all of its instance's requests will want together."""
-        self.rmanager.order(ReservePrompt(RequestAge(1.0, "r"), attempt, (), blocks - 1, most or blocks, peak))
+    def reserve(
+        self, attempt: int, blocks: int, most: int | None = None, expected: int | None = None, peak: int = 0
+    ) -> None:
+        """Orders a prompt's reservation.
+
+        Args:
+            blocks: of the prompt, the open one among them.
+            most, expected: in the end, if more than that.
+            peak: that all of its instance's requests are expected to want together.
+        """
+        age, most, expected = RequestAge(1.0, "r"), most or blocks, expected or blocks
+        self.rmanager.order(ReservePrompt(age, attempt, (), blocks - 1, most, expected, peak))
 
     async def answer(self, attempt: int) -> PromptReserved | PromptDeferred:
         async with asyncio.timeout(DEADLINE_S):
@@ -370,9 +379,28 @@ def test_who_would_want_too_much_later_together_with_others_waits() -> None:
             assert isinstance(deferred, PromptDeferred)
             assert (deferred.starves, deferred.missing) == (False, 0)
             assert r.reserved() == (0, 0, 0)
-            r.reserve(2, 1, most=5, peak=100)  # longer than its own pool: it depends on others anyway
-            assert isinstance(await r.answer(2), PromptReserved)
-            r.reserve(3, 1, peak=6 + 8)
+            r.reserve(2, 1, most=20, expected=4, peak=6 + 8 + 1)  # it may become longer than its own pool
+            assert isinstance(await r.answer(2), PromptDeferred)
+            r.reserve(3, 1, most=20, expected=5, peak=100)  # it will: it depends on others anyway
             assert isinstance(await r.answer(3), PromptReserved)
+            r.reserve(4, 1, peak=6 + 8)
+            assert isinstance(await r.answer(4), PromptReserved)
+
+    asyncio.run(run())
+
+
+def test_what_is_cached_of_a_prompt_is_not_wanted_again() -> None:
+    async def run() -> None:
+        async with rig() as r:
+            session = r.rmanager._local
+            key = b"k" * BLOCK_KEY_BYTES
+            await session.seal([(handle, key) for handle in await session.reserve(1, 0)])
+            order = ReservePrompt(RequestAge(1.0, "r"), 1, (), 1, 2, 2, peak_blocks=6 + 16 + 1)
+            r.rmanager.order(order)
+            assert isinstance(await r.answer(1), PromptDeferred)
+            r.rmanager.order(replace(order, attempt=2, keys=(key,)))
+            reserved = await r.answer(2)
+            assert isinstance(reserved, PromptReserved)
+            assert len(reserved.attached) == 1
 
     asyncio.run(run())
