@@ -19,7 +19,7 @@ from benchmarks.simulator.sequence import SimulatedSequence
 from benchmarks.simulator.steps import Device, Part, Timings, Work, work
 from services.core.output_lengths import OutputLengths
 from services.core.sequence import Sequence as EngineSequence
-from services.instance.lookahead import MOST_OF_POOL, Growing, most_blocks
+from services.instance.lookahead import Growing, most_blocks, too_much_later
 from services.instance.scheduler import Scheduled, Scheduler, one_gives_way_soon
 
 STEPS_AT_ONCE = 8
@@ -119,7 +119,7 @@ class SimulatedInstance:
             self._commit(self._work, now)
         self._admit(now)
         batch = self._schedule()
-        while self._gives_way_at_once() and self.scheduler.lacks_blocks:
+        while self.scheduler.lacks_blocks and self._gives_way_at_once():
             self._preempt(now)
             batch = self._schedule()
         if not batch:
@@ -205,14 +205,13 @@ class SimulatedInstance:
         return self._serving.blocks_for(sequence.longest) <= self._pool.blocks
 
     def _wants_too_much_later(self, joining: SimulatedSequence) -> bool:
-        """Whether those that run and this one are expected to want more memory together than admission allows."""
+        if not self._lending.pooled:
+            return False
         needed, to_come = self._serving.blocks_for(len(joining.tokens)), self._to_come(joining)
         expected = self._serving.blocks_for(len(joining.tokens) + to_come)
-        if not self._lending.pooled or expected > self._pool.blocks:
-            return False
         requests = [Growing(sequence.local, self._to_come(sequence)) for sequence in self.running]
         peak = most_blocks([*requests, Growing(needed, to_come)], self._serving.block_tokens)
-        return peak > MOST_OF_POOL * self._pool.blocks + self._lending.spare_blocks(self.index)
+        return too_much_later(expected, peak, self._pool.blocks, self._lending.spare_blocks(self.index))
 
     def _to_come(self, sequence: SimulatedSequence) -> int:
         return self._lengths.to_come(sequence.generated, sequence.request.sampling.max_tokens)
@@ -272,10 +271,10 @@ class SimulatedInstance:
         if not self._lending.pooled:
             return False
         left, size = blocks, self._serving.block_tokens
+        spare = one_gives_way_soon(self.running)
         while left > 0:
             longest = max(self.running, key=lambda sequence: sequence.resting(size), default=None)
             most = longest.resting(size) if longest is not None else 0
-            spare = one_gives_way_soon(self.running)
             grants = self._lending.borrow(self.index, min(left, most), spare_wanted=spare) if most else []
             if longest is None or not grants:
                 return False

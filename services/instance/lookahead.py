@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 # Of a pool, what may be wanted at the worst. More than all of it: requests join while others end, so the worst seldom
 # comes, and who gives way then is soon computed anew. With 1 a quarter of a pool lay idle under a full queue.
-MOST_OF_POOL = 1.5
+_MOST_OF_POOL = 1.5
 
 
 class Growing(NamedTuple):
@@ -37,3 +37,17 @@ def most_blocks(requests: Iterable[Growing], block_tokens: int) -> int:
         held += request.blocks  # of those that last as long as this one or longer, now
         most = max(most, held + count * (request.tokens // block_tokens))
     return most
+
+
+def too_much_later(expected_blocks: int, peak_blocks: int, own_blocks: int, spare_blocks: int) -> bool:
+    """Whether a request and those that run will want more memory together than there should be for them.
+
+    Not so for who will be longer than the own pool: it depends on others' memory anyway, and takes what it can get.
+
+    Args:
+        expected_blocks: of the request, in the end.
+        peak_blocks: of all of them at any time, if nobody joins.
+        own_blocks: that requests can have in the own pool.
+        spare_blocks: free on daemons whose own instance has no requests that wait.
+    """
+    return expected_blocks <= own_blocks and peak_blocks > _MOST_OF_POOL * own_blocks + spare_blocks

@@ -191,8 +191,8 @@ class BlockMemory:
 
     def give_back(self, reserved: PromptReserved) -> None:
         """Nobody wants this reservation any more."""
-        self._give_back(reversed((*reserved.attached, *reserved.remote, reserved.tail)))
-        self._give_back(self._here(handle) for handle in reserved.local)
+        self._release_holds(reversed((*reserved.attached, *reserved.remote, reserved.tail)))
+        self._release_holds(self._here(handle) for handle in reserved.local)
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Makes sure that the first ``tokens`` tokens have blocks. False: not enough blocks now, nothing changed."""
@@ -264,7 +264,7 @@ class BlockMemory:
                     self._free.append(own)
                 else:
                     unused.append(self._here(own))
-        self._give_back(unused)
+        self._release_holds(unused)
 
     def copies_sealed(self, event: CopiesSealed) -> None:
         self._transfers.sealed(event)
@@ -302,7 +302,7 @@ class BlockMemory:
         surplus = [self._places.pop() for _ in range(min(blocks, len(self._places)))]
         free = [self._free.pop() for _ in range(min(blocks - len(surplus), len(self._free)))]
         self._held -= len(free)
-        self._give_back([*surplus, *map(self._here, free)])
+        self._release_holds([*surplus, *map(self._here, free)])
 
     def release(self, sequence: Sequence) -> None:
         """Gives up everything the sequence holds, if anything; what is under way settles by itself."""
@@ -328,7 +328,7 @@ class BlockMemory:
                 sealing.memory = None
         for kvdaemon_id, segment in memory.table.segments.items():
             self._remote.forget(kvdaemon_id, segment.handle)
-        self._give_back(held)
+        self._release_holds(held)
 
     def peer_lost(self, kvdaemon_id: str) -> list[Sequence]:
         """A daemon is gone with all it held. Answers the sequences that must be computed anew (release them next)."""
@@ -377,7 +377,7 @@ class BlockMemory:
                     return memory, index
         return None
 
-    def _give_back(self, refs: Iterable[BlockRef]) -> None:
+    def _release_holds(self, refs: Iterable[BlockRef]) -> None:
         """Gives up holds. Where that are some of the local pool's, there is room for what found none."""
         refs = list(refs)
         if any(ref.kvdaemon_id == self._local_id for ref in refs):

@@ -45,7 +45,7 @@ from services.instance.control import (
     SealCopies,
     SealLocal,
 )
-from services.instance.lookahead import MOST_OF_POOL
+from services.instance.lookahead import too_much_later
 from services.instance.move_desk import MoveDesk
 from services.rmanager.daemon_client import DaemonSession
 from services.rmanager.gmanager_client import GManagerClient
@@ -238,14 +238,9 @@ class RManager:
         return self._local.opened.total_blocks - self._settings.workspace
 
     def _wants_too_much_later(self, order: ReservePrompt, attached: int) -> bool:
-        """Whether this request and those that run will want more memory together than there should be for them.
-
-        Not so for who is longer than the own pool: it depends on others' memory anyway, and takes what it can get.
-        """
-        if order.expected_blocks > self._own_blocks:
-            return False
+        """By the latest view. Args: attached: blocks of the prompt that are held already."""
         spare = sum(room.free_blocks for room in self._view.rooms if not room.wanted)
-        return order.peak_blocks - attached > MOST_OF_POOL * self._own_blocks + spare
+        return too_much_later(order.expected_blocks, order.peak_blocks - attached, self._own_blocks, spare)
 
     def _too_long(self, order: ReservePrompt) -> ContextTooLongError | None:
         """Why this request can never be served, if so: it needs more blocks than can ever be free for it."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from services.core.sequence import Sequence, SequenceState
 from services.instance.pace import Pace
 
-# Tokens that are computed anew in about the time that messages to one more daemon take a request's remaining steps.
+# Tokens that are computed anew in about the time that is lost to steps sat out, or to messages to one more daemon.
 _SOON_COMPUTED = 512
 
 GrowBlocks = Callable[[Sequence, int], bool]

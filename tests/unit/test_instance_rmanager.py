@@ -178,6 +178,12 @@ class Rig:
                 if isinstance(event, PromptReserved | PromptDeferred) and event.attempt == attempt:
                     return event
 
+    def want_first(self) -> None:
+        """The first lender belongs to an instance whose own requests wait."""
+        lender = Member("instance", "other", "other:1", local_kvdaemon_id=self.first.name)
+        self.view.set_instances({"other": lender}, 0.0)
+        self.view.apply(1, Heartbeat("instance/other", 0, True, InstanceReport(1, 1)), 0.0)
+
     async def replenish(self, blocks: int, spare_wanted: bool) -> list[str]:
         """Whose blocks came, each daemon once for each."""
         self.rmanager.order(Replenish(blocks, spare_wanted))
@@ -321,9 +327,7 @@ def test_who_fits_at_home_takes_nothing_from_an_instance_whose_own_requests_wait
 
     async def run() -> None:
         async with rig() as r:
-            lender = Member("instance", "other", "other:1", local_kvdaemon_id=r.first.name)
-            r.view.set_instances({"other": lender}, 0.0)
-            r.view.apply(1, Heartbeat("instance/other", 0, True, InstanceReport(1, 1)), 0.0)
+            r.want_first()
             r.reserve(1, 4)  # all of the local pool
             assert isinstance(await r.answer(1), PromptReserved)
             r.reserve(2, 4)
@@ -352,9 +356,7 @@ def test_who_fits_at_home_takes_nothing_from_an_instance_whose_own_requests_wait
 def test_who_can_give_way_at_home_grows_not_on_an_instance_whose_own_requests_wait() -> None:
     async def run() -> None:
         async with rig() as r:
-            lender = Member("instance", "other", "other:1", local_kvdaemon_id=r.first.name)
-            r.view.set_instances({"other": lender}, 0.0)
-            r.view.apply(1, Heartbeat("instance/other", 0, True, InstanceReport(1, 1)), 0.0)
+            r.want_first()
             assert await r.replenish(6, spare_wanted=True) == ["local"] * 4 + ["second"] * 2
             assert await r.replenish(8, spare_wanted=True) == ["second"] * 6
             assert await r.replenish(1, spare_wanted=True) == []
@@ -368,12 +370,7 @@ def test_who_would_want_too_much_later_together_with_others_waits() -> None:
 
     async def run() -> None:
         async with rig() as r:
-            lenders = {
-                name: Member("instance", name, "other:1", local_kvdaemon_id=daemon.name)
-                for name, daemon in (("other", r.first), ("third", r.second))
-            }
-            r.view.set_instances(lenders, 0.0)
-            r.view.apply(1, Heartbeat("instance/other", 0, True, InstanceReport(1, 1)), 0.0)
+            r.want_first()
             r.reserve(1, 1, peak=6 + 8 + 1)  # the own pool has 4; the second, whose memory nobody waits for, 8
             deferred = await r.answer(1)
             assert isinstance(deferred, PromptDeferred)
