@@ -17,7 +17,7 @@ from benchmarks.simulator.moves import Moves
 from benchmarks.simulator.recorder import Recorder
 from benchmarks.simulator.sequence import SimulatedSequence
 from benchmarks.simulator.steps import Device, Part, Timings, Work, work
-from services.core.output_lengths import OutputLengths
+from services.core.output_share import OutputShare
 from services.core.sequence import Sequence as EngineSequence
 from services.instance.lookahead import Growing, most_blocks, too_much_later
 from services.instance.scheduler import Scheduled, Scheduler, one_gives_way_soon
@@ -84,7 +84,7 @@ class SimulatedInstance:
         self._short_of_room = False  # a prompt found no room
         self._starved = False  # a running sequence found none
         self._reserve_at = 0.0
-        self._lengths = OutputLengths()
+        self._lengths = OutputShare()
         self._stuck_since: float | None = None
         self._asked: set[int] = set()  # instances whose daemons compute for this one
 

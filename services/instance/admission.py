@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 
-from services.core.output_lengths import OutputLengths
+from services.core.output_share import OutputShare
 from services.core.sequence import RequestAge, Sequence, SequenceState
 from services.instance.control import Control, PromptDeferred, PromptRefused, PromptReserved, ReservePrompt
 from services.instance.lookahead import Growing, most_blocks
@@ -34,7 +34,7 @@ class Admission:
         self._max_model_len = max_model_len
         self._reserving: dict[int, Sequence] = {}  # by attempt
         self._attempts = 0
-        self._lengths = OutputLengths()
+        self._lengths = OutputShare()
         self._not_before = 0.0  # monotonic
         self._retry_at = 0.0  # monotonic, unless somebody gives up blocks before
         self._oldest_waits = False  # a prompt found no room: nobody younger may take what comes free here ...

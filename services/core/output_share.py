@@ -1,11 +1,14 @@
-"""How long outputs become, guessed from those that have ended."""
+"""How much of ``max_tokens`` outputs make use of, from those that ended lately: what an instance admits by.
+
+The planner, which asks how much longer a request that runs already will be, goes by the lengths themselves.
+"""
 
 from __future__ import annotations
 
 _WEIGHT = 1 / 16  # of the output that ended last
 
 
-class OutputLengths:
+class OutputShare:
     """Outputs as a share of ``max_tokens``, which most of them do not use up.
 
     Before any has ended they are taken to be nothing: whoever counts on outputs goes by prompts alone until then.
