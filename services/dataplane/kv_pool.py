@@ -29,6 +29,8 @@ from services.dataplane.memfd import (
     put_together,
 )
 
+# A tenth of a core that others want, all of one that nobody wants.
+_LESS_URGENT = 10
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -104,6 +106,15 @@ class Pool(ABC):
         """Gives up the memory, which goes with the last tensor and the last process that looks at it. Idempotent."""
 
 
+def _put_together_beside_others(memory: Memory) -> None:
+    """``put_together`` for a thread of its own, which leaves the core to whoever serves meanwhile.
+
+    Where the system has to make room it takes seconds of a core for each GiB. On Linux priorities are of threads.
+    """
+    os.nice(_LESS_URGENT)
+    put_together(memory)
+
+
 class KvPool(Pool):
     """A pool in host memory.
 
@@ -126,7 +137,7 @@ class KvPool(Pool):
         self._putting_together: threading.Thread | None = None
         if pages is Pages.TOGETHER:
             self._putting_together = threading.Thread(
-                target=put_together, args=(self._memory,), name="huge pages", daemon=True
+                target=_put_together_beside_others, args=(self._memory,), name="huge pages", daemon=True
             )
             self._putting_together.start()
 

@@ -20,6 +20,7 @@ from signals import send_signal
 
 from services.core.blocks import PoolGeometry
 from services.core.errors import ConfigError, PeerLostError, SessionRevokedError, TransferTimeoutError
+from services.dataplane import kv_pool
 from services.dataplane.host_device import HostDevice
 from services.dataplane.kv_pool import KvPool, Pages, map_memory, pool_tensor
 from services.dataplane.memfd import HUGE_PAGE_BYTES, put_together
@@ -168,6 +169,21 @@ def test_a_pool_does_so_in_the_background():
     assert pool.as_tensor(GEOMETRY)[-1].eq(1.5).all()
     assert not pool.as_tensor(GEOMETRY)[:-1].any()
     pool.close()
+
+
+def test_who_serves_meanwhile_goes_first(monkeypatch):
+    priorities = []
+
+    def put_together(memory):
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    monkeypatch.setattr(kv_pool, "put_together", put_together)
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    pool = KvPool(4 * HUGE_PAGE_BYTES)
+    pool.wait_until_together(DEADLINE_S)
+    pool.close()
+    assert priorities == [min(own + 10, 19)]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
 
 
 def _huge_mapped_bytes():
