@@ -78,7 +78,7 @@ bench: setup peers ## Run all benchmarks (hours; a quiet machine) and write benc
 	for name in $(BENCHMARKS); do \
 		$(BIN)/python -m benchmarks.$$name --json benchmarks/results/$${name//_/-}-$(MACHINE).json; \
 	done
-	$(BIN)/python -m benchmarks.pooled_vs_vllm --scale paper --loads short-5% short-15% \
+	$(BIN)/python -m benchmarks.pooled_vs_vllm --scale paper --repetitions 1 --requests 48 \
 		--json benchmarks/results/pooled-vs-vllm-paper-scale-$(MACHINE).json
 	$(BIN)/python -m benchmarks.simulator --all --cluster paper --plots benchmarks/results \
 		--json benchmarks/results/simulator-32-a100.json

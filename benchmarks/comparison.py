@@ -20,7 +20,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 MACHINE = "amd-epyc"
 BEGIN = "<!-- from here on: python -m benchmarks.comparison -->"
 END = "<!-- to here -->"
-PLOT = RESULTS / "pooled-vs-vllm.png"
+POOLED_PLOT, GROWTH_PLOT = RESULTS / "pooled-vs-vllm.png", RESULTS / "growth.png"
+_COLOURS = {"vllm-multi": "#ff7f0e", "vllm-single": "#7f7f7f", "ours": "#1f77b4"}  # by system
 
 
 def text(machine: str = MACHINE) -> str:
@@ -48,14 +49,15 @@ def _pooled(result: Result) -> str:
     return (
         "**Two cores and 144 MiB of KV cache, three ways** (`benchmarks.pooled_vs_vllm`; output tokens per second): "
         "two vLLM servers, one vLLM server with tensor parallelism, and two pooled instances.\n\n"
-        f"{_loads(result)}\n\n![the same as bars](benchmarks/results/{PLOT.name})"
+        f"{_loads(result)}"
     )
 
 
 def _pooled_as_the_paper(result: Result) -> str:
     return (
         "**The same with KV caches of four times the weights, as the paper's models have beside theirs** "
-        f"(`--scale paper`):\n\n{_loads(result)}"
+        f"(`--scale paper`):\n\n{_loads(result)}\n\n"
+        f"![both tables as bars](benchmarks/results/{POOLED_PLOT.name})"
     )
 
 
@@ -66,10 +68,9 @@ def _loads(result: Result) -> str:
     for name in loads:
         multi, single, ours = (rows[name, system] for system in ("vllm-multi", "vllm-single", "ours"))
         rates = [f"{one['output_tokens_per_s']:.0f}" for one in (multi, single, ours)]
-        lines.append(
-            [name, *rates, _goal(result, f"{name}_over_the_better"), str(multi["refused"]), str(ours["refused"])]
-        )
-    head = ["load", "two vLLM", "vLLM, TP 2", "ours", "ours / the better", "refused by two vLLM", "by ours"]
+        ratios = [_goal(result, f"{name}_over_the_better"), f"{result['summary'][f'{name}_over_single']:.2f}"]
+        lines.append([name, *rates, *ratios, str(multi["refused"]), str(ours["refused"])])
+    head = ["load", "two vLLM", "vLLM, TP 2", "ours", "ours / the better", "/ TP 2", "refused by two vLLM", "by ours"]
     return _table(head, lines)
 
 
@@ -145,7 +146,9 @@ def _growth(result: Result) -> str:
     return (
         "**Time per output token by context** (`benchmarks.growth`; one request, all local): a straight line, whose "
         f"slope is {_goal(result, 'slope_of_predicted')} of what reading keys and values at the memory's measured rate "
-        "takes.\n\n" + _table(["context", "ms (min to max)", "of the line"], lines)
+        "takes.\n\n"
+        + _table(["context", "ms (min to max)", "of the line"], lines)
+        + f"\n\n![the same, and the line](benchmarks/results/{GROWTH_PLOT.name})"
     )
 
 
@@ -170,34 +173,69 @@ SECTIONS: Mapping[str, Callable[[Result], str]] = {
 }
 
 
-def plot(result: Result, file: Path) -> None:
-    """Output tokens per second of each load, a bar for each system."""
+def plot_pooled(small: Result, paper: Result, file: Path) -> None:
+    """Output tokens per second of each load, a bar for each system; a panel for each scale."""
+    pyplot = _pyplot()
+    figure, panels = pyplot.subplots(2, figsize=(9, 5.6))
+    titles = ("KV caches of a third of the weights", "KV caches of four times the weights")
+    for panel, title, result in zip(panels, titles, (small, paper), strict=True):
+        rows = {(row["load"], row["system"]): row for row in result["rows"]}
+        loads = list(dict.fromkeys(load for load, _ in rows))
+        width = 0.8 / len(_COLOURS)
+        for at, (system, colour) in enumerate(_COLOURS.items()):
+            chosen = [rows[name, system] for name in loads]
+            heights = [row["output_tokens_per_s"] for row in chosen]
+            spread = [
+                [row["output_tokens_per_s"] - row["smallest"] for row in chosen],
+                [row["largest"] - row["output_tokens_per_s"] for row in chosen],
+            ]
+            places = [index + (at - (len(_COLOURS) - 1) / 2) * width for index in range(len(loads))]
+            panel.bar(places, heights, width, yerr=spread, label=system, color=colour)
+        panel.set_title(title, fontsize=9)
+        panel.set_xticks(range(len(loads)), loads)
+        panel.set_ylabel("output tokens/s")
+        panel.grid(axis="y", alpha=0.3)
+    panels[0].legend(fontsize=8, ncols=3)
+    _save(figure, file)
+
+
+def plot_growth(result: Result, file: Path) -> None:
+    """Time per output token by context, and the line through it."""
+    pyplot = _pyplot()
+    rows = result["rows"]
+    contexts = [row["context"] for row in rows]
+    middle = [row["step_ms"] for row in rows]
+    spread = [
+        [row["step_ms"] - row["step_ms_min"] for row in rows],
+        [row["step_ms_max"] - row["step_ms"] for row in rows],
+    ]
+    figure, panel = pyplot.subplots(figsize=(9, 3.2))
+    panel.plot(contexts, [row["line_ms"] for row in rows], color="#7f7f7f", label="straight line")
+    panel.errorbar(contexts, middle, yerr=spread, fmt="o", color="#1f77b4", capsize=3, label="measured")
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log", base=2)
+    panel.set_xticks(contexts, [f"{context >> 10}K" for context in contexts])
+    panel.set_yticks(ticks := [8 << step for step in range(8)], [str(tick) for tick in ticks])
+    panel.set_xlabel("context, tokens")
+    panel.set_ylabel("ms per output token")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    _save(figure, file)
+
+
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = {(row["load"], row["system"]): row for row in result["rows"]}
-    loads, systems = (list(dict.fromkeys(key[at] for key in rows)) for at in (0, 1))
-    figure, panel = pyplot.subplots(figsize=(9, 3.2))
-    width = 0.8 / len(systems)
-    colours = {"vllm-multi": "#ff7f0e", "vllm-single": "#7f7f7f", "ours": "#1f77b4"}
-    for at, system in enumerate(systems):
-        chosen = [rows[name, system] for name in loads]
-        heights = [row["output_tokens_per_s"] for row in chosen]
-        spread = [
-            [row["output_tokens_per_s"] - row["smallest"] for row in chosen],
-            [row["largest"] - row["output_tokens_per_s"] for row in chosen],
-        ]
-        places = [index + (at - (len(systems) - 1) / 2) * width for index in range(len(loads))]
-        panel.bar(places, heights, width, yerr=spread, label=system, color=colours[system])
-    panel.set_xticks(range(len(loads)), loads)
-    panel.set_ylabel("output tokens/s")
-    panel.grid(axis="y", alpha=0.3)
-    panel.legend(fontsize=8, ncols=3)
+    return pyplot
+
+
+def _save(figure: Any, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=100)
-    pyplot.close(figure)
+    _pyplot().close(figure)
 
 
 def main() -> int:
@@ -209,7 +247,8 @@ def main() -> int:
         return 0
     readme = ROOT / "README.md"
     readme.write_text(replaced(readme.read_text(), text()))
-    plot(load("pooled-vs-vllm"), PLOT)
+    plot_pooled(load("pooled-vs-vllm"), load("pooled-vs-vllm-paper-scale"), POOLED_PLOT)
+    plot_growth(load("growth"), GROWTH_PLOT)
     return 0
 
 

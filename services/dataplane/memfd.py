@@ -125,8 +125,8 @@ def _map(address: int | None, size: int, protection: int, flags: int, fd: int) -
 def put_together(memory: Memory) -> None:
     """Asks the system to move the memory into huge pages, one by one, for every process that maps it.
 
-    It may be used meanwhile. Takes a tenth of a second for each GiB, or seconds where the system has to make room; ends
-    early where it does not do so or has none left.
+    It may be used meanwhile. Takes a tenth of a second of a core for each GiB, or seconds where the system has to make
+    room; ends early where it does not do so or has none left.
     """
     if isinstance(memory, mmap.mmap):
         return
