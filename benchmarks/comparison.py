@@ -21,7 +21,6 @@ MACHINE = "amd-epyc"
 BEGIN = "<!-- from here on: python -m benchmarks.comparison -->"
 END = "<!-- to here -->"
 POOLED_PLOT, GROWTH_PLOT = RESULTS / "pooled-vs-vllm.png", RESULTS / "growth.png"
-_COLOURS = {"vllm-multi": "#ff7f0e", "vllm-single": "#7f7f7f", "ours": "#1f77b4"}  # by system
 
 
 def text(machine: str = MACHINE) -> str:
@@ -173,71 +172,6 @@ SECTIONS: Mapping[str, Callable[[Result], str]] = {
 }
 
 
-def plot_pooled(small: Result, paper: Result, file: Path) -> None:
-    """Output tokens per second of each load, a bar for each system; a panel for each scale."""
-    pyplot = _pyplot()
-    figure, panels = pyplot.subplots(2, figsize=(9, 5.6))
-    titles = ("KV caches of a third of the weights", "KV caches of four times the weights")
-    for panel, title, result in zip(panels, titles, (small, paper), strict=True):
-        rows = {(row["load"], row["system"]): row for row in result["rows"]}
-        loads = list(dict.fromkeys(load for load, _ in rows))
-        width = 0.8 / len(_COLOURS)
-        for at, (system, colour) in enumerate(_COLOURS.items()):
-            chosen = [rows[name, system] for name in loads]
-            heights = [row["output_tokens_per_s"] for row in chosen]
-            spread = [
-                [row["output_tokens_per_s"] - row["smallest"] for row in chosen],
-                [row["largest"] - row["output_tokens_per_s"] for row in chosen],
-            ]
-            places = [index + (at - (len(_COLOURS) - 1) / 2) * width for index in range(len(loads))]
-            panel.bar(places, heights, width, yerr=spread, label=system, color=colour)
-        panel.set_title(title, fontsize=9)
-        panel.set_xticks(range(len(loads)), loads)
-        panel.set_ylabel("output tokens/s")
-        panel.grid(axis="y", alpha=0.3)
-    panels[0].legend(fontsize=8, ncols=3)
-    _save(figure, file)
-
-
-def plot_growth(result: Result, file: Path) -> None:
-    """Time per output token by context, and the line through it."""
-    pyplot = _pyplot()
-    rows = result["rows"]
-    contexts = [row["context"] for row in rows]
-    middle = [row["step_ms"] for row in rows]
-    spread = [
-        [row["step_ms"] - row["step_ms_min"] for row in rows],
-        [row["step_ms_max"] - row["step_ms"] for row in rows],
-    ]
-    figure, panel = pyplot.subplots(figsize=(9, 3.2))
-    panel.plot(contexts, [row["line_ms"] for row in rows], color="#7f7f7f", label="straight line")
-    panel.errorbar(contexts, middle, yerr=spread, fmt="o", color="#1f77b4", capsize=3, label="measured")
-    panel.set_xscale("log", base=2)
-    panel.set_yscale("log", base=2)
-    panel.set_xticks(contexts, [f"{context >> 10}K" for context in contexts])
-    panel.set_yticks(ticks := [8 << step for step in range(8)], [str(tick) for tick in ticks])
-    panel.set_xlabel("context, tokens")
-    panel.set_ylabel("ms per output token")
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
-    _save(figure, file)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, file: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(file, dpi=100)
-    _pyplot().close(figure)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.comparison", description=__doc__)
     parser.add_argument("--machine", default=MACHINE, help="whose files (default %(default)s)")
@@ -245,6 +179,8 @@ def main() -> int:
     if machine != MACHINE:
         print(text(machine))
         return 0
+    from benchmarks.plots import plot_growth, plot_pooled  # matplotlib, which the tables do without
+
     readme = ROOT / "README.md"
     readme.write_text(replaced(readme.read_text(), text()))
     plot_pooled(load("pooled-vs-vllm"), load("pooled-vs-vllm-paper-scale"), POOLED_PLOT)

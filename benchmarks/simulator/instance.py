@@ -84,7 +84,7 @@ class SimulatedInstance:
         self._short_of_room = False  # a prompt found no room
         self._starved = False  # a running sequence found none
         self._reserve_at = 0.0
-        self._lengths = OutputShare()
+        self._output_share = OutputShare()
         self._stuck_since: float | None = None
         self._asked: set[int] = set()  # instances whose daemons compute for this one
 
@@ -169,7 +169,7 @@ class SimulatedInstance:
         self._recorder.generated(drawn, at)
         if not sequence.remaining:
             self._recorder.finished(sequence, at)
-            self._lengths.ended(sequence.output, sequence.request.sampling.max_tokens)
+            self._output_share.ended(sequence.output, sequence.request.sampling.max_tokens)
             self.scheduler.remove(sequence)
             self._release(sequence, at)
             self._ended(sequence)
@@ -214,7 +214,7 @@ class SimulatedInstance:
         return too_much_later(expected, peak, self._pool.blocks, self._lending.spare_blocks(self.index))
 
     def _to_come(self, sequence: SimulatedSequence) -> int:
-        return self._lengths.to_come(sequence.generated, sequence.request.sampling.max_tokens)
+        return self._output_share.to_come(sequence.generated, sequence.request.sampling.max_tokens)
 
     def _reserve(self, sequence: SimulatedSequence) -> bool:
         """All blocks of a prompt, or none."""

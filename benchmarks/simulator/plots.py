@@ -1,22 +1,15 @@
-"""PNG plots; matplotlib is needed for nothing else and is imported here alone."""
+"""PNG plots of simulated clusters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 from matplotlib import pyplot
-from matplotlib.figure import Figure
 
+from benchmarks.plots import COLOURS, save
 from benchmarks.simulator.comparison import Comparison, Workload, simulated
 from benchmarks.simulator.policies import OURS, Policy
-
-_COLOURS = {"ours": "#1f77b4", "vllm-multi": "#ff7f0e", "vllm-single": "#7f7f7f", "ours-reactive": "#17becf"}
-_DPI = 100
 
 
 def plot_throughput(comparisons: Sequence[Comparison], file: Path) -> None:
@@ -30,7 +23,7 @@ def plot_throughput(comparisons: Sequence[Comparison], file: Path) -> None:
         for at, policy in enumerate(policies):
             heights = [outcome.tokens_per_s if (outcome := row.of(policy)) else 0.0 for row in rows]
             places = [index + (at - (len(policies) - 1) / 2) * width for index in range(len(rows))]
-            panel.bar(places, heights, width, label=policy.name, color=_COLOURS[policy.name])
+            panel.bar(places, heights, width, label=policy.name, color=COLOURS[policy.name])
         panel.set_xticks(
             range(len(rows)), [f"{r.workload.trace.name}\n{_size(r.workload.trace.longest)}" for r in rows]
         )
@@ -41,7 +34,7 @@ def plot_throughput(comparisons: Sequence[Comparison], file: Path) -> None:
         panel.grid(axis="y", alpha=0.3)
     panels[0, 0].legend(fontsize=8, ncols=3)
     panels[-1, 0].set_xlabel("trace, and its longest request in tokens")
-    _save(figure, file)
+    save(figure, file)
 
 
 def plot_placement(workload: Workload, file: Path) -> None:
@@ -70,14 +63,7 @@ def plot_placement(workload: Workload, file: Path) -> None:
         panel.set_title(f"share of each pool that holds blocks {title}" if index else f"share of each pool: {title}")
         figure.colorbar(image, ax=panel)
     panels[1].set_xlabel(f"simulated seconds: {workload.model.name}, trace {workload.trace.name}, {workload.prompts}")
-    _save(figure, file)
-
-
-def _save(figure: Figure, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(file, dpi=_DPI)
-    pyplot.close(figure)
+    save(figure, file)
 
 
 def _size(tokens: int) -> str:

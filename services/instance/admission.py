@@ -34,7 +34,7 @@ class Admission:
         self._max_model_len = max_model_len
         self._reserving: dict[int, Sequence] = {}  # by attempt
         self._attempts = 0
-        self._lengths = OutputShare()
+        self._output_share = OutputShare()
         self._not_before = 0.0  # monotonic
         self._retry_at = 0.0  # monotonic, unless somebody gives up blocks before
         self._oldest_waits = False  # a prompt found no room: nobody younger may take what comes free here ...
@@ -82,7 +82,7 @@ class Admission:
 
     def _to_come(self, sequence: Sequence) -> int:
         """Tokens that it is expected to generate from now on."""
-        return self._lengths.to_come(sequence.generated, sequence.request.sampling.max_tokens)
+        return self._output_share.to_come(sequence.generated, sequence.request.sampling.max_tokens)
 
     def reserved(self, event: PromptReserved) -> Sequence | None:
         """Answers whom it admits: nobody where the request has ended, or a daemon was lost, meanwhile."""
@@ -120,7 +120,7 @@ class Admission:
             by_itself: its output has come to its end.
         """
         if by_itself:
-            self._lengths.ended(sequence.generated, sequence.request.sampling.max_tokens)
+            self._output_share.ended(sequence.generated, sequence.request.sampling.max_tokens)
         self._retry_at = 0.0
         self._reserving = {attempt: other for attempt, other in self._reserving.items() if other is not sequence}
 
