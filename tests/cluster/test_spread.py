@@ -32,23 +32,20 @@ def test_a_long_request_is_spread_for_speed(tmp_path: Path) -> None:
     with Cluster(model, tmp_path / "c", *arguments, config=_CONFIG) as cluster:
         stream = Stream(cluster, prompt, _TOKENS)
         stream.wait_for_tokens(1)
-        spread = spread_blocks(cluster, stream)
+        wait_until_spread(cluster, stream)
         before = len(stream.token_ids)
         tokens = stream.finish()
-        assert sum(spread.values()) >= 4, spread
         expected = Reference(model).generate(prompt, _TOKENS)
         expected.check_tokens(tokens)
         assert expected.exact > before + 50, "too few tokens of those computed in several places can be compared"
         Mover(cluster).check_ledgers()
 
 
-def spread_blocks(cluster: Cluster, stream: Stream) -> dict[str, int]:
-    """Blocks of the only request on other daemons than its own, by daemon, once there are some."""
+def wait_until_spread(cluster: Cluster, stream: Stream) -> None:
+    """Until blocks of the only request lie on other daemons than its own; how many, the planner makes of speeds that it
+    measures."""
     deadline = time.monotonic() + DEADLINE_S
-    while True:
-        for request in cluster.status().requests:
-            if found := {part.kvdaemon_id: part.num_blocks for part in request.placement if not part.local}:
-                return found
+    while not any(not part.local for request in cluster.status().requests for part in request.placement):
         assert stream.running, f"it was never spread\n{cluster.logs()}"
         assert time.monotonic() < deadline, cluster.logs()
         time.sleep(0.05)
