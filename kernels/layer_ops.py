@@ -197,7 +197,7 @@ class TorchLayerOps(LayerOps):
         return _TorchGate(activation)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> LinearOp | None:
-        return _OneDnnLinear(weight, bias) if weight.is_cpu and _OneDnnLinear.is_available() else None
+        return _OneDnnLinear(weight, bias) if weight.is_cpu and _OneDnnLinear.is_available(weight.dtype) else None
 
     def layer(self, parts: LayerParts) -> LayerOp | None:
         return None
@@ -266,10 +266,12 @@ class _OneDnnLinear(LinearOp):
         self._bias = None if bias is None else bias.detach()
 
     @staticmethod
-    def is_available() -> bool:
-        """Newer versions of torch have it."""
+    def is_available(dtype: torch.dtype) -> bool:
+        """Newer versions of torch have it; of bfloat16 for some processors (not those with AVX2 alone)."""
         operators = torch.ops.mkldnn
-        return hasattr(operators, "_reorder_linear_weight") and hasattr(operators, "_linear_pointwise")
+        if not hasattr(operators, "_reorder_linear_weight") or not hasattr(operators, "_linear_pointwise"):
+            return False
+        return dtype is not torch.bfloat16 or bool(operators._is_mkldnn_bf16_supported())
 
     def __call__(self, x: Tensor) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")

@@ -15,6 +15,7 @@ from kernels.layer_ops import (
     HeadNorms,
     LayerOps,
     LayerParts,
+    LinearOp,
     Rotation,
     RowReadingLinearOp,
     TorchLayerOps,
@@ -42,6 +43,17 @@ def ops(request: pytest.FixtureRequest) -> LayerOps:
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def linear_of(ops: LayerOps, weight: Tensor, bias: Tensor | None) -> LinearOp:
+    linear = ops.linear(weight, bias)
+    if linear is None:
+        own = isinstance(ops, CpuLayerOps) and ops.panel_columns(weight.dtype) > 0
+        assert not own
+        assert weight.dtype is torch.bfloat16
+        assert not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        pytest.skip("torch has no packed products of bfloat16 for this processor")
+    return linear
 
 
 def check(got: Tensor, expected: Tensor, roundings: int = 1) -> None:
@@ -134,8 +146,7 @@ def test_linear(ops: LayerOps, inputs: int, outputs: int, rows: int, dtype: torc
     weight, bias = random(outputs, inputs, dtype=dtype), random(outputs, dtype=dtype, seed=1)
     x = random(1, rows, inputs, dtype=dtype, seed=2)
     for used in (None, bias):
-        linear = ops.linear(weight, used)
-        assert linear is not None
+        linear = linear_of(ops, weight, used)
         exact = x.double() @ weight.double().T + (0 if used is None else used.double())
         check(linear(x), exact)
         assert linear(x[:, :0]).shape == (1, 0, outputs)
@@ -154,8 +165,7 @@ def test_a_product_of_many_long_rows(ops: LayerOps, dtype: torch.dtype):
     inputs, outputs, rows = 4130, 1100, 300
     weight, bias = random(outputs, inputs, dtype=dtype), random(outputs, dtype=dtype, seed=1)
     x = random(rows, inputs, dtype=dtype, seed=2)
-    linear = ops.linear(weight, bias)
-    assert linear is not None
+    linear = linear_of(ops, weight, bias)
     result = linear(x)
     check(result, x.double() @ weight.double().T + bias.double())
     if isinstance(linear, RowReadingLinearOp):  # not torch's
@@ -167,8 +177,7 @@ def test_a_product_of_very_long_rows(ops: LayerOps, rows: int):
     """Of which not even those of one block stay in the second-level cache."""
     inputs, outputs, dtype = 20_000, 40, torch.bfloat16
     weight, x = random(outputs, inputs, dtype=dtype), random(rows, inputs, dtype=dtype, seed=1)
-    linear = ops.linear(weight, None)
-    assert linear is not None
+    linear = linear_of(ops, weight, None)
     check(linear(x), x.double() @ weight.double().T)
 
 
@@ -206,12 +215,9 @@ def check_layer(ops: LayerOps, rows: int, hidden: int, inner: int, number: int, 
     cos, sin = (random(1, rows, head_dim, dtype=dtype, seed=seed) for seed in (42, 43))
     activation = list(Activation)[number % 2]
     head_norms = HeadNorms(head_weights, 1e-5, 0.0) if number % 2 else None
-    qkv, output, gate_up, down = (ops.linear(w, b if biased else None) for w, b in zip(weights, biases, strict=True))
+    products = zip(weights, biases, strict=True)
+    qkv, output, gate_up, down = (linear_of(ops, weight, bias if biased else None) for weight, bias in products)
     norms = [ops.norm(w, 1e-5, 1.0) if has else None for w, has in zip(norm_weights, present, strict=True)]
-    assert qkv is not None
-    assert output is not None
-    assert gate_up is not None
-    assert down is not None
     turn = ops.heads(heads + kv_heads, head_dim, Rotation.HALVES, head_norms)
     layer = ops.layer(
         LayerParts(norms[0], qkv, turn, output, norms[1], norms[2], gate_up, activation, down, norms[3], multiplier)

@@ -5,7 +5,7 @@
 #include "softmax.h"
 #include "layer_op_rows.h"
 #include "sampling_rows.h"
-#if WIDTH == 16
+#if WIDTH >= 8
 #include "product_rows.h"
 #include "layer_products.h"
 #endif
@@ -19,12 +19,14 @@ const layer_op_set LAYER_OPS = {
     .heads = heads_rows,
     .gate = gate_rows,
     .choose = choose_rows,
-#if WIDTH == 16
+#if WIDTH >= 8
     .products[FLOAT32] = {COLUMNS, product_floats},
 #endif
 #ifdef AMX
     .products[BFLOAT16] = {AMX_COLUMNS, product_amx, amx_rows_bytes, arrange_amx_rows},
 #elif defined(NATIVE_BFLOAT16)
     .products[BFLOAT16] = {COLUMNS, product_pairs},
+#elif WIDTH == 8
+    .products[BFLOAT16] = {COLUMNS, product_pairs, widened_bytes, widen_rows},
 #endif
 };

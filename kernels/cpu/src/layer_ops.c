@@ -118,9 +118,9 @@ void layer_ops_gate(const layer_context *context, const gate_call *call) {
 
 void *layer_ops_scratch(layer_context *context, enum scratch_use use, size_t size) {
     scratch *scratch = &context->scratch[use];
-    if (size > scratch->size) {
+    if (size > scratch->size || !scratch->memory) { /* also for no bytes */
         free(scratch->memory);
-        scratch->size = (size + 4095) / 4096 * 4096;
+        scratch->size = (size / 4096 + 1) * 4096;
         scratch->memory = aligned_alloc(64, scratch->size);
         if (!scratch->memory) scratch->size = 0;
     }
