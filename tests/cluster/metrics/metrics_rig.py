@@ -79,6 +79,7 @@ class Run:
         lent = lender.by("kvdaemon_id", "infinite_llm_lent_blocks")
         # The daemon tells the instance of its pool once a second.
         told = borrowed == lent and instance.value("infinite_llm_kv_cache_usage_ratio") > 0
+        told &= borrowed.get(LENDER, 0) >= 3
         deadline = time.monotonic() + 1.0
         while told and time.monotonic() < deadline:
             for where in self.cluster.placements():
