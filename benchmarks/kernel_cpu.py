@@ -1,8 +1,9 @@
 """``python -m benchmarks.kernel_cpu``: how near does the compiled CPU kernel come to what the machine can do?
 
 Decoding is held against a loop that reads the same memory and does nothing else, and against torch's flash attention
-over contiguous keys and values; two threads against one; prefill chunks against torch's own matrix products; and the
-calls of a layer with a plan that was seen before against those with a new one.
+over contiguous keys and values; two threads against one; prefill chunks against torch's own matrix products; linear
+layers with packed weights against torch's; and the calls of a layer with a plan that was seen before against those with
+a new one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import partial
 import torch
 
 from benchmarks.harness import Peer, Ratio, Run, main
-from benchmarks.kernel_cpu_cases import ContiguousCase, LayerCase, PagedCase, ProductsCase
+from benchmarks.kernel_cpu_cases import ContiguousCase, LayerCase, LinearCase, PagedCase, ProductsCase
 from kernels.cpu import CpuKernels
 
 QUESTION = "how near does the compiled CPU kernel come to the memory's bandwidth and to torch's matrix products?"
@@ -26,12 +27,14 @@ DEFAULTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "thread_contexts": ((4096, 65536), (1024,)),
     "prefill_contexts": ((4096, 16384, 65536), (256,)),
     "chunks": ((512, 2048), (128,)),
+    "linear_rows": ((1, 4, 16, 64, 512), (1, 16)),
     "head_dims": ((128, 64), (64,)),
     "groups": ((1, 4, 8), (1, 4)),
 }
-PARTS = ("decode", "threads", "prefill", "call")
+PARTS = ("decode", "threads", "prefill", "linear", "call")
 REPETITIONS = 7
 _GOAL_GROUPS = (1, 4)
+_LINEAR = (896, 4864)  # inputs and outputs, and the other way round
 _SHORT = 16  # sequences, where many short ones share what one long one has otherwise
 _CACHE_BYTES = 16 << 20  # a layer that a last-level cache may hold is also measured there
 SAMPLE_BYTES = 64 << 20  # read at least for one sample
@@ -190,6 +193,34 @@ def measure_prefill(run: Run) -> None:
                 case.close()
 
 
+def measure_linear(run: Run) -> None:
+    """A linear layer's product of some rows, on one thread; weights come from memory."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for inputs, outputs in (_LINEAR, _LINEAR[::-1]):
+            layers = 1 + SAMPLE_BYTES // (inputs * outputs * dtype.itemsize)
+            for rows in run.options.linear_rows:
+                case = LinearCase(rows, inputs, outputs, dtype, layers)
+                used = range(layers if rows < 64 else 1)  # with many rows it is arithmetic that counts
+                peers = (
+                    peer("kernel", partial(layer_by_layer, case.multiply, used)),
+                    peer("torch", partial(layer_by_layer, case.multiply_by_torch, used)),
+                )
+                results = run.alternate(peers, REPETITIONS)
+                seconds = results["kernel"].median / len(used)
+                run.row(
+                    {
+                        "part": "linear",
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "inputs": inputs,
+                        "outputs": outputs,
+                        "rows": rows,
+                        "gb_per_s": inputs * outputs * dtype.itemsize * 1e-9 / seconds,
+                        "gflop_per_s": 2 * rows * inputs * outputs * 1e-9 / seconds,
+                        **Ratio.of_speeds(results["kernel"], results["torch"]).cells("of_torch"),
+                    }
+                )
+
+
 def measure_call(run: Run) -> None:
     """What a layer costs besides attention, ``store_kv`` and ``micro_attention``: one block of one small head."""
     case = LayerCase(CpuKernels(1))
@@ -209,9 +240,10 @@ def measure(run: Run) -> None:
     for name, (full, quick) in DEFAULTS.items():
         if getattr(run.options, name) is None:
             setattr(run.options, name, quick if run.quick else full)
-    parts = {"decode": measure_decode, "threads": measure_threads, "prefill": measure_prefill, "call": measure_call}
-    for part in run.options.parts:
-        parts[part](run)
+    measures = (measure_decode, measure_threads, measure_prefill, measure_linear, measure_call)
+    for part, measure_part in zip(PARTS, measures, strict=True):
+        if part in run.options.parts:
+            measure_part(run)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

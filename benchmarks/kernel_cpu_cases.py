@@ -10,9 +10,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kernels import AttentionPlan, LayerParams
 from kernels.cpu import CpuKernels
+from kernels.cpu.layer_ops import CpuLayerOps
 from services.core.blocks import PoolGeometry
 from services.dataplane.kv_pool import KvPool, Pages
 from services.dataplane.memfd import HUGE_PAGE_BYTES
@@ -118,6 +120,23 @@ class ProductsCase:
     def multiply(self) -> None:
         torch.mm(self._q, self._kv[0].T, out=self._scores)
         torch.mm(self._scores, self._kv[1], out=self._out)
+
+
+class LinearCase:
+    """The products of some linear layers of one shape, with the same rows; compiled, and as torch computes them."""
+
+    def __init__(self, rows: int, inputs: int, outputs: int, dtype: torch.dtype, layers: int) -> None:
+        ops = CpuLayerOps(1)
+        self._x = _fill(torch.empty(rows, inputs, dtype=dtype))
+        self._weights = [_fill(torch.empty(outputs, inputs, dtype=dtype)) for _ in range(layers)]
+        self._linears = [ops.linear(weight, None) for weight in self._weights]
+
+    def multiply(self, layer: int) -> None:
+        linear = self._linears[layer]
+        functional.linear(self._x, self._weights[layer]) if linear is None else linear(self._x)
+
+    def multiply_by_torch(self, layer: int) -> None:
+        functional.linear(self._x, self._weights[layer])
 
 
 class LayerCase:

@@ -28,12 +28,17 @@ def test_a_quick_run_measures_every_part(tmp_path: Path) -> None:
     file = tmp_path / "kernel.json"
     assert main("kernel_cpu", QUESTION, measure, add_arguments, ["--quick", "--json", str(file)]) == 0
     result = json.loads(file.read_text())
-    rows = {part: [row for row in result["rows"] if row["part"] == part] for part in ("decode", "threads", "prefill")}
+    parts = ("decode", "threads", "prefill", "linear")
+    rows = {part: [row for row in result["rows"] if row["part"] == part] for part in parts}
     assert [(row["state"], row["group"]) for row in rows["decode"]] == [
         ("memory", 1), ("cache", 1), ("memory", 4), ("cache", 4)
     ]  # fmt: skip
     assert [(row["sequences"], row["group"]) for row in rows["threads"]] == [(1, 1), (16, 1), (1, 4), (16, 4)]
     assert [(row["rows"], row["context"]) for row in rows["prefill"]] == [(128, 256)]
+    assert [(row["dtype"], row["rows"]) for row in rows["linear"]] == [
+        (dtype, count) for dtype in ("bfloat16", "float32") for _ in range(2) for count in (1, 16)
+    ]
+    assert all(0 < row["of_torch_min"] <= row["of_torch"] <= row["of_torch_max"] for row in rows["linear"])
     for row in rows["decode"]:
         for name in ("of_read", "of_contiguous", "of_flash"):
             assert 0 < row[f"{name}_min"] <= row[name] <= row[f"{name}_max"]
