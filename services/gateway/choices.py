@@ -1,7 +1,7 @@
 """Several answers to one prompt, side by side.
 
-The first one computes the prompt; the others begin when it has, and find the prompt's full blocks in the cache. Each is
-a request of its own that follows from the first one: whoever takes that over knows the others.
+The first one computes the prompt; the others begin when it has, at the same instance, and find the prompt's full blocks
+in its cache. Each is a request of its own that follows from the first one: whoever takes that over knows the others.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ async def events_of(generations: Sequence[Generation]) -> AsyncGenerator[ChoiceE
                 yield 0, event
         return
     queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
-    tasks = [asyncio.create_task(_follow(generations[0], 0, queue))]
+    tasks = [asyncio.create_task(_follow(generations[0].events(), 0, queue))]
     unfinished = len(generations)
     try:
         while unfinished:
@@ -46,7 +46,7 @@ async def events_of(generations: Sequence[Generation]) -> AsyncGenerator[ChoiceE
                 raise happened
             if len(tasks) == 1 and not isinstance(happened, Progress | PromptLogprobs):
                 tasks += [
-                    asyncio.create_task(_follow(generation, other, queue))
+                    asyncio.create_task(_follow(generation.events(generations[0]), other, queue))
                     for other, generation in enumerate(generations)
                     if other > 0
                 ]
@@ -58,9 +58,11 @@ async def events_of(generations: Sequence[Generation]) -> AsyncGenerator[ChoiceE
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _follow(generation: Generation, index: int, queue: asyncio.Queue[tuple[int, Event | Exception]]) -> None:
+async def _follow(
+    happening: AsyncGenerator[Event, None], index: int, queue: asyncio.Queue[tuple[int, Event | Exception]]
+) -> None:
     try:
-        async with aclosing(generation.events()) as events:
+        async with aclosing(happening) as events:
             async for event in events:
                 queue.put_nowait((index, event))
     except Exception as exc:  # whatever it is, it is raised where the events are taken

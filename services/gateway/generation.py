@@ -66,6 +66,7 @@ class Generation:
         received: Position,
     ) -> None:
         self.request = request
+        self.instance_id = ""  # where it was placed last
         self._repeated = START  # of what the client has: how much has been generated again
         self._detokenizer = detokenizer
         self._stops = StopStrings(request.stop, request.include_stop)
@@ -84,9 +85,11 @@ class Generation:
         self._taken_over = False
         self._log = {"request_id": request.request_id}
 
-    async def events(self) -> AsyncGenerator[Event, None]:
+    async def events(self, first: Generation | None = None) -> AsyncGenerator[Event, None]:
         """Everything the client is told, Finished last. Call once; close it (``aclosing``) to end the request early.
 
+        Args:
+            first: the first choice, where this is another one.
         Raises: the error that the instance answered; NoInstanceError; UnavailableError; ResyncRequiredError where the
             client has other tokens; TakenOverError when another gateway goes on with the request.
         """
@@ -101,7 +104,7 @@ class Generation:
                     yield event
             ended = Ended("stop")  # by a stop string: the instance would have said at its end
             if not self._stops.found:
-                async with aclosing(self._instance_events()) as events:
+                async with aclosing(self._instance_events(first)) as events:
                     async for came in events:
                         if isinstance(came, TokensDrawn):
                             for event in self._take(came):
@@ -139,7 +142,7 @@ class Generation:
     def _taken_over_error(self) -> TakenOverError:
         return TakenOverError(f"the stream of {self.request.request_id} was resumed elsewhere")
 
-    async def _instance_events(self) -> AsyncGenerator[InstanceEvent, None]:
+    async def _instance_events(self, first: Generation | None) -> AsyncGenerator[InstanceEvent, None]:
         """The events of one instance after another, as if it were one; ends with Ended."""
         losses = 0
         avoid: frozenset[str] = frozenset()
@@ -149,7 +152,9 @@ class Generation:
                 self._generated,
                 self._instance_wait_s,
                 avoid,
+                near=first.instance_id if first is not None else "",
             )
+            self.instance_id = attempt.instance_id
             self._measured.span.placed(attempt.instance_id)
             logger.info("request placed", extra={**self._log, "instance": attempt.instance_id})
             try:

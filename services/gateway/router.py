@@ -3,8 +3,10 @@
 The router keeps one InstanceClient per instance that the gManager lists. An instance that is no longer listed (its
 lease may have been lost while etcd hung) but whose stream is alive keeps its requests and gets no new ones.
 
-Where the gManager plans, it says which instances have room for more, once their requests have grown. A request that
-fits into that room goes there; among those that are equal in that, and where nobody plans, the least loaded is taken.
+Another choice of a request goes where the first one is: the prompt lies in the cache there, and what it needs of that
+memory is its own answer. Where the gManager plans, it says which instances have room for more, once their requests have
+grown. A request that fits into that room goes there; among those that are equal in that, and where nobody plans, the
+least loaded is taken.
 """
 
 from __future__ import annotations
@@ -62,18 +64,24 @@ class Router:
         self._on_change()
 
     async def place(
-        self, request: GenerationRequest, generated: Sequence[int], timeout_s: float, avoid: Collection[str] = ()
+        self,
+        request: GenerationRequest,
+        generated: Sequence[int],
+        timeout_s: float,
+        avoid: Collection[str] = (),
+        near: str = "",
     ) -> Attempt:
         """Submits to the best instance, waiting for one where there is none.
 
         Args:
             generated: tokens that other instances have generated already.
             avoid: ids of instances that are taken only if there is no other.
+            near: id of the instance whose cache has the prompt, if one is known.
         Raises: NoInstanceError after ``timeout_s``.
         """
         try:
             async with asyncio.timeout(timeout_s):
-                while (client := self._best(request, len(generated), avoid)) is None:
+                while (client := self._best(request, len(generated), avoid, near)) is None:
                     await self._changed.wait()
         except TimeoutError:
             raise NoInstanceError(
@@ -86,7 +94,9 @@ class Router:
         clients, self._clients = self._clients, []
         await asyncio.gather(*(client.close() for client in clients), *self._closing)
 
-    def _best(self, request: GenerationRequest, generated: int, avoid: Collection[str]) -> InstanceClient | None:
+    def _best(
+        self, request: GenerationRequest, generated: int, avoid: Collection[str], near: str
+    ) -> InstanceClient | None:
         longest, now = len(request.prompt_ids) + request.max_tokens, len(request.prompt_ids) + generated
         candidates = [
             client
@@ -94,7 +104,7 @@ class Router:
             # 0: the instance does not say how much it takes.
             if client.ready and not client.retired and (not client.max_model_len or client.max_model_len >= longest)
         ]
-        return preferred(candidates, now, avoid)
+        return preferred(candidates, now, avoid, near)
 
     def _on_change(self) -> None:
         """Wakes the waiting, and lets go of instances that are neither listed nor used."""
@@ -127,11 +137,18 @@ class Candidate(Protocol):
 AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
 
 
-def preferred(candidates: Iterable[AnyCandidate], tokens: int, avoid: Collection[str]) -> AnyCandidate | None:
-    """The instance that a request of ``tokens`` tokens should go to. Pure; a simulator asks it as well."""
+def preferred(
+    candidates: Iterable[AnyCandidate], tokens: int, avoid: Collection[str], near: str = ""
+) -> AnyCandidate | None:
+    """Where a request of ``tokens`` tokens should go, see ``Router.place``. Pure; a simulator asks it as well."""
     return min(
         candidates,
-        key=lambda client: (client.instance_id in avoid, client.room_tokens < tokens, _load(client)),
+        key=lambda client: (
+            client.instance_id in avoid,
+            client.instance_id != near,
+            client.room_tokens < tokens,
+            _load(client),
+        ),
         default=None,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 
 import pytest
 
@@ -47,8 +48,8 @@ class Rig:
         self.router.set_instances(views)
         await asyncio.sleep(0)
 
-    async def place(self, name: str, tokens: int) -> str:
-        return (await self.router.place(request(name, tokens), (), 1.0)).instance_id
+    async def place(self, name: str, tokens: int, avoid: Collection[str] = (), near: str = "") -> str:
+        return (await self.router.place(request(name, tokens), (), 1.0, avoid, near)).instance_id
 
 
 def test_room_comes_before_load(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +85,18 @@ def test_without_a_planner_the_least_loaded(monkeypatch: pytest.MonkeyPatch) -> 
         rig = Rig(monkeypatch)
         await rig.tell(view("a"), view("b"))
         assert [await rig.place(f"r{number}", 100) for number in range(3)] == ["a", "b", "a"]
+        await rig.router.close()
+
+    asyncio.run(scenario())
+
+
+def test_another_choice_goes_where_the_prompt_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        rig = Rig(monkeypatch)
+        await rig.tell(view("a"), view("b", AdmissionHint(5000, 1.0)))
+        assert await rig.place("r0", 100, near="a") == "a"
+        assert await rig.place("r1", 100, avoid=["a"], near="a") == "b"
+        assert await rig.place("r2", 100, near="gone") == "b"
         await rig.router.close()
 
     asyncio.run(scenario())
