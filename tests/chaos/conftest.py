@@ -87,7 +87,7 @@ class ClusterPool:
             self._running = None
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def clusters(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterPool]:
     pool = ClusterPool(random_llama, tmp_path_factory)
     yield pool

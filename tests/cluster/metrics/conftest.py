@@ -1,4 +1,4 @@
-"""The cluster whose metrics are looked at: started once for all tests here."""
+"""The cluster whose metrics are looked at: started once for the tests of a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from test_serving import SMALL_ENGINE, prompt_of
 CONFIG = {"instance": {**SMALL_ENGINE["instance"], "vllm_metric_names": True}, "gateway": {"vllm_metric_names": True}}
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def run(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """An instance with its daemon and a lender; requests one after the other."""
     arguments = ("--instances", "1", "--kvdaemons", "1", "--pool-mib", "2", "--dtype", "float32")
