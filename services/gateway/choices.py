@@ -47,8 +47,7 @@ async def events_of(generations: Sequence[Generation]) -> AsyncGenerator[ChoiceE
             if len(tasks) == 1 and not isinstance(happened, Progress | PromptLogprobs):
                 tasks += [
                     asyncio.create_task(_follow(generation.events(generations[0]), other, queue))
-                    for other, generation in enumerate(generations)
-                    if other > 0
+                    for other, generation in enumerate(generations[1:], 1)
                 ]
             unfinished -= isinstance(happened, Finished)
             yield index, happened
